@@ -1,0 +1,108 @@
+"""Real gloo ranks: processes on the loopback interface that run a test's function side by side.
+
+Starting a rank costs seconds, most of them the import of torch, so ranks are kept for the whole test session. After a
+failure they are thrown away, since a rank may wait in a collective that the others have left.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import tempfile
+import traceback
+import warnings
+from collections.abc import Callable
+from datetime import timedelta
+from multiprocessing.connection import Connection, wait
+from typing import Any
+
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+
+# Within it a collective that a rank never joins ends as an error on the others.
+COLLECTIVE_TIMEOUT = timedelta(seconds=60)
+JOB_TIMEOUT = 300.0
+
+
+class RankFailedError(Exception):
+    """A rank raised; the message is its traceback."""
+
+
+class RankPool:
+    """``world_size`` processes in one gloo process group."""
+
+    def __init__(self, world_size: int) -> None:
+        self.world_size = world_size
+        self._connections: list[Connection] = []
+        self._processes: list[Any] = []
+
+    def run(self, function: Callable[..., Any], *args: Any) -> list[Any]:
+        """Call a module-level ``function(rank, *args)`` on every rank; the results by rank.
+
+        Raises:
+            RankFailedError: if any rank raised, died or took too long; with every traceback there is.
+        """
+        if not self._processes:
+            self._start()
+        for connection in self._connections:
+            connection.send((function, args))
+        results: dict[int, Any] = {}
+        failures: dict[int, str] = {}
+        waiting = dict(zip(self._connections, range(self.world_size)))
+        while waiting:
+            ready = [
+                connection for connection in wait(list(waiting), JOB_TIMEOUT) if isinstance(connection, Connection)
+            ]
+            if not ready:
+                failures.update(dict.fromkeys(waiting.values(), "no answer"))
+                break
+            for connection in ready:
+                rank = waiting.pop(connection)
+                try:
+                    ok, value = connection.recv()
+                except EOFError:
+                    ok, value = False, "the process died"
+                (results if ok else failures)[rank] = value
+        if failures:
+            self.stop()
+            raise RankFailedError("\n".join(f"rank {rank}:\n{text}" for rank, text in sorted(failures.items())))
+        return [results[rank] for rank in range(self.world_size)]
+
+    def stop(self) -> None:
+        """End the processes."""
+        for process in self._processes:
+            process.kill()
+            process.join()
+        self._connections, self._processes = [], []
+
+    def _start(self) -> None:
+        context = mp.get_context("spawn")
+        directory = tempfile.mkdtemp(prefix="twloss-ranks-")
+        for rank in range(self.world_size):
+            ours, theirs = context.Pipe()
+            process = context.Process(
+                target=_serve, args=(rank, self.world_size, os.path.join(directory, "store"), theirs), daemon=True
+            )
+            process.start()
+            theirs.close()
+            self._connections.append(ours)
+            self._processes.append(process)
+
+
+def _serve(rank: int, world_size: int, store: str, connection: Connection) -> None:
+    """One rank's life: join the group, then run what comes through the connection until it closes."""
+    warnings.simplefilter("error")
+    torch.set_num_threads(1)
+    os.environ["GLOO_SOCKET_IFNAME"] = "lo"
+    dist.init_process_group(
+        "gloo", init_method=f"file://{store}", rank=rank, world_size=world_size, timeout=COLLECTIVE_TIMEOUT
+    )
+    with contextlib.suppress(EOFError):
+        while True:
+            function, args = connection.recv()
+            try:
+                torch.manual_seed(0)
+                connection.send((True, function(rank, *args)))
+            except BaseException:
+                connection.send((False, traceback.format_exc()))

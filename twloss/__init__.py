@@ -1,0 +1,31 @@
+"""Multi-task losses whose sums travel, so that the split of the rows over ranks and steps changes nothing.
+
+One batch takes this way, a file a stage, each importing only what stands above it::
+
+    arguments.py      the constructors' arguments, checked
+    batch.py          logits, labels, weights -> one aligned Batch                         (rows, tasks)
+    loss_type.py      the unreduced loss                                                   (rows, tasks)
+    task_sums.py      Σ over rows -> TaskSums, and the rule that turns sums into losses    (tasks,)
+    ranks.py          Σ over ranks, with or without a gradient                             (tasks,)
+    global_loss.py    GlobalLoss: the running sums of all steps, a torchmetrics Metric
+    tracked_loss.py   the stages in a row, with the running sums beside them
+    modules.py        Loss, MultiTaskLoss -> {"loss/<task>": …, "loss": …}
+    builders.py       the signatures of the-algorithm-ml
+"""
+
+from twloss.builders import build_loss, build_multi_task_loss, get_global_loss_detached
+from twloss.global_loss import GlobalLoss
+from twloss.loss_type import LossType
+from twloss.modules import Loss, MultiTaskLoss
+
+__all__ = [
+    "GlobalLoss",
+    "Loss",
+    "LossType",
+    "MultiTaskLoss",
+    "build_loss",
+    "build_multi_task_loss",
+    "get_global_loss_detached",
+]
+
+__version__ = "0.1.0"

@@ -1,0 +1,179 @@
+"""Where a batch enters: what the caller passes becomes aligned tensors, or a clear error.
+
+Logits, labels and weights come in, as tensors or as mappings task -> tensor; a ``Batch`` of one shape, device and
+floating dtype goes out, in which what a missing label or a weight of 0 leaves out is harmless. Checks look at types,
+shapes, dtypes and devices only, never at values: reading a value would wait for the device.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+__all__ = ["Batch", "align", "keep_where_nonzero", "stack_tasks"]
+
+
+class Batch(NamedTuple):
+    """Aligned inputs; ``(rows, tasks)`` stands for the labels' shape, which is any shape for a one-task loss."""
+
+    logits: Tensor
+    """``(rows, tasks)`` or ``(rows, tasks, classes)``, float32 or float64."""
+    labels: Tensor
+    """``(rows, tasks)``: of the logits' dtype, or int64 class indices."""
+    weights: Tensor | None
+    """``(rows, tasks)`` of the logits' dtype, 0 where the label is missing; None: every row counts once."""
+    valid: Tensor | None
+    """``(rows, tasks)`` bool, False where the label is missing; None: no label can be missing."""
+
+
+def align(
+    logits: Tensor, labels: Tensor, weights: Tensor | None, *, has_classes: bool | None, ignore_index: float | None
+) -> Batch:
+    """Check the inputs against each other and bring them to one dtype.
+
+    Args:
+        logits: ``(rows, tasks)`` or ``(rows, tasks, classes)``, floating.
+        labels: ``(rows, tasks)``, any real dtype.
+        weights: broadcastable to the labels' shape, any real dtype.
+        has_classes: whether the logits have a dimension of classes; None: as their number of dimensions says.
+        ignore_index: the label that says "missing"; NaN is allowed.
+
+    Raises:
+        TypeError: for something that is no tensor, or of a dtype that can't be used.
+        ValueError: for shapes or devices that do not fit.
+    """
+    dtype = _compute_dtype(logits)
+    _check_real("labels", labels)
+    if has_classes is None:
+        has_classes = logits.ndim == labels.ndim + 1
+    _check_shapes(logits, labels, has_classes)
+    _check_device("labels", labels, logits)
+    if has_classes and labels.is_floating_point():
+        raise TypeError(f"labels: got {labels.dtype}, expected class indices of an integer dtype")
+
+    if weights is not None:
+        weights = _expanded(weights, logits, labels, dtype)
+    valid = _is_valid(labels, ignore_index)
+    if valid is not None:
+        weights = valid.to(dtype) if weights is None else weights.where(valid, 0.0)
+    logits = logits.to(dtype)
+    labels = labels.to(torch.int64 if has_classes else dtype)
+    if weights is None:
+        return Batch(logits, labels, None, None)
+    if has_classes:
+        # A label that is left out need not be a class: 0 always is.
+        kept = keep_where_nonzero(logits, weights.unsqueeze(-1).expand_as(logits))
+        return Batch(kept, labels * (weights != 0), weights, valid)
+    return Batch(keep_where_nonzero(logits, weights), keep_where_nonzero(labels, weights), weights, valid)
+
+
+def keep_where_nonzero(values: Tensor, weights: Tensor) -> Tensor:
+    """``values`` where ``weights != 0``, and exactly 0 elsewhere, NaN and infinity included; so too for the gradient.
+
+    A product would not do (0·NaN is NaN), and ``where(weights == 0, 0, values)`` takes two kernels and ten times as
+    long. The gradient of hardshrink with a threshold of 0 is this selection in one kernel, differentiable any number
+    of times.
+    """
+    kept: Tensor = torch.ops.aten.hardshrink_backward(values, weights, 0.0)
+    return kept
+
+
+def stack_tasks(name: str, values: Tensor | Mapping[str, Tensor], tasks: Sequence[str], *, has_classes: bool) -> Tensor:
+    """One ``(rows, tasks)`` or ``(rows, tasks, classes)`` tensor from a mapping; a tensor stays what it is.
+
+    Where the class counts differ, the missing classes get a logit of -inf: probability 0, gradient 0.
+
+    Raises:
+        TypeError: if a value is no tensor.
+        ValueError: if names are missing or unknown, or shapes do not fit.
+    """
+    if not isinstance(values, Mapping):
+        return values
+    missing = [task for task in tasks if task not in values]
+    unknown = [task for task in values if task not in tasks]
+    if missing or unknown:
+        raise ValueError(f"{name}: missing tasks {missing}, unknown tasks {unknown}; expected {list(tasks)}")
+    columns = [_column(f"{name}[{task!r}]", values[task], has_classes) for task in tasks]
+    rows = {task: column.shape[0] for task, column in zip(tasks, columns)}
+    if len(set(rows.values())) > 1:
+        raise ValueError(f"{name}: got {rows} rows, expected the same number for every task")
+    for task, column in zip(tasks, columns):
+        _check_device(f"{name}[{task!r}]", column, columns[0])
+    if has_classes:
+        classes = max(column.shape[1] for column in columns)
+        columns = [torch.nn.functional.pad(c, (0, classes - c.shape[1]), value=-math.inf) for c in columns]
+    return torch.stack(columns, dim=1)
+
+
+def _column(name: str, values: Tensor, has_classes: bool) -> Tensor:
+    """One task's ``(rows,)`` values, or ``(rows, classes)`` logits."""
+    if not isinstance(values, Tensor):
+        raise TypeError(f"{name}: got {type(values).__name__}, expected a Tensor")
+    if has_classes:
+        if values.ndim != 2:
+            raise ValueError(f"{name}: got shape {tuple(values.shape)}, expected (rows, classes)")
+        return values
+    if values.ndim == 2 and values.shape[1] == 1:
+        return values.squeeze(1)
+    if values.ndim != 1:
+        raise ValueError(f"{name}: got shape {tuple(values.shape)}, expected (rows,) or (rows, 1)")
+    return values
+
+
+def _compute_dtype(logits: Tensor) -> torch.dtype:
+    """float64 for float64 logits, float32 for all others: a bfloat16 sum of 1025 ones is 1024."""
+    if not isinstance(logits, Tensor):
+        raise TypeError(f"logits: got {type(logits).__name__}, expected a Tensor")
+    if logits.dtype not in (torch.float16, torch.bfloat16, torch.float32, torch.float64):
+        raise TypeError(f"logits: got {logits.dtype}, expected float16, bfloat16, float32 or float64")
+    return torch.float64 if logits.dtype == torch.float64 else torch.float32
+
+
+def _check_real(name: str, values: Tensor) -> None:
+    if not isinstance(values, Tensor):
+        raise TypeError(f"{name}: got {type(values).__name__}, expected a Tensor")
+    if values.is_complex():
+        raise TypeError(f"{name}: got {values.dtype}, expected a real dtype")
+
+
+def _check_device(name: str, values: Tensor, like: Tensor) -> None:
+    if values.device != like.device:
+        raise ValueError(f"{name}: got a tensor on {values.device}, expected {like.device}, where the logits are")
+
+
+def _check_shapes(logits: Tensor, labels: Tensor, has_classes: bool) -> None:
+    shape = logits.shape[:-1] if has_classes else logits.shape
+    if labels.shape == shape and not (has_classes and logits.ndim == 0):
+        if has_classes and logits.shape[-1] == 0:
+            raise ValueError(f"logits: got shape {tuple(logits.shape)}, expected at least one class")
+        return
+    expected = "the labels' shape and a last dimension of classes" if has_classes else "the labels' shape"
+    raise ValueError(f"logits: got shape {tuple(logits.shape)} with labels {tuple(labels.shape)}, expected {expected}")
+
+
+def _expanded(weights: Tensor, logits: Tensor, labels: Tensor, dtype: torch.dtype) -> Tensor:
+    _check_real("weights", weights)
+    _check_device("weights", weights, logits)
+    try:
+        # Contiguous, because elementwise kernels take the slow path on an expanded operand.
+        return weights.to(dtype).expand(labels.shape).contiguous()
+    except RuntimeError:
+        raise ValueError(
+            f"weights: got shape {tuple(weights.shape)}, expected one that broadcasts to the labels' "
+            f"{tuple(labels.shape)}"
+        ) from None
+
+
+def _is_valid(labels: Tensor, ignore_index: float | None) -> Tensor | None:
+    if ignore_index is None:
+        return None
+    if math.isnan(ignore_index):
+        return ~labels.isnan()
+    if not labels.is_floating_point():
+        # A comparison wraps the number into the labels' dtype (156 == -100 in uint8); int64 holds every label.
+        labels = labels.to(torch.int64)
+    return labels != ignore_index

@@ -1,0 +1,184 @@
+"""The signatures that users of the-algorithm-ml know, on top of the modules.
+
+A loss type and reductions come in, a loss module goes out; and the detached loss over all ranks, from a local one.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any, TypeVar
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from twloss.arguments import TASK_REDUCTIONS, PerTask, check_choice, warn_unless_mean
+from twloss.loss_type import LossFunction, LossType
+from twloss.modules import Loss, MultiTaskLoss
+from twloss.ranks import detached_sum_over_ranks, world_size
+from twloss.task_sums import GlobalReduction
+
+__all__ = ["build_loss", "build_multi_task_loss", "get_global_loss_detached"]
+
+LocalLoss = TypeVar("LocalLoss", Tensor, Mapping[str, Tensor])
+
+
+def build_loss(loss_type: LossType | str | LossFunction, reduction: str = "mean") -> Loss:
+    """The loss of one task: ``Loss(loss_type, reduction)``.
+
+    Args:
+        loss_type: a ``LossType``, its name, or a callable that gives the unreduced loss.
+        reduction: "mean" or "sum".
+
+    Returns:
+        A ``Loss``, called with logits, labels and, if wanted, weights.
+
+    Raises:
+        TypeError: for an argument of a wrong type.
+        ValueError: for an argument of a wrong value.
+
+    Example:
+        >>> import torch
+        >>> from twloss import LossType, build_loss
+        >>> build_loss(LossType.CROSS_ENTROPY)(torch.tensor([[2.0, 0.0], [0.0, 0.0]]), torch.tensor([0, 1]))
+        tensor(0.4100)
+    """
+    return Loss(loss_type, reduction)
+
+
+def build_multi_task_loss(
+    loss_type: LossType | str | LossFunction,
+    tasks: Sequence[str],
+    task_loss_reduction: str = "mean",
+    global_reduction: GlobalReduction = "mean",
+    pos_weights: PerTask | None = None,
+) -> MultiTaskLoss:
+    """The losses of several tasks: ``MultiTaskLoss`` of the same arguments.
+
+    Args:
+        loss_type: a ``LossType``, its name, or a callable that gives the unreduced loss.
+        tasks: the tasks' names, in the order of the columns.
+        task_loss_reduction: "mean" or "sum", over rows.
+        global_reduction: "mean", "sum", "min", "max", "median", or a callable ``(tasks,) -> 0-dim``.
+        pos_weights: the factors of the positive terms; a number, or one a task.
+
+    Returns:
+        A ``MultiTaskLoss``, called with logits, labels and, if wanted, weights, each ``(rows, tasks)``.
+
+    Raises:
+        TypeError: for an argument of a wrong type.
+        ValueError: for an argument of a wrong value.
+
+    Example:
+        >>> import torch
+        >>> from twloss import LossType, build_multi_task_loss
+        >>> loss = build_multi_task_loss(LossType.BCE_WITH_LOGITS, ["like", "reply"], pos_weights=[1.0, 27.3])
+        >>> list(loss(torch.zeros(4, 2), torch.ones(4, 2)))
+        ['loss/like', 'loss/reply', 'loss']
+    """
+    return MultiTaskLoss(loss_type, tasks, task_loss_reduction, global_reduction, pos_weights)
+
+
+def get_global_loss_detached(
+    local_loss: LocalLoss,
+    reduction: str = "mean",
+    *,
+    weight: Tensor | float | Mapping[str, Tensor | float] | None = None,
+    process_group: dist.ProcessGroup | None = None,
+) -> LocalLoss:
+    """A local loss, or several, reduced over ranks and detached; one collective, and the argument stays as it is.
+
+    "mean" is ``Σ_r l_r / R`` over R ranks, or ``Σ_r w_r·l_r / Σ_r w_r`` with a weight; a rank of weight 0 is left out
+    even where its loss is NaN. "sum" is ``Σ_r l_r``.
+
+    Args:
+        local_loss: this rank's loss, of any shape, or a mapping of them.
+        reduction: "mean" or "sum".
+        weight: how much this rank counts, the number of its rows, say: a number or a tensor that broadcasts to the
+            loss, or a mapping of them with the loss's keys. "mean" only.
+        process_group: the ranks; None: all.
+
+    Returns:
+        The same shape, dtype and, for a mapping, keys; without a process group a detached copy.
+
+    Raises:
+        TypeError: for an argument of a wrong type.
+        ValueError: for an argument of a wrong value.
+
+    Example:
+        >>> import torch
+        >>> from twloss import get_global_loss_detached
+        >>> loss = torch.tensor(4.0, requires_grad=True)
+        >>> get_global_loss_detached(loss)
+        tensor(4.)
+    """
+    check_choice("reduction", reduction, TASK_REDUCTIONS)
+    if weight is not None and reduction == "sum":
+        raise ValueError("weight: got one with reduction='sum', expected none: only a mean is weighted")
+    losses = _named(local_loss)
+    weights = _named_weights(weight, local_loss, losses)
+    warn_unless_mean(False, reduction=reduction)
+    if world_size(process_group) == 1:
+        means = {key: loss.detach().clone() for key, loss in losses.items()}
+    else:
+        means = _over_ranks(losses, weights, reduction, process_group)
+    result: Any = means if isinstance(local_loss, Mapping) else means["local_loss"]
+    return result  # type: ignore[no-any-return]
+
+
+def _named(local_loss: Tensor | Mapping[str, Tensor]) -> dict[str, Tensor]:
+    losses = dict(local_loss) if isinstance(local_loss, Mapping) else {"local_loss": local_loss}
+    for key, loss in losses.items():
+        if not isinstance(loss, Tensor):
+            raise TypeError(f"local_loss: got {type(loss).__name__} as {key!r}, expected a Tensor")
+        if not loss.is_floating_point():
+            raise TypeError(f"local_loss: got {loss.dtype} as {key!r}, expected a floating dtype")
+    if len({loss.device for loss in losses.values()}) != 1:
+        raise ValueError(f"local_loss: got {[str(v.device) for v in losses.values()]}, expected tensors of one device")
+    return losses
+
+
+def _named_weights(weight: object, local_loss: object, losses: dict[str, Tensor]) -> dict[str, Tensor] | None:
+    """A float64 weight of each loss's shape."""
+    if weight is None:
+        return None
+    if not isinstance(weight, Mapping):
+        weight = dict.fromkeys(losses, weight)
+    elif not isinstance(local_loss, Mapping) or set(weight) != set(losses):
+        raise ValueError(f"weight: got the keys {list(weight)}, expected a number, a Tensor or the keys of local_loss")
+    return {key: _weight_like(key, weight[key], loss) for key, loss in losses.items()}
+
+
+def _weight_like(key: str, weight: object, loss: Tensor) -> Tensor:
+    if isinstance(weight, (int, float)) and not isinstance(weight, bool):
+        return torch.full_like(loss, weight, dtype=torch.float64)
+    if not isinstance(weight, Tensor):
+        raise TypeError(f"weight: got {type(weight).__name__} for {key!r}, expected a number or a Tensor")
+    if weight.is_complex() or weight.device != loss.device:
+        raise ValueError(f"weight: got {weight.dtype} on {weight.device} for {key!r}, expected reals on {loss.device}")
+    try:
+        return weight.detach().to(torch.float64).expand(loss.shape)
+    except RuntimeError:
+        raise ValueError(
+            f"weight: got shape {tuple(weight.shape)} for {key!r}, expected one that broadcasts to {tuple(loss.shape)}"
+        ) from None
+
+
+def _over_ranks(
+    losses: dict[str, Tensor],
+    weights: dict[str, Tensor] | None,
+    reduction: str,
+    process_group: dist.ProcessGroup | None,
+) -> dict[str, Tensor]:
+    """All losses, and their weights, through one collective in float64."""
+    packed = torch.cat([loss.detach().to(torch.float64).flatten() for loss in losses.values()])
+    if weights is None:
+        total = detached_sum_over_ranks(packed, process_group)
+        values = total if reduction == "sum" else total / world_size(process_group)
+    else:
+        weight = torch.cat([weights[key].flatten() for key in losses])
+        loss_sum = torch.where(weight == 0, 0.0, packed * weight)
+        loss_sum, weight = detached_sum_over_ranks(torch.stack((loss_sum, weight)), process_group).unbind(0)
+        values = loss_sum / weight
+    parts = torch.split(values, [loss.numel() for loss in losses.values()])
+    return {key: part.view(loss.shape).to(loss.dtype) for (key, loss), part in zip(losses.items(), parts)}

@@ -1,0 +1,312 @@
+"""The running sums of every row seen: a torchmetrics ``Metric`` that adds ``TaskSums`` and divides at compute().
+
+``(tasks,)`` sums come in at each step, detached, and are added in float64 to one packed state; compute() sums the
+state over ranks with one collective and applies the two reductions of ``task_sums.py``. The state is no registered
+buffer: DistributedDataParallel overwrites every rank's buffers with those of rank 0 at each forward.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Generator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torchmetrics import Metric
+from torchmetrics.utilities.distributed import gather_all_tensors
+from torchmetrics.utilities.exceptions import TorchMetricsUserError
+from torchmetrics.utilities.prints import rank_zero_warn
+
+from twloss.arguments import (
+    TASK_REDUCTIONS,
+    PerTask,
+    check_choice,
+    check_global_reduction,
+    check_tasks,
+    per_task_numbers,
+)
+from twloss.ranks import detached_sum_over_ranks
+from twloss.task_sums import GlobalReduction, TaskSums, has_data, reduce_rows, reduce_tasks
+
+__all__ = ["NAN_STRATEGIES", "GlobalLoss"]
+
+NAN_STRATEGIES = ("warn", "error", "ignore", "disable")
+
+
+class GlobalLoss(Metric):
+    """The loss of all rows of all steps and ranks since reset(), as one process would get it from one batch.
+
+    With S_t = Σ w·l and N_t the weight of task t, summed over every update of every rank, a task's loss is S_t / N_t
+    ("mean") or S_t ("sum"), and the global loss is the reduction of the tasks' losses over the tasks with data. So
+    compute() does not depend on how the rows were split over steps and ranks.
+
+    ``MultiTaskLoss`` and ``Loss`` feed one of these for training and one for evaluation; any other training code may
+    feed its own.
+
+    Args:
+        tasks: the tasks' names, or None for the one-task form, whose only key is "loss".
+        task_loss_reduction: "mean" or "sum".
+        global_reduction: "mean", "sum", "min", "max", "median" or a callable from ``(tasks,)`` losses (0 for a task
+            without data) to a 0-dim tensor. A module is used but not registered here: the loss that trains it owns it.
+        task_weights: a factor for each task's loss inside the reduction over tasks.
+        nan_strategy: what becomes of a task's sums in an update in which they are not finite. "warn" leaves them out,
+            counts them and says so at compute(); "ignore" leaves them out silently; "error" raises at compute();
+            "disable" lets them in.
+        kwargs: ``Metric``'s own, such as ``process_group``. compute() is not cached (``compute_with_cache=False``): a
+            rank with a cached value would leave the others waiting in the collective.
+
+    Raises:
+        TypeError: for an argument of a wrong type.
+        ValueError: for an argument of a wrong value.
+
+    Example:
+        >>> import torch
+        >>> from twloss import GlobalLoss
+        >>> metric = GlobalLoss(["like", "reply"])
+        >>> metric.update(loss_sum=torch.tensor([30.0, 10.0]), weight=torch.tensor([100, 100]))
+        >>> metric.update(loss_sum=torch.tensor([3.0, 0.0]), weight=torch.tensor([10, 0]))
+        >>> metric.compute()["loss/like"]
+        tensor(0.3000, dtype=torch.float64)
+    """
+
+    is_differentiable = False
+    higher_is_better = False
+    full_state_update = False
+    plot_lower_bound = 0.0
+
+    global_reduction: GlobalReduction
+    totals: Tensor
+    """``(4, tasks)`` float64: Σ loss_sum, Σ weight, the number of finite updates and of all updates."""
+
+    def __init__(
+        self,
+        tasks: Sequence[str] | None,
+        task_loss_reduction: str = "mean",
+        global_reduction: GlobalReduction = "mean",
+        *,
+        task_weights: PerTask | None = None,
+        nan_strategy: str = "warn",
+        **kwargs: Any,
+    ) -> None:
+        check_choice("task_loss_reduction", task_loss_reduction, TASK_REDUCTIONS)
+        check_global_reduction(global_reduction)
+        check_choice("nan_strategy", nan_strategy, NAN_STRATEGIES)
+        if kwargs.setdefault("compute_with_cache", False):
+            raise ValueError(
+                "compute_with_cache: got True, expected False: ranks with a cached value skip the collective"
+            )
+        super().__init__(**kwargs)
+        self.tasks = None if tasks is None else check_tasks(tasks)
+        self.task_loss_reduction = task_loss_reduction
+        self.task_weights = per_task_numbers("task_weights", task_weights, self.tasks or ("loss",))
+        self.nan_strategy = nan_strategy
+        # In __dict__, where nn.Module does not look for submodules: the owner of the metric registers it.
+        self.__dict__["global_reduction"] = global_reduction
+        shape = (4, 1 if self.tasks is None else len(self.tasks))
+        with torch.inference_mode(False):
+            self.add_state("totals", torch.zeros(shape, dtype=torch.float64), dist_reduce_fx="sum")
+
+    def update(self, loss_sum: Tensor, weight: Tensor | float) -> None:
+        """Add one batch's sums; nothing waits for the device, and nothing is added where an error is raised.
+
+        Args:
+            loss_sum: ``(tasks,)``, or 0-dim in the one-task form: Σ w·l over the batch's rows.
+            weight: ``(tasks,)`` or a number that all tasks share: what the mean divides by.
+
+        Raises:
+            TypeError: for an argument of a wrong type.
+            ValueError: for a wrong shape or a device other than the loss_sum's.
+            TorchMetricsUserError: between sync() and unsync(), where the update would be lost.
+        """
+        self._add(self._batch_totals(loss_sum, weight))
+
+    def forward(self, loss_sum: Tensor, weight: Tensor | float) -> dict[str, Tensor]:
+        """Add one batch's sums, as update() does, and return the losses of this batch alone."""
+        batch = self._batch_totals(loss_sum, weight)
+        self._add(batch)
+        if self.dist_sync_on_step:
+            batch = detached_sum_over_ranks(batch, self.process_group)
+        losses = self._losses(batch)
+        self._forward_cache: Any = losses
+        return losses
+
+    def compute(self) -> dict[str, Tensor]:
+        """The losses of all rows since reset(), over all ranks; one collective, so every rank has to call it.
+
+        Returns:
+            ``{"loss/<task>": …, "loss": …}``, 0-dim detached float64; NaN where there was no data.
+
+        Raises:
+            RuntimeError: with ``nan_strategy="error"``, if an update was not finite.
+        """
+        counted, offered = self.totals[2:].tolist()
+        if not any(offered):
+            rank_zero_warn("GlobalLoss.compute() was called before update() on any rank; every value is NaN")
+        self._report_non_finite([int(n - k) for n, k in zip(offered, counted)])
+        return self._losses(self.totals)
+
+    def plot(self, val: Any = None, ax: Any = None) -> Any:
+        """Plot a result of compute(), or a list of them as a line for each key.
+
+        Args:
+            val: what compute() or forward() gave, or a list of such results; None calls compute().
+            ax: the matplotlib axes to draw on; None makes new ones.
+
+        Returns:
+            The figure and the axes.
+        """
+        return self._plot(val, ax)
+
+    @property
+    def update_count(self) -> int:
+        """The number of updates since reset(), on this rank."""
+        return 0 if self.totals.is_meta else int(self.totals[3].max())
+
+    @property
+    def update_called(self) -> bool:
+        """Whether there was an update since reset(), on this rank."""
+        return self.update_count > 0
+
+    def reset(self) -> None:
+        """Set the sums to 0."""
+        with torch.inference_mode(False):
+            super().reset()
+
+    def _add(self, batch: Tensor) -> None:
+        if self._is_synced:
+            raise TorchMetricsUserError("GlobalLoss: update between sync() and unsync(), which would drop it")
+        if self.totals.device != batch.device:
+            # FSDP moves no module without parameters; the first update then brings the sums to the inputs' device.
+            self._move(batch.device)
+        # In place, with no attribute written: torch.compile would guard on the attribute and recompile at each step.
+        self.totals.add_(batch)
+
+    @torch.no_grad()
+    def _batch_totals(self, loss_sum: Tensor, weight: Tensor | float) -> Tensor:
+        """What an update adds to ``totals``."""
+        loss_sum, weight = self._checked(loss_sum, weight)
+        if self.nan_strategy == "disable":
+            finite = torch.ones_like(loss_sum, dtype=torch.bool)
+        else:
+            clean = loss_sum.nan_to_num(0.0, 0.0, 0.0)
+            finite = clean.eq(loss_sum)
+            loss_sum = clean
+            if isinstance(weight, Tensor):
+                clean = weight.nan_to_num(0.0, 0.0, 0.0)
+                finite = finite & clean.eq(weight)
+                loss_sum, weight = loss_sum * finite, clean
+        return torch.stack((loss_sum, finite * weight, finite, torch.ones_like(loss_sum)))
+
+    def _checked(self, loss_sum: Tensor, weight: Tensor | float) -> tuple[Tensor, Tensor | float]:
+        """Float64 ``(tasks,)`` sums, and a weight of that kind or a number."""
+        if not isinstance(loss_sum, Tensor):
+            raise TypeError(f"loss_sum: got {type(loss_sum).__name__}, expected a Tensor")
+        tasks = self.totals.shape[1]
+        if self.tasks is None and loss_sum.ndim == 0:
+            loss_sum = loss_sum.unsqueeze(0)
+        if loss_sum.shape != (tasks,) or loss_sum.is_complex():
+            raise ValueError(
+                f"loss_sum: got {loss_sum.dtype} of shape {tuple(loss_sum.shape)}, expected ({tasks},) reals"
+            )
+        if isinstance(weight, Tensor):
+            if weight.shape not in ((), (tasks,)) or weight.is_complex():
+                raise ValueError(
+                    f"weight: got {weight.dtype} of shape {tuple(weight.shape)}, expected ({tasks},) or () reals"
+                )
+            if weight.device != loss_sum.device:
+                raise ValueError(f"weight: got a tensor on {weight.device}, expected {loss_sum.device} as for loss_sum")
+            weight = weight.detach().to(torch.float64).expand(tasks)
+        elif isinstance(weight, bool) or not isinstance(weight, (int, float, torch.SymInt)):
+            raise TypeError(f"weight: got {type(weight).__name__}, expected a Tensor or a number")
+        return loss_sum.detach().to(torch.float64), weight
+
+    @torch.no_grad()
+    def _losses(self, totals: Tensor) -> dict[str, Tensor]:
+        """The result of compute() from summed totals ``(4, tasks)``."""
+        sums = TaskSums(totals[0], totals[1])
+        present = has_data(sums)
+        assert present is not None
+        sums = TaskSums(sums.loss_sum.where(present, 0.0), sums.weight)
+        losses = reduce_rows(sums, self.task_loss_reduction)
+        if self.tasks is None:
+            return {"loss": losses.where(present, torch.nan).squeeze(0)}
+        weights = None if self.task_weights is None else losses.new_tensor(self.task_weights)
+        reduction = self.global_reduction
+        loss = reduce_tasks(losses.to(_dtype_for(reduction)), present, reduction, weights)
+        keys = [f"loss/{task}" for task in self.tasks]
+        values = losses.where(present, torch.nan).unbind(0)
+        return {**dict(zip(keys, values)), "loss": loss.to(torch.float64).where(present.any(), torch.nan)}
+
+    def _report_non_finite(self, skipped: list[int]) -> None:
+        if self.nan_strategy not in ("warn", "error") or not any(skipped):
+            return
+        counts = {task: n for task, n in zip(self.tasks or ("loss",), skipped) if n}
+        message = f"GlobalLoss: sums that were not finite, left out of the running sums: {counts} updates"
+        if self.nan_strategy == "error":
+            raise RuntimeError(message)
+        rank_zero_warn(message)
+
+    def _sync_dist(self, dist_sync_fn: Callable[..., Any] = gather_all_tensors, process_group: Any = None) -> None:
+        """Sum the packed state over ranks with one collective, where torchmetrics' own gather takes three."""
+        if dist_sync_fn is not gather_all_tensors:
+            super()._sync_dist(dist_sync_fn, process_group)
+            return
+        self.totals = detached_sum_over_ranks(self.totals, process_group or self.process_group)
+
+    @contextmanager
+    def sync_context(self, *args: Any, should_unsync: bool = True, **kwargs: Any) -> Generator[None, None, None]:
+        """As ``Metric.sync_context``, but the local sums come back after an exception too."""
+        self.sync(*args, **kwargs)
+        try:
+            yield
+        finally:
+            self.unsync(should_unsync=self._is_synced and should_unsync)
+
+    def _copy_state_dict(self) -> dict[str, Tensor | list[Any]]:
+        # Sums that were copied inside inference_mode could not be updated in place by the training that follows.
+        with torch.inference_mode(False):
+            return super()._copy_state_dict()
+
+    def _wrap_update(self, update: Callable[..., None]) -> Callable[..., None]:
+        # Metric's wrapper counts updates in a Python attribute, at which torch.compile recompiles at each step. The
+        # count is in the state; there is no cached result to drop; update() detaches by itself.
+        return update
+
+    def _wrap_compute(self, compute: Callable[[], dict[str, Tensor]]) -> Callable[[], dict[str, Tensor]]:
+        # Metric's wrapper would also warn on a rank without data, although other ranks have some.
+        @functools.wraps(compute)
+        def synced_compute() -> dict[str, Tensor]:
+            with self.sync_context(
+                dist_sync_fn=self.dist_sync_fn, should_sync=self._to_sync, should_unsync=self._should_unsync
+            ):
+                return compute()
+
+        return synced_compute
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], *_: Any, **__: Any) -> GlobalLoss:
+        # Placement only: a cast of the model must not round the sums, nor the defaults that reset() restores. What
+        # else may come is nn.Module's ``recurse`` or Metric's ``exclude_state``, which have nothing to act on.
+        self._move(fn(torch.empty(0, device=self.totals.device)).device)
+        return self
+
+    def _move(self, device: torch.device) -> None:
+        if device == self.totals.device:
+            return
+        with torch.inference_mode(False):
+            zeros = torch.zeros(self.totals.shape, dtype=torch.float64, device=device)
+            # Nothing can be copied from or to the meta device; without data the sums are 0.
+            lost = self.totals.is_meta or device.type == "meta"
+            self.totals = zeros.clone() if lost else self.totals.to(device)
+            self._defaults["totals"] = zeros
+        self._device = device
+        self._forward_cache = None
+
+
+def _dtype_for(reduction: GlobalReduction) -> torch.dtype:
+    """The dtype in which a reduction over tasks runs: float64, or that of a module's parameters, at least float32."""
+    if isinstance(reduction, nn.Module):
+        for parameter in reduction.parameters():
+            return torch.promote_types(parameter.dtype, torch.float32)
+    return torch.float64

@@ -1,0 +1,86 @@
+"""First stage: the loss of each row and task, unreduced.
+
+logits ``(rows, tasks)`` or ``(rows, tasks, classes)`` and labels ``(rows, tasks)`` come in; a loss of the labels' shape
+goes out. Pure and differentiable: no weights, no sums, no state.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from enum import Enum
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+__all__ = ["LossFunction", "LossType", "resolve_loss_type", "unreduced_loss"]
+
+LossFunction = Callable[[Tensor, Tensor], Tensor]
+
+# F.cross_entropy silently drops labels equal to its ignore_index, -100 by default. No label may vanish unasked, so it
+# is given a value that no label can have.
+_NO_LABEL = torch.iinfo(torch.int64).min
+
+
+class LossType(str, Enum):
+    """The losses that are known by name; a string equal to a value is accepted wherever a ``LossType`` is.
+
+    Example:
+        >>> from twloss import LossType
+        >>> LossType("bce_with_logits") is LossType.BCE_WITH_LOGITS
+        True
+    """
+
+    BCE_WITH_LOGITS = "bce_with_logits"
+    """Binary cross-entropy of a logit x against a label y in [0, 1]: ``-p·y·log σ(x) - (1-y)·log(1 - σ(x))``."""
+
+    CROSS_ENTROPY = "cross_entropy"
+    """Cross-entropy of the classes' logits against a class index c: ``-log softmax(x)[c]``."""
+
+
+def resolve_loss_type(loss_type: LossType | str | LossFunction) -> LossType | LossFunction:
+    """The ``LossType`` of a name; a callable stays what it is."""
+    if isinstance(loss_type, str):
+        try:
+            return LossType(loss_type)
+        except ValueError:
+            names = [member.value for member in LossType]
+            raise ValueError(f"loss_type: got {loss_type!r}, expected one of {names} or a callable") from None
+    if callable(loss_type):
+        return loss_type
+    raise TypeError(f"loss_type: got {type(loss_type).__name__}, expected a LossType, its name or a callable")
+
+
+def unreduced_loss(
+    loss_type: LossType | LossFunction, logits: Tensor, labels: Tensor, pos_weight: Tensor | None = None
+) -> Tensor:
+    """The loss of each row and task.
+
+    Args:
+        loss_type: what to compute.
+        logits: ``(rows, tasks)``, or ``(rows, tasks, classes)`` against class indices.
+        labels: ``(rows, tasks)``.
+        pos_weight: ``(tasks,)``, the factor p of the positive term; BCE_WITH_LOGITS only.
+
+    Returns:
+        A tensor of the labels' shape.
+
+    Raises:
+        TypeError: if a callable gives no tensor.
+        ValueError: if a callable gives another shape than the labels'.
+    """
+    if loss_type is LossType.BCE_WITH_LOGITS:
+        return F.binary_cross_entropy_with_logits(logits, labels, pos_weight=pos_weight, reduction="none")
+    if loss_type is LossType.CROSS_ENTROPY:
+        rows = F.cross_entropy(logits.flatten(0, -2), labels.flatten(), reduction="none", ignore_index=_NO_LABEL)
+        return rows.view(labels.shape)
+    assert not isinstance(loss_type, LossType)
+    loss = loss_type(logits, labels)
+    if not isinstance(loss, Tensor):
+        raise TypeError(f"loss_type: the callable gave {type(loss).__name__}, expected a Tensor")
+    if loss.shape != labels.shape:
+        raise ValueError(
+            f"loss_type: the callable gave a loss of shape {tuple(loss.shape)}, expected the labels' shape "
+            f"{tuple(labels.shape)} (unreduced: reduction='none')"
+        )
+    return loss

@@ -1,0 +1,111 @@
+"""The sums of a batch and the one rule that turns sums into losses.
+
+The unreduced loss ``(rows, tasks)`` and its weights come in; ``TaskSums`` of shape ``(tasks,)`` go out, which merge by
+addition, and divide only at the end. The forward pass and the running metric both reduce here, so they cannot drift.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from twloss.batch import Batch
+
+__all__ = ["GlobalReduction", "TaskSums", "has_data", "reduce_rows", "reduce_tasks", "sum_rows"]
+
+GlobalReduction = str | Callable[[Tensor], Tensor]
+
+
+class TaskSums(NamedTuple):
+    """What is known of each task's loss: sums, which add up over batches, steps and ranks. Division comes last."""
+
+    loss_sum: Tensor
+    """``(tasks,)``: Σ w·l over the valid rows."""
+    weight: Tensor | float
+    """``(tasks,)``: the number of valid rows, or Σ w; a plain number where all tasks share it."""
+
+
+def sum_rows(loss: Tensor, batch: Batch, mean_over: str) -> TaskSums:
+    """Sum a weighted loss over its rows, in the loss's own dtype; the weight in float64.
+
+    Args:
+        loss: ``(rows, tasks)``: weight times loss, 0 where the label is missing.
+        batch: the inputs that it came from.
+        mean_over: "rows" counts valid rows, "weights" adds their weights.
+    """
+    if batch.weights is not None and mean_over == "weights":
+        weight: Tensor | float = batch.weights.reshape(loss.shape).sum(0, dtype=torch.float64)
+    elif batch.valid is not None:
+        weight = batch.valid.reshape(loss.shape).sum(0, dtype=torch.float64)
+    else:
+        weight = loss.shape[0]
+    return TaskSums(loss.sum(0), weight)
+
+
+def has_data(sums: TaskSums) -> Tensor | None:
+    """``(tasks,)`` bool: which tasks have data; None where all tasks do or none does."""
+    return sums.weight != 0 if isinstance(sums.weight, Tensor) else None
+
+
+def reduce_rows(sums: TaskSums, reduction: str) -> Tensor:
+    """The tasks' losses, ``(tasks,)``: ``loss_sum / weight`` for "mean", ``loss_sum`` for "sum"; 0 without data."""
+    if reduction == "sum":
+        return sums.loss_sum
+    if isinstance(sums.weight, Tensor):
+        weight = sums.weight.to(sums.loss_sum.dtype)
+        return sums.loss_sum / weight.where(weight != 0, 1.0)
+    return sums.loss_sum / (sums.weight or 1)
+
+
+def reduce_tasks(
+    losses: Tensor, present: Tensor | None, reduction: GlobalReduction, task_weights: Tensor | None
+) -> Tensor:
+    """The global loss, 0-dim, of the tasks with data; 0 where there is none.
+
+    Args:
+        losses: ``(tasks,)``, 0 for a task without data.
+        present: ``(tasks,)`` bool, which tasks have data; None: all, or none.
+        reduction: "mean", "sum", "min", "max", "median" (the lower one of an even count; ties share the gradient), or a
+            callable from ``(tasks,)`` to 0-dim.
+        task_weights: ``(tasks,)`` factors of the losses; None: 1.
+    """
+    if task_weights is not None:
+        losses = losses * task_weights
+    if callable(reduction):
+        return _called(reduction, losses)
+    if reduction == "sum":
+        return losses.sum()
+    if reduction == "mean":
+        return losses.mean() if present is None else losses.sum() / present.sum().clamp(min=1)
+    if present is not None:
+        losses = _with_neutral_absents(losses, present, reduction)
+    loss: Tensor = getattr(losses, _METHODS[reduction])()
+    return loss if present is None else loss.where(present.any(), 0.0)
+
+
+_METHODS = {"min": "amin", "max": "amax", "median": "median"}
+
+
+def _with_neutral_absents(losses: Tensor, present: Tensor, reduction: str) -> Tensor:
+    """Losses in which the absent tasks' are such that the reduction passes them over."""
+    if reduction != "median":
+        return losses.masked_fill(~present, math.inf if reduction == "min" else -math.inf)
+    # With k of the absent at -inf and the others at +inf, the lower median of all is that of the present. Unlike
+    # nanmedian, this keeps a loss of NaN visible.
+    absent = ~present
+    k = (present.numel() - 1) // 2 - (present.sum() - 1).clamp(min=0) // 2
+    low = absent.cumsum(0) <= k
+    return losses.masked_fill(absent & low, -math.inf).masked_fill(absent & ~low, math.inf)
+
+
+def _called(reduction: Callable[[Tensor], Tensor], losses: Tensor) -> Tensor:
+    loss = reduction(losses)
+    if not isinstance(loss, Tensor):
+        raise TypeError(f"global_reduction: the callable gave {type(loss).__name__}, expected a 0-dim Tensor")
+    if loss.ndim != 0:
+        raise ValueError(f"global_reduction: the callable gave shape {tuple(loss.shape)}, expected a 0-dim Tensor")
+    return loss

@@ -1,0 +1,155 @@
+"""One batch through all stages, with the running sums beside it: what the one-task and multi-task losses share.
+
+An aligned ``Batch`` comes in; the tasks' losses ``(tasks,)`` and the global loss go out, and the batch's detached sums
+are added to ``train_metric`` or ``eval_metric``, by the module's mode.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from twloss.arguments import MEAN_OVER, check_choice, check_ignore_index
+from twloss.batch import Batch, keep_where_nonzero
+from twloss.global_loss import GlobalLoss
+from twloss.loss_type import LossFunction, LossType, resolve_loss_type, unreduced_loss
+from twloss.ranks import task_sums_over_ranks
+from twloss.task_sums import GlobalReduction, TaskSums, has_data, reduce_rows, reduce_tasks, sum_rows
+
+__all__ = ["TrackedLoss"]
+
+
+class TrackedLoss(nn.Module):
+    """Weighting, sums, running metrics and reductions; the subclasses bring the signatures."""
+
+    train_metric: GlobalLoss
+    eval_metric: GlobalLoss
+
+    def __init__(
+        self,
+        loss_type: LossType | str | LossFunction,
+        tasks: tuple[str, ...] | None,
+        task_loss_reduction: str,
+        global_reduction: GlobalReduction,
+        *,
+        pos_weights: tuple[float, ...] | None,
+        task_weights: tuple[float, ...] | None,
+        mean_over: str,
+        ignore_index: float | None,
+        global_batch: bool,
+        process_group: dist.ProcessGroup | None,
+    ) -> None:
+        super().__init__()
+        self.loss_type = resolve_loss_type(loss_type)
+        if pos_weights is not None and self.loss_type is not LossType.BCE_WITH_LOGITS:
+            raise ValueError(f"pos_weight: got one with {self.loss_type}, expected it with BCE_WITH_LOGITS only")
+        if pos_weights is not None and min(pos_weights) < 0:
+            raise ValueError(f"pos_weight: got {pos_weights}, expected numbers >= 0")
+        check_choice("mean_over", mean_over, MEAN_OVER)
+        if not isinstance(global_batch, bool):
+            raise TypeError(f"global_batch: got {type(global_batch).__name__}, expected a bool")
+        self.tasks = tasks
+        self.task_loss_reduction = task_loss_reduction
+        self.global_reduction = global_reduction
+        self.pos_weights, self.task_weights = pos_weights, task_weights
+        self.mean_over = mean_over
+        self.ignore_index = check_ignore_index(ignore_index)
+        self.global_batch = global_batch
+        self.process_group = process_group
+        self._place_constants(torch.device("cpu"))
+        for name in ("train_metric", "eval_metric"):
+            metric = GlobalLoss(
+                tasks, task_loss_reduction, global_reduction, task_weights=task_weights, process_group=process_group
+            )
+            self.add_module(name, metric)
+
+    def extra_repr(self) -> str:
+        """The settings, for repr()."""
+        name = self.loss_type.value if isinstance(self.loss_type, LossType) else self.loss_type
+        return f"{name}, tasks={self.tasks}, reduction={self.task_loss_reduction}, global_batch={self.global_batch}"
+
+    def _losses(self, batch: Batch, normalizer: Tensor | float | None) -> tuple[Tensor, Tensor]:
+        """The tasks' losses ``(tasks,)`` and the global loss of a batch, whose sums are added to the running ones."""
+        normalizer = self._checked_normalizer(normalizer, batch)
+        loss = self._weighted_loss(batch)
+        sums = sum_rows(loss, batch, self.mean_over)
+        self._track(loss, sums)
+        if self.global_batch:
+            sums = task_sums_over_ranks(sums, self.process_group)
+        if normalizer is not None:
+            sums = TaskSums(sums.loss_sum, normalizer)
+        losses = reduce_rows(sums, self.task_loss_reduction).to(loss.dtype)
+        weights = None if self._task_weights is None else _like(self._task_weights, losses)
+        return losses, reduce_tasks(losses, has_data(sums), self.global_reduction, weights)
+
+    def _weighted_loss(self, batch: Batch) -> Tensor:
+        """Weight times loss, ``(rows, tasks)``; exactly 0 where the weight is."""
+        pos_weight = None if self._pos_weights is None else _like(self._pos_weights, batch.logits)
+        loss = unreduced_loss(self.loss_type, batch.logits, batch.labels, pos_weight)
+        if batch.weights is not None:
+            loss = loss * batch.weights
+            if not isinstance(self.loss_type, LossType):
+                # Of a callable it is not known that it is finite at the zeros that stand for what is left out.
+                loss = keep_where_nonzero(loss, batch.weights)
+        return loss.reshape(-1, 1 if self.tasks is None else len(self.tasks))
+
+    def _track(self, loss: Tensor, sums: TaskSums) -> None:
+        loss_sum = sums.loss_sum
+        if loss_sum.dtype != torch.float64:
+            loss_sum = loss.detach().sum(0, dtype=torch.float64)
+        metric = self.train_metric if self.training else self.eval_metric
+        metric.update(loss_sum, sums.weight)
+
+    def _checked_normalizer(self, normalizer: Tensor | float | None, batch: Batch) -> Tensor | float | None:
+        if normalizer is None:
+            return None
+        if self.task_loss_reduction != "mean" or self.global_reduction not in ("mean", "sum"):
+            raise ValueError(
+                "normalizer: got one with "
+                f"task_loss_reduction={self.task_loss_reduction!r} and global_reduction={self.global_reduction!r}, "
+                "expected 'mean', and 'mean' or 'sum': no other loss is the sum of those of its parts"
+            )
+        if isinstance(normalizer, Tensor):
+            tasks = 1 if self.tasks is None else len(self.tasks)
+            if normalizer.shape not in ((), (tasks,)) or normalizer.is_complex():
+                raise ValueError(
+                    f"normalizer: got {normalizer.dtype} of shape {tuple(normalizer.shape)}, "
+                    f"expected () or ({tasks},) reals"
+                )
+            if normalizer.device != batch.logits.device:
+                raise ValueError(f"normalizer: got a tensor on {normalizer.device}, expected {batch.logits.device}")
+            return normalizer.detach().to(torch.float64).expand(tasks)
+        if isinstance(normalizer, bool) or not isinstance(normalizer, (int, float)):
+            raise TypeError(f"normalizer: got {type(normalizer).__name__}, expected a Tensor or a number")
+        return normalizer
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> TrackedLoss:
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        self._place_constants(fn(torch.empty(0, device=self._constants_device)).device)
+        return self
+
+    def _place_constants(self, device: torch.device) -> None:
+        """Put the constants on a device, anew from their Python numbers, which no cast and no meta device can harm.
+
+        They are no registered buffers: with one, DDP would broadcast buffers at every forward.
+        """
+        if device.type == "meta":
+            return
+        self._constants_device = device
+        self._pos_weights = _constant(self.pos_weights, device)
+        self._task_weights = _constant(self.task_weights, device)
+
+
+def _constant(values: tuple[float, ...] | None, device: torch.device) -> Tensor | None:
+    if values is None:
+        return None
+    with torch.inference_mode(False):
+        return torch.tensor(values, dtype=torch.float64, device=device)
+
+
+def _like(constant: Tensor, values: Tensor) -> Tensor:
+    """A constant in the values' dtype; on their device too, where FSDP has not moved this parameterless module."""
+    return constant.to(values.device, values.dtype, non_blocking=True)
