@@ -275,9 +275,12 @@ class GlobalLoss(Metric):
         return update
 
     def _wrap_compute(self, compute: Callable[[], dict[str, Tensor]]) -> Callable[[], dict[str, Tensor]]:
-        # Metric's wrapper would also warn on a rank without data, although other ranks have some.
+        # Metric's wrapper would warn on a rank without data, although other ranks have some, and refuse to compute
+        # between sync() and unsync().
         @functools.wraps(compute)
         def synced_compute() -> dict[str, Tensor]:
+            if self._is_synced:
+                return compute()
             with self.sync_context(
                 dist_sync_fn=self.dist_sync_fn, should_sync=self._to_sync, should_unsync=self._should_unsync
             ):
