@@ -3,11 +3,14 @@
 One batch takes this way, a file a stage, each importing only what stands above it::
 
     arguments.py      the constructors' arguments, checked
+    wide_sum.py       the number format of a running sum
     batch.py          logits, labels, weights -> one aligned Batch                         (rows, tasks)
     loss_type.py      the unreduced loss                                                   (rows, tasks)
     task_sums.py      Σ over rows -> TaskSums, and the rule that turns sums into losses    (tasks,)
     ranks.py          Σ over ranks, with or without a gradient                             (tasks,)
-    global_loss.py    GlobalLoss: the running sums of all steps, a torchmetrics Metric
+    saved_sums.py     running sums in a checkpoint
+    running_sums.py   the life cycle of running sums, a torchmetrics Metric
+    global_loss.py    GlobalLoss: the running sums of all steps, and their losses
     tracked_loss.py   the stages in a row, with the running sums beside them
     modules.py        Loss, MultiTaskLoss -> {"loss/<task>": …, "loss": …}
     builders.py       the signatures of the-algorithm-ml

@@ -17,6 +17,7 @@ from twloss.loss_type import LossFunction, LossType
 from twloss.modules import Loss, MultiTaskLoss
 from twloss.ranks import detached_sum_over_ranks, world_size
 from twloss.task_sums import GlobalReduction
+from twloss.wide_sum import sum_dtype
 
 __all__ = ["build_loss", "build_multi_task_loss", "get_global_loss_detached"]
 
@@ -139,7 +140,7 @@ def _named(local_loss: Tensor | Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 
 def _named_weights(weight: object, local_loss: object, losses: dict[str, Tensor]) -> dict[str, Tensor] | None:
-    """A float64 weight of each loss's shape."""
+    """A weight of each loss's shape, in the widest dtype."""
     if weight is None:
         return None
     if not isinstance(weight, Mapping):
@@ -151,13 +152,13 @@ def _named_weights(weight: object, local_loss: object, losses: dict[str, Tensor]
 
 def _weight_like(key: str, weight: object, loss: Tensor) -> Tensor:
     if isinstance(weight, (int, float)) and not isinstance(weight, bool):
-        return torch.full_like(loss, weight, dtype=torch.float64)
+        return torch.full_like(loss, weight, dtype=sum_dtype(loss.device))
     if not isinstance(weight, Tensor):
         raise TypeError(f"weight: got {type(weight).__name__} for {key!r}, expected a number or a Tensor")
     if weight.is_complex() or weight.device != loss.device:
         raise ValueError(f"weight: got {weight.dtype} on {weight.device} for {key!r}, expected reals on {loss.device}")
     try:
-        return weight.detach().to(torch.float64).expand(loss.shape)
+        return weight.detach().to(sum_dtype(loss.device)).expand(loss.shape)
     except RuntimeError:
         raise ValueError(
             f"weight: got shape {tuple(weight.shape)} for {key!r}, expected one that broadcasts to {tuple(loss.shape)}"
@@ -170,8 +171,8 @@ def _over_ranks(
     reduction: str,
     process_group: dist.ProcessGroup | None,
 ) -> dict[str, Tensor]:
-    """All losses, and their weights, through one collective in float64."""
-    packed = torch.cat([loss.detach().to(torch.float64).flatten() for loss in losses.values()])
+    """All losses, and their weights, through one collective, in the widest dtype."""
+    packed = torch.cat([loss.detach().to(sum_dtype(loss.device)).flatten() for loss in losses.values()])
     if weights is None:
         total = detached_sum_over_ranks(packed, process_group)
         values = total if reduction == "sum" else total / world_size(process_group)

@@ -1,22 +1,17 @@
 """The running sums of every row seen: a torchmetrics ``Metric`` that adds ``TaskSums`` and divides at compute().
 
-``(tasks,)`` sums come in at each step, detached, and are added in float64 to one packed state; compute() sums the
-state over ranks with one collective and applies the two reductions of ``task_sums.py``. The state is no registered
-buffer: DistributedDataParallel overwrites every rank's buffers with those of rank 0 at each forward.
+``(tasks,)`` sums come in at each step; the losses of all steps and ranks go out, by the two reductions of
+``task_sums.py``, which the forward pass applies to one batch.
 """
 
 from __future__ import annotations
 
-import functools
-from collections.abc import Callable, Generator, Sequence
-from contextlib import contextmanager
+import math
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torchmetrics import Metric
-from torchmetrics.utilities.distributed import gather_all_tensors
-from torchmetrics.utilities.exceptions import TorchMetricsUserError
 from torchmetrics.utilities.prints import rank_zero_warn
 
 from twloss.arguments import (
@@ -28,14 +23,16 @@ from twloss.arguments import (
     per_task_numbers,
 )
 from twloss.ranks import detached_sum_over_ranks
+from twloss.running_sums import RunningSums
 from twloss.task_sums import GlobalReduction, TaskSums, has_data, reduce_rows, reduce_tasks
+from twloss.wide_sum import sum_dtype
 
 __all__ = ["NAN_STRATEGIES", "GlobalLoss"]
 
 NAN_STRATEGIES = ("warn", "error", "ignore", "disable")
 
 
-class GlobalLoss(Metric):
+class GlobalLoss(RunningSums):
     """The loss of all rows of all steps and ranks since reset(), as one process would get it from one batch.
 
     With S_t = Σ w·l and N_t the weight of task t, summed over every update of every rank, a task's loss is S_t / N_t
@@ -73,12 +70,9 @@ class GlobalLoss(Metric):
 
     is_differentiable = False
     higher_is_better = False
-    full_state_update = False
     plot_lower_bound = 0.0
 
     global_reduction: GlobalReduction
-    totals: Tensor
-    """``(4, tasks)`` float64: Σ loss_sum, Σ weight, the number of finite updates and of all updates."""
 
     def __init__(
         self,
@@ -93,20 +87,14 @@ class GlobalLoss(Metric):
         check_choice("task_loss_reduction", task_loss_reduction, TASK_REDUCTIONS)
         check_global_reduction(global_reduction)
         check_choice("nan_strategy", nan_strategy, NAN_STRATEGIES)
-        if kwargs.setdefault("compute_with_cache", False):
-            raise ValueError(
-                "compute_with_cache: got True, expected False: ranks with a cached value skip the collective"
-            )
-        super().__init__(**kwargs)
-        self.tasks = None if tasks is None else check_tasks(tasks)
+        tasks = None if tasks is None else check_tasks(tasks)
+        super().__init__((4, 1 if tasks is None else len(tasks)), **kwargs)
+        self.tasks = tasks
         self.task_loss_reduction = task_loss_reduction
         self.task_weights = per_task_numbers("task_weights", task_weights, self.tasks or ("loss",))
         self.nan_strategy = nan_strategy
         # In __dict__, where nn.Module does not look for submodules: the owner of the metric registers it.
         self.__dict__["global_reduction"] = global_reduction
-        shape = (4, 1 if self.tasks is None else len(self.tasks))
-        with torch.inference_mode(False):
-            self.add_state("totals", torch.zeros(shape, dtype=torch.float64), dist_reduce_fx="sum")
 
     def update(self, loss_sum: Tensor, weight: Tensor | float) -> None:
         """Add one batch's sums; nothing waits for the device, and nothing is added where an error is raised.
@@ -141,11 +129,12 @@ class GlobalLoss(Metric):
         Raises:
             RuntimeError: with ``nan_strategy="error"``, if an update was not finite.
         """
-        counted, offered = self.totals[2:].tolist()
+        totals = self.summed
+        counted, offered = totals[2:].tolist()
         if not any(offered):
             rank_zero_warn("GlobalLoss.compute() was called before update() on any rank; every value is NaN")
         self._report_non_finite([int(n - k) for n, k in zip(offered, counted)])
-        return self._losses(self.totals)
+        return self._losses(totals)
 
     def plot(self, val: Any = None, ax: Any = None) -> Any:
         """Plot a result of compute(), or a list of them as a line for each key.
@@ -162,30 +151,20 @@ class GlobalLoss(Metric):
     @property
     def update_count(self) -> int:
         """The number of updates since reset(), on this rank."""
-        return 0 if self.totals.is_meta else int(self.totals[3].max())
+        return 0 if self.totals.is_meta else int(self.summed[3, 0])
 
     @property
     def update_called(self) -> bool:
         """Whether there was an update since reset(), on this rank."""
         return self.update_count > 0
 
-    def reset(self) -> None:
-        """Set the sums to 0."""
-        with torch.inference_mode(False):
-            super().reset()
-
-    def _add(self, batch: Tensor) -> None:
-        if self._is_synced:
-            raise TorchMetricsUserError("GlobalLoss: update between sync() and unsync(), which would drop it")
-        if self.totals.device != batch.device:
-            # FSDP moves no module without parameters; the first update then brings the sums to the inputs' device.
-            self._move(batch.device)
-        # In place, with no attribute written: torch.compile would guard on the attribute and recompile at each step.
-        self.totals.add_(batch)
+    def describe(self) -> dict[str, Any]:
+        """The tasks, which sums of other tasks must not be mixed with."""
+        return {"tasks": None if self.tasks is None else list(self.tasks)}
 
     @torch.no_grad()
     def _batch_totals(self, loss_sum: Tensor, weight: Tensor | float) -> Tensor:
-        """What an update adds to ``totals``."""
+        """What an update adds, ``(4, tasks)``: loss_sum, weight, the number of finite updates (0 or 1) and of all."""
         loss_sum, weight = self._checked(loss_sum, weight)
         if self.nan_strategy == "disable":
             finite = torch.ones_like(loss_sum, dtype=torch.bool)
@@ -200,16 +179,17 @@ class GlobalLoss(Metric):
         return torch.stack((loss_sum, finite * weight, finite, torch.ones_like(loss_sum)))
 
     def _checked(self, loss_sum: Tensor, weight: Tensor | float) -> tuple[Tensor, Tensor | float]:
-        """Float64 ``(tasks,)`` sums, and a weight of that kind or a number."""
+        """Detached ``(tasks,)`` sums of the widest dtype, and a weight of that kind or a number."""
         if not isinstance(loss_sum, Tensor):
             raise TypeError(f"loss_sum: got {type(loss_sum).__name__}, expected a Tensor")
-        tasks = self.totals.shape[1]
+        tasks = 1 if self.tasks is None else len(self.tasks)
         if self.tasks is None and loss_sum.ndim == 0:
             loss_sum = loss_sum.unsqueeze(0)
         if loss_sum.shape != (tasks,) or loss_sum.is_complex():
             raise ValueError(
                 f"loss_sum: got {loss_sum.dtype} of shape {tuple(loss_sum.shape)}, expected ({tasks},) reals"
             )
+        dtype = sum_dtype(loss_sum.device)
         if isinstance(weight, Tensor):
             if weight.shape not in ((), (tasks,)) or weight.is_complex():
                 raise ValueError(
@@ -217,10 +197,12 @@ class GlobalLoss(Metric):
                 )
             if weight.device != loss_sum.device:
                 raise ValueError(f"weight: got a tensor on {weight.device}, expected {loss_sum.device} as for loss_sum")
-            weight = weight.detach().to(torch.float64).expand(tasks)
+            weight = weight.detach().to(dtype).expand(tasks)
         elif isinstance(weight, bool) or not isinstance(weight, (int, float, torch.SymInt)):
             raise TypeError(f"weight: got {type(weight).__name__}, expected a Tensor or a number")
-        return loss_sum.detach().to(torch.float64), weight
+        elif isinstance(weight, float) and not math.isfinite(weight):
+            raise ValueError(f"weight: got {weight}, expected a finite number")
+        return loss_sum.detach().to(dtype), weight
 
     @torch.no_grad()
     def _losses(self, totals: Tensor) -> dict[str, Tensor]:
@@ -232,12 +214,12 @@ class GlobalLoss(Metric):
         losses = reduce_rows(sums, self.task_loss_reduction)
         if self.tasks is None:
             return {"loss": losses.where(present, torch.nan).squeeze(0)}
-        weights = None if self.task_weights is None else losses.new_tensor(self.task_weights)
-        reduction = self.global_reduction
-        loss = reduce_tasks(losses.to(_dtype_for(reduction)), present, reduction, weights)
+        seen = _as_input_of(self.global_reduction, losses)
+        weights = None if self.task_weights is None else seen.new_tensor(self.task_weights)
+        loss = reduce_tasks(seen, present, self.global_reduction, weights)
         keys = [f"loss/{task}" for task in self.tasks]
         values = losses.where(present, torch.nan).unbind(0)
-        return {**dict(zip(keys, values)), "loss": loss.to(torch.float64).where(present.any(), torch.nan)}
+        return {**dict(zip(keys, values)), "loss": loss.to(losses).where(present.any(), torch.nan)}
 
     def _report_non_finite(self, skipped: list[int]) -> None:
         if self.nan_strategy not in ("warn", "error") or not any(skipped):
@@ -248,68 +230,10 @@ class GlobalLoss(Metric):
             raise RuntimeError(message)
         rank_zero_warn(message)
 
-    def _sync_dist(self, dist_sync_fn: Callable[..., Any] = gather_all_tensors, process_group: Any = None) -> None:
-        """Sum the packed state over ranks with one collective, where torchmetrics' own gather takes three."""
-        if dist_sync_fn is not gather_all_tensors:
-            super()._sync_dist(dist_sync_fn, process_group)
-            return
-        self.totals = detached_sum_over_ranks(self.totals, process_group or self.process_group)
 
-    @contextmanager
-    def sync_context(self, *args: Any, should_unsync: bool = True, **kwargs: Any) -> Generator[None, None, None]:
-        """As ``Metric.sync_context``, but the local sums come back after an exception too."""
-        self.sync(*args, **kwargs)
-        try:
-            yield
-        finally:
-            self.unsync(should_unsync=self._is_synced and should_unsync)
-
-    def _copy_state_dict(self) -> dict[str, Tensor | list[Any]]:
-        # Sums that were copied inside inference_mode could not be updated in place by the training that follows.
-        with torch.inference_mode(False):
-            return super()._copy_state_dict()
-
-    def _wrap_update(self, update: Callable[..., None]) -> Callable[..., None]:
-        # Metric's wrapper counts updates in a Python attribute, at which torch.compile recompiles at each step. The
-        # count is in the state; there is no cached result to drop; update() detaches by itself.
-        return update
-
-    def _wrap_compute(self, compute: Callable[[], dict[str, Tensor]]) -> Callable[[], dict[str, Tensor]]:
-        # Metric's wrapper would warn on a rank without data, although other ranks have some, and refuse to compute
-        # between sync() and unsync().
-        @functools.wraps(compute)
-        def synced_compute() -> dict[str, Tensor]:
-            if self._is_synced:
-                return compute()
-            with self.sync_context(
-                dist_sync_fn=self.dist_sync_fn, should_sync=self._to_sync, should_unsync=self._should_unsync
-            ):
-                return compute()
-
-        return synced_compute
-
-    def _apply(self, fn: Callable[[Tensor], Tensor], *_: Any, **__: Any) -> GlobalLoss:
-        # Placement only: a cast of the model must not round the sums, nor the defaults that reset() restores. What
-        # else may come is nn.Module's ``recurse`` or Metric's ``exclude_state``, which have nothing to act on.
-        self._move(fn(torch.empty(0, device=self.totals.device)).device)
-        return self
-
-    def _move(self, device: torch.device) -> None:
-        if device == self.totals.device:
-            return
-        with torch.inference_mode(False):
-            zeros = torch.zeros(self.totals.shape, dtype=torch.float64, device=device)
-            # Nothing can be copied from or to the meta device; without data the sums are 0.
-            lost = self.totals.is_meta or device.type == "meta"
-            self.totals = zeros.clone() if lost else self.totals.to(device)
-            self._defaults["totals"] = zeros
-        self._device = device
-        self._forward_cache = None
-
-
-def _dtype_for(reduction: GlobalReduction) -> torch.dtype:
-    """The dtype in which a reduction over tasks runs: float64, or that of a module's parameters, at least float32."""
+def _as_input_of(reduction: GlobalReduction, losses: Tensor) -> Tensor:
+    """The losses on the device and in the dtype of a module's parameters, at least float32; others take float64."""
     if isinstance(reduction, nn.Module):
         for parameter in reduction.parameters():
-            return torch.promote_types(parameter.dtype, torch.float32)
-    return torch.float64
+            return losses.to(parameter.device, torch.promote_types(parameter.dtype, torch.float32))
+    return losses

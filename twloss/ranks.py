@@ -6,6 +6,7 @@ collective. Without a process group the sum over ranks is the sum at hand.
 
 from __future__ import annotations
 
+import warnings
 from typing import Any
 
 import torch
@@ -13,8 +14,16 @@ import torch.distributed as dist
 from torch import Tensor
 
 from twloss.task_sums import TaskSums
+from twloss.wide_sum import sum_dtype
 
-__all__ = ["detached_sum_over_ranks", "task_sums_over_ranks", "world_size"]
+__all__ = [
+    "detached_sum_over_ranks",
+    "group_from_state",
+    "group_to_state",
+    "rank_in",
+    "task_sums_over_ranks",
+    "world_size",
+]
 
 
 def world_size(process_group: dist.ProcessGroup | None) -> int:
@@ -22,6 +31,37 @@ def world_size(process_group: dist.ProcessGroup | None) -> int:
     if not (dist.is_available() and dist.is_initialized()):
         return 1
     return dist.get_world_size(process_group)
+
+
+def rank_in(process_group: dist.ProcessGroup | None) -> int:
+    """This process's rank in the group; 0 without a process group, -1 outside of it."""
+    if not (dist.is_available() and dist.is_initialized()):
+        return 0
+    return dist.get_rank(process_group)
+
+
+def group_to_state(state: dict[str, Any]) -> dict[str, Any]:
+    """The attributes of an object that is copied or pickled, with its ``process_group``, which can't be, by name."""
+    group = state["process_group"]
+    return state if group is None else {**state, "process_group": group.group_name}
+
+
+def group_from_state(state: dict[str, Any]) -> dict[str, Any]:
+    """The attributes with the group of this process that has the name; with a warning and no group if there is none."""
+    name = state["process_group"]
+    if not isinstance(name, str):
+        return state
+    try:
+        # Private, but what torch's own functional collectives resolve names by.
+        group = dist.distributed_c10d._resolve_process_group(name)  # type: ignore[attr-defined, arg-type]
+    except RuntimeError:
+        group = None
+        warnings.warn(
+            f"process_group: the group {name!r} does not exist in this process, so sums are over all ranks",
+            UserWarning,
+            stacklevel=2,
+        )
+    return {**state, "process_group": group}
 
 
 def detached_sum_over_ranks(values: Tensor, process_group: dist.ProcessGroup | None) -> Tensor:
@@ -33,14 +73,14 @@ def detached_sum_over_ranks(values: Tensor, process_group: dist.ProcessGroup | N
 
 
 def task_sums_over_ranks(sums: TaskSums, process_group: dist.ProcessGroup | None) -> TaskSums:
-    """The sums of this step's rows of all ranks, in float64; for one rank the sums at hand.
+    """The sums of this step's rows of all ranks, in the widest dtype; for one rank the sums at hand.
 
     The gradient is such that DDP's or FSDP's average over ranks is the gradient of one process.
     """
     ranks = world_size(process_group)
     if ranks == 1:
         return sums
-    loss_sum = sums.loss_sum.to(torch.float64)
+    loss_sum = sums.loss_sum.to(sum_dtype(sums.loss_sum.device))
     weight = sums.weight if isinstance(sums.weight, Tensor) else torch.full_like(loss_sum, sums.weight)
     packed = torch.stack((loss_sum, weight))
     loss_sum, weight = _SumOverRanks.apply(packed, process_group, ranks).unbind(0)  # type: ignore[no-untyped-call]

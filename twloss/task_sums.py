@@ -10,10 +10,10 @@ import math
 from collections.abc import Callable
 from typing import NamedTuple
 
-import torch
 from torch import Tensor
 
 from twloss.batch import Batch
+from twloss.wide_sum import sum_dtype
 
 __all__ = ["GlobalReduction", "TaskSums", "has_data", "reduce_rows", "reduce_tasks", "sum_rows"]
 
@@ -30,7 +30,7 @@ class TaskSums(NamedTuple):
 
 
 def sum_rows(loss: Tensor, batch: Batch, mean_over: str) -> TaskSums:
-    """Sum a weighted loss over its rows, in the loss's own dtype; the weight in float64.
+    """Sum a weighted loss over its rows, in the loss's own dtype; the weight in the widest.
 
     Args:
         loss: ``(rows, tasks)``: weight times loss, 0 where the label is missing.
@@ -38,9 +38,9 @@ def sum_rows(loss: Tensor, batch: Batch, mean_over: str) -> TaskSums:
         mean_over: "rows" counts valid rows, "weights" adds their weights.
     """
     if batch.weights is not None and mean_over == "weights":
-        weight: Tensor | float = batch.weights.reshape(loss.shape).sum(0, dtype=torch.float64)
+        weight: Tensor | float = batch.weights.reshape(loss.shape).sum(0, dtype=sum_dtype(loss.device))
     elif batch.valid is not None:
-        weight = batch.valid.reshape(loss.shape).sum(0, dtype=torch.float64)
+        weight = batch.valid.reshape(loss.shape).sum(0, dtype=sum_dtype(loss.device))
     else:
         weight = loss.shape[0]
     return TaskSums(loss.sum(0), weight)

@@ -7,6 +7,7 @@ are added to ``train_metric`` or ``eval_metric``, by the module's mode.
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -16,8 +17,9 @@ from twloss.arguments import MEAN_OVER, check_choice, check_ignore_index
 from twloss.batch import Batch, keep_where_nonzero
 from twloss.global_loss import GlobalLoss
 from twloss.loss_type import LossFunction, LossType, resolve_loss_type, unreduced_loss
-from twloss.ranks import task_sums_over_ranks
+from twloss.ranks import group_from_state, group_to_state, task_sums_over_ranks
 from twloss.task_sums import GlobalReduction, TaskSums, has_data, reduce_rows, reduce_tasks, sum_rows
+from twloss.wide_sum import sum_dtype
 
 __all__ = ["TrackedLoss"]
 
@@ -59,7 +61,7 @@ class TrackedLoss(nn.Module):
         self.ignore_index = check_ignore_index(ignore_index)
         self.global_batch = global_batch
         self.process_group = process_group
-        self._place_constants(torch.device("cpu"))
+        self._place_constants(torch.get_default_device())
         for name in ("train_metric", "eval_metric"):
             metric = GlobalLoss(
                 tasks, task_loss_reduction, global_reduction, task_weights=task_weights, process_group=process_group
@@ -82,13 +84,13 @@ class TrackedLoss(nn.Module):
         if normalizer is not None:
             sums = TaskSums(sums.loss_sum, normalizer)
         losses = reduce_rows(sums, self.task_loss_reduction).to(loss.dtype)
-        weights = None if self._task_weights is None else _like(self._task_weights, losses)
-        return losses, reduce_tasks(losses, has_data(sums), self.global_reduction, weights)
+        task_weights = self._constants("task_weights", losses)
+        return losses, reduce_tasks(losses, has_data(sums), self.global_reduction, task_weights)
 
     def _weighted_loss(self, batch: Batch) -> Tensor:
         """Weight times loss, ``(rows, tasks)``; exactly 0 where the weight is."""
-        pos_weight = None if self._pos_weights is None else _like(self._pos_weights, batch.logits)
-        loss = unreduced_loss(self.loss_type, batch.logits, batch.labels, pos_weight)
+        pos_weights = self._constants("pos_weights", batch.logits)
+        loss = unreduced_loss(self.loss_type, batch.logits, batch.labels, pos_weights)
         if batch.weights is not None:
             loss = loss * batch.weights
             if not isinstance(self.loss_type, LossType):
@@ -98,8 +100,8 @@ class TrackedLoss(nn.Module):
 
     def _track(self, loss: Tensor, sums: TaskSums) -> None:
         loss_sum = sums.loss_sum
-        if loss_sum.dtype != torch.float64:
-            loss_sum = loss.detach().sum(0, dtype=torch.float64)
+        if loss_sum.dtype != sum_dtype(loss.device):
+            loss_sum = loss.detach().sum(0, dtype=sum_dtype(loss.device))
         metric = self.train_metric if self.training else self.eval_metric
         metric.update(loss_sum, sums.weight)
 
@@ -121,7 +123,7 @@ class TrackedLoss(nn.Module):
                 )
             if normalizer.device != batch.logits.device:
                 raise ValueError(f"normalizer: got a tensor on {normalizer.device}, expected {batch.logits.device}")
-            return normalizer.detach().to(torch.float64).expand(tasks)
+            return normalizer.detach().to(sum_dtype(normalizer.device)).expand(tasks)
         if isinstance(normalizer, bool) or not isinstance(normalizer, (int, float)):
             raise TypeError(f"normalizer: got {type(normalizer).__name__}, expected a Tensor or a number")
         return normalizer
@@ -131,25 +133,29 @@ class TrackedLoss(nn.Module):
         self._place_constants(fn(torch.empty(0, device=self._constants_device)).device)
         return self
 
+    def _constants(self, name: str, like: Tensor) -> Tensor | None:
+        """The pos_weights or task_weights, on the device and in the dtype of a tensor."""
+        if self._constants_device != like.device:
+            # FSDP moves no module without parameters.
+            self._place_constants(like.device)
+        return self._placed.get((name, like.dtype))
+
     def _place_constants(self, device: torch.device) -> None:
         """Put the constants on a device, anew from their Python numbers, which no cast and no meta device can harm.
 
         They are no registered buffers: with one, DDP would broadcast buffers at every forward.
         """
-        if device.type == "meta":
-            return
         self._constants_device = device
-        self._pos_weights = _constant(self.pos_weights, device)
-        self._task_weights = _constant(self.task_weights, device)
+        with torch.inference_mode(False):
+            self._placed = {
+                (name, dtype): torch.tensor(values, dtype=dtype, device=device)
+                for name, values in (("pos_weights", self.pos_weights), ("task_weights", self.task_weights))
+                for dtype in {torch.float32, sum_dtype(device)}
+                if values is not None
+            }
 
+    def __getstate__(self) -> dict[str, Any]:
+        return group_to_state(self.__dict__)
 
-def _constant(values: tuple[float, ...] | None, device: torch.device) -> Tensor | None:
-    if values is None:
-        return None
-    with torch.inference_mode(False):
-        return torch.tensor(values, dtype=torch.float64, device=device)
-
-
-def _like(constant: Tensor, values: Tensor) -> Tensor:
-    """A constant in the values' dtype; on their device too, where FSDP has not moved this parameterless module."""
-    return constant.to(values.device, values.dtype, non_blocking=True)
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(group_from_state(state))  # type: ignore[no-untyped-call]

@@ -1,0 +1,66 @@
+"""Running sums in a checkpoint: one rank's, and beside them what they are of, so that no others are taken for them.
+
+Float64 sums come in, two tensors go out, which ``torch.load(weights_only=True)`` reads; and back, after checks.
+"""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from twloss.ranks import rank_in, world_size
+
+__all__ = ["SAVED_NAMES", "load_sums", "save_sums"]
+
+SAVED_NAMES = ("totals", "sums_of")
+
+
+def save_sums(
+    totals: Tensor, description: dict[str, Any], process_group: dist.ProcessGroup | None
+) -> dict[str, Tensor]:
+    """A copy of the sums, and a JSON text ``(bytes,)`` uint8 of what they are of, this rank among it."""
+    text = json.dumps({**description, **_place(process_group)})
+    return {"totals": totals.detach().clone(), "sums_of": torch.tensor(list(text.encode()), dtype=torch.uint8)}
+
+
+def load_sums(
+    saved: dict[str, Any],
+    shape: tuple[int, ...],
+    description: dict[str, Any],
+    process_group: dist.ProcessGroup | None,
+) -> Tensor:
+    """A copy of saved sums.
+
+    Raises:
+        TypeError: if they are no tensors.
+        ValueError: if they are sums of something else, have a wrong shape or dtype, or are those of another rank: rank
+            0's file on every rank would count its rows as often as there are ranks, and no others. Sums of 0 suit all.
+    """
+    totals, text = (_readable(name, saved[name]) for name in SAVED_NAMES)
+    if totals.dtype != torch.float64 or totals.shape != shape:
+        raise ValueError(f"got {totals.dtype} of shape {tuple(totals.shape)}, expected torch.float64 of shape {shape}")
+    found = json.loads(bytes(text.tolist()))
+    place = {name: found.pop(name) for name in ("rank", "ranks")}
+    if found != description:
+        raise ValueError(f"got sums of {found}, expected {description}")
+    if place != _place(process_group) and totals.any():
+        raise ValueError(
+            f"got the sums of {place}, but here is {_place(process_group)}: save and load each rank's own, "
+            "or reset() before saving"
+        )
+    return totals.detach().clone()
+
+
+def _readable(name: str, value: object) -> Tensor:
+    if not isinstance(value, Tensor) or value.is_meta:
+        kind = "a meta tensor" if isinstance(value, Tensor) else type(value).__name__
+        raise TypeError(f"got {kind} as {name}, expected a Tensor with values")
+    return value
+
+
+def _place(process_group: dist.ProcessGroup | None) -> dict[str, int]:
+    return {"rank": rank_in(process_group), "ranks": world_size(process_group)}

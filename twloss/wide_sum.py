@@ -1,0 +1,93 @@
+"""How one running sum is held: in float64, or where a device has none, as a pair of float32.
+
+``(…)`` values come in, a state that holds their sum to at least 48 bits goes out, in place and without waiting for the
+device. The pair (hi, lo), stacked as ``(2, …)``, is an unevaluated sum hi + lo with ``|lo| <= ulp(hi) / 2``; what the
+rounding of an addition loses is computed exactly and kept in lo (two-sum; Knuth, The Art of Computer Programming,
+volume 2, 4.2.2; Dekker 1971, "A floating-point technique for extending the available precision").
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+__all__ = ["add_once", "is_pair", "moved_sum", "sum_dtype", "value_of_sum", "zero_sum"]
+
+DEVICES_WITHOUT_FLOAT64 = {"mps"}
+"""Device types on which a sum is a pair; a test may add another."""
+
+
+def sum_dtype(device: torch.device) -> torch.dtype:
+    """The widest floating dtype of a device."""
+    return torch.float32 if device.type in DEVICES_WITHOUT_FLOAT64 else torch.float64
+
+
+def zero_sum(shape: tuple[int, ...], device: torch.device) -> Tensor:
+    """A sum of nothing; ``shape`` is that of the values."""
+    dtype = sum_dtype(device)
+    # An inference tensor could not be updated in place by the training that follows.
+    with torch.inference_mode(False):
+        return torch.zeros(shape if dtype == torch.float64 else (2, *shape), dtype=dtype, device=device)
+
+
+def is_pair(state: Tensor) -> bool:
+    """Whether a state is a pair of float32."""
+    return state.dtype == torch.float32
+
+
+def value_of_sum(state: Tensor) -> Tensor:
+    """The sum in float64; of a pair on the CPU, since its device has none."""
+    if not is_pair(state):
+        return state
+    return state.to("cpu", torch.float64).sum(0)
+
+
+def moved_sum(state: Tensor, device: torch.device) -> Tensor:
+    """The sum as a state of another device; 0 from or to the meta device, where nothing can be copied."""
+    with torch.inference_mode(False):
+        value = value_of_sum(state)
+        moved = zero_sum(tuple(value.shape), device)
+        if not (state.is_meta or device.type == "meta"):
+            moved.copy_(torch.stack(_halves(value)) if is_pair(moved) else value)
+        return moved
+
+
+def add_once(state: Tensor, values: Tensor) -> None:
+    """Add values to a sum in place, unless this call recomputes a checkpointed forward, whose rows are in it already.
+
+    An operator of its own, so that a compiled graph asks when it runs: a recomputation runs inside of a backward pass.
+    """
+    torch.ops.twloss.add_once(state, values)
+
+
+def _add_once(state: Tensor, values: Tensor) -> None:
+    # Private, but what torch's own checkpoint and FSDP2 ask; there is no public way to know.
+    if torch._C._current_graph_task_id() != -1:
+        return
+    if is_pair(state):
+        _add_to_pair(state, values)
+    else:
+        state.add_(values)
+
+
+def _add_to_pair(state: Tensor, values: Tensor) -> None:
+    for part in _halves(values) if values.dtype == torch.float64 else (values,):
+        hi, lo = state
+        total = hi + part
+        virtual = total - hi
+        lo = lo + ((hi - (total - virtual)) + (part - virtual))
+        hi = total + lo
+        # Of an infinite sum nothing is left to keep: inf - inf would make it NaN.
+        lo = (lo - (hi - total)).nan_to_num(0.0, 0.0, 0.0)
+        state.copy_(torch.stack((hi, lo)))
+
+
+def _halves(value: Tensor) -> tuple[Tensor, Tensor]:
+    """A float64 value as float32 hi and lo, 48 of its 53 bits."""
+    hi = value.to(torch.float32)
+    return hi, (value - hi).nan_to_num(0.0, 0.0, 0.0).to(torch.float32)
+
+
+_LIBRARY = torch.library.Library("twloss", "DEF")
+_LIBRARY.define("add_once(Tensor(a!) state, Tensor values) -> ()")
+_LIBRARY.impl("add_once", _add_once, "CompositeExplicitAutograd")
