@@ -77,6 +77,28 @@ class Rows:
             for f, y, w in zip(self.features.split(list(sizes)), self.labels.split(list(sizes)), weights)
         ]
 
+    def to(self, dtype: torch.dtype) -> Rows:
+        """The rows in another floating dtype."""
+        return Rows(
+            self.features.to(dtype), self.labels.to(dtype), None if self.weights is None else self.weights.to(dtype)
+        )
+
+
+def split(rows: Rows, sizes: Sequence[Sequence[int]]) -> list[list[Rows]]:
+    """All rows in parts, by step, by rank."""
+    parts = iter(rows.cut([size for step in sizes for size in step]))
+    return [[next(parts) for _ in step] for step in sizes]
+
+
+def joined(parts: Sequence[Rows]) -> Rows:
+    """The rows of several parts."""
+    weights = [part.weights for part in parts if part.weights is not None]
+    return Rows(
+        torch.cat([part.features for part in parts]),
+        torch.cat([part.labels for part in parts]),
+        torch.cat(weights) if weights else None,
+    )
+
 
 class Ranker(nn.Module):
     """A linear model with its loss as a submodule, of known parameters."""

@@ -37,6 +37,14 @@ def three_ranks() -> Iterator[RankPool]:
     pool.stop()
 
 
+@pytest.fixture(scope="session")
+def four_ranks() -> Iterator[RankPool]:
+    """Four gloo ranks."""
+    pool = RankPool(4)
+    yield pool
+    pool.stop()
+
+
 @pytest.fixture(params=[2, 3])
 def ranks(request: pytest.FixtureRequest) -> RankPool:
     """Two, then three gloo ranks."""

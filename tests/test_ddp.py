@@ -16,10 +16,9 @@ from torch.nn.parallel import DistributedDataParallel
 from torchmetrics import MeanMetric, Metric
 
 from tests import reference
-from tests.cases import Ranker, Rows, Settings, columns, random_rows
+from tests.cases import Ranker, Rows, Settings, columns, joined, random_rows, split
 from tests.counting import CountCollectives
 from tests.rank_pool import RankFailedError, RankPool
-from tests.test_laws import joined, split
 from twloss import GlobalLoss, MultiTaskLoss
 
 # Rows by step and rank: uneven, and the last rank has none at all.

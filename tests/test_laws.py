@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from torch.nn.parallel import DistributedDataParallel
 
 from tests import reference
-from tests.cases import Ranker, Rows, Settings, cases, columns, parameter_gradients
+from tests.cases import Ranker, Rows, Settings, cases, columns, joined, parameter_gradients, split
 from tests.rank_pool import RankPool
 
 TOLERANCE = 1e-12
@@ -38,22 +38,6 @@ def run_steps(rank: int, case: Settings, steps: list[list[Rows]], global_batch: 
         gradients.append([parameter.grad.tolist() for parameter in model.parameters() if parameter.grad is not None])
     result = loss.train_metric.compute()
     return {"values": values, "gradients": gradients, "computed": {key: v.item() for key, v in result.items()}}
-
-
-def split(rows: Rows, sizes: list[list[int]]) -> list[list[Rows]]:
-    """All rows in parts, by step, by rank."""
-    parts = iter(rows.cut([size for step in sizes for size in step]))
-    return [[next(parts) for _ in step] for step in sizes]
-
-
-def joined(parts: list[Rows]) -> Rows:
-    """The rows of several parts."""
-    weights = [part.weights for part in parts if part.weights is not None]
-    return Rows(
-        torch.cat([part.features for part in parts]),
-        torch.cat([part.labels for part in parts]),
-        torch.cat(weights) if weights else None,
-    )
 
 
 def expect_split_invariance(case: Settings, rows: Rows, results: list[dict[str, Any]]) -> None:

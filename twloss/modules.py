@@ -111,7 +111,8 @@ class Loss(TrackedLoss):
         """
         has_classes = _has_classes(self.loss_type)
         batch = align(logits, labels, weights, has_classes=has_classes, ignore_index=self.ignore_index)
-        return self._losses(batch, normalizer)[0].squeeze(0)
+        # The mean over the one task, for a result that is no view: FSDP2 warns of views that a model returns.
+        return self._losses(batch, normalizer)[1]
 
 
 class MultiTaskLoss(TrackedLoss):
