@@ -76,8 +76,10 @@ def keep_where_nonzero(values: Tensor, weights: Tensor) -> Tensor:
 
     A product would not do (0·NaN is NaN), and ``where(weights == 0, 0, values)`` takes two kernels and ten times as
     long. The gradient of hardshrink with a threshold of 0 is this selection in one kernel, differentiable any number
-    of times.
+    of times. The compiler, which fuses kernels, takes no symbolic shapes for it.
     """
+    if torch.compiler.is_compiling():
+        return values.where(weights != 0, 0.0)
     kept: Tensor = torch.ops.aten.hardshrink_backward(values, weights, 0.0)
     return kept
 

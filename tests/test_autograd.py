@@ -1,0 +1,211 @@
+"""What autograd, the function transforms and a device that must not be waited for ask of the loss."""
+
+from __future__ import annotations
+
+import gc
+import math
+import weakref
+from collections.abc import Callable
+from typing import Any, ClassVar
+
+import pytest
+import torch
+from torch import Tensor
+from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensorMode
+from torch.func import grad, hessian, jvp, vmap
+
+from twloss import GlobalLoss, Loss, MultiTaskLoss
+
+TASKS = ["a", "b"]
+OPTIONS: dict[str, dict[str, Any]] = {
+    "plain": {},
+    "all kinds": {
+        "pos_weights": [2.0, 3.0],
+        "task_weights": [1.0, 0.5],
+        "mean_over": "weights",
+        "ignore_index": math.nan,
+        "global_batch": True,
+    },
+    "median": {"global_reduction": "median", "ignore_index": -1, "global_batch": True},
+    "min": {"global_reduction": "min", "global_batch": True},
+    "sum": {"task_loss_reduction": "sum", "global_reduction": "sum", "global_batch": True},
+}
+
+
+def inputs(rows: int = 7) -> tuple[Tensor, Tensor, Tensor]:
+    weights = torch.rand(rows, 2, dtype=torch.float64)
+    weights[1] = 0.0
+    return torch.randn(rows, 2, dtype=torch.float64), torch.rand(rows, 2, dtype=torch.float64), weights
+
+
+@pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS)
+def test_first_and_second_derivatives_are_those_of_finite_differences(options: dict[str, Any]) -> None:
+    logits, labels, weights = inputs()
+    loss = MultiTaskLoss("bce_with_logits", TASKS, **options)
+
+    def function(x: Tensor) -> Tensor:
+        value: Tensor = loss(x, labels, weights)["loss"]
+        return value
+
+    assert torch.autograd.gradcheck(function, logits.requires_grad_())
+    assert torch.autograd.gradgradcheck(function, logits)
+
+
+def test_derivatives_of_cross_entropy() -> None:
+    labels, weights = torch.randint(0, 3, (5,)), torch.tensor([1.0, 0.0, 2.0, 0.5, 1.0], dtype=torch.float64)
+    loss = Loss("cross_entropy")
+    logits = torch.randn(5, 3, dtype=torch.float64, requires_grad=True)
+    assert torch.autograd.gradcheck(lambda x: loss(x, labels, weights), logits)
+    assert torch.autograd.gradgradcheck(lambda x: loss(x, labels, weights), logits)
+
+
+def test_derivatives_by_labels_and_weights() -> None:
+    """Distillation learns from soft labels, reweighting from learned weights."""
+    logits, labels, _ = inputs()
+    weights = 1 + torch.rand(7, 2, dtype=torch.float64)
+    loss = MultiTaskLoss("bce_with_logits", TASKS, mean_over="weights")
+    arguments = (logits.requires_grad_(), labels.requires_grad_(), weights)
+    assert torch.autograd.gradcheck(lambda x, y, w: loss(x, y, w)["loss"], arguments)
+
+
+@pytest.mark.filterwarnings("ignore:`torch.jit.script` is deprecated:DeprecationWarning")  # torch's own forward mode
+@pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS)
+def test_transforms_give_right_derivatives_and_track_nothing(options: dict[str, Any]) -> None:
+    logits, labels, weights = inputs()
+    loss = MultiTaskLoss("bce_with_logits", TASKS, **options)
+
+    def function(x: Tensor, y: Tensor = labels) -> Tensor:
+        value: Tensor = loss(x, y, weights)["loss"]
+        return value
+
+    by_grad = grad(function)(logits)
+    many = torch.stack([logits, logits + 1])
+    by_vmap = vmap(grad(function))(many)
+    of_both = vmap(function)(many, torch.stack([labels, labels]))
+    _, by_jvp, *_ = jvp(function, (logits,), (torch.ones_like(logits),))
+    by_hessian = hessian(function)(logits)
+    assert not loss.train_metric.update_called
+
+    leaf = logits.clone().requires_grad_()
+    (expected,) = torch.autograd.grad(function(leaf), leaf)
+    assert loss.train_metric.update_called
+    assert torch.allclose(by_grad, expected, rtol=1e-12)
+    assert torch.allclose(by_vmap[0], expected, rtol=1e-12)
+    assert torch.allclose(of_both, torch.stack([function(logits), function(logits + 1)]), rtol=1e-12)
+    assert by_jvp.item() == pytest.approx(expected.sum().item(), rel=1e-10)
+    second = torch.autograd.functional.hessian(function, logits)
+    assert torch.allclose(by_hessian, second, rtol=1e-10, atol=1e-15)
+
+
+# torchmetrics copies a state's default, of which torch warns where it is fake.
+@pytest.mark.filterwarnings("ignore:Accessing the data pointer of FakeTensor:UserWarning")
+@pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS)
+def test_forward_backward_and_update_read_no_value(options: dict[str, Any]) -> None:
+    """Fake tensors have none: whatever waits for the device raises."""
+    with FakeTensorMode():
+        loss = MultiTaskLoss("bce_with_logits", TASKS, **options)
+        for mode in (True, False):
+            loss.train(mode)
+            for weights in (None, torch.rand(4, 2), torch.rand(4)):
+                loss(torch.randn(4, 2, requires_grad=True), torch.rand(4, 2), weights)["loss"].backward()
+
+
+@pytest.mark.filterwarnings("ignore:Accessing the data pointer of FakeTensor:UserWarning")
+def test_no_value_is_read_of_class_labels_mappings_normalizers_and_sums() -> None:
+    with FakeTensorMode():
+        loss = MultiTaskLoss("cross_entropy", TASKS, ignore_index=-1)
+        logits = {"a": torch.randn(4, 2, requires_grad=True), "b": torch.randn(4, 5, requires_grad=True)}
+        labels = {task: torch.zeros(4, dtype=torch.int64) for task in TASKS}
+        loss(logits, labels, normalizer=torch.tensor([3, 4]))["loss"].backward()
+        Loss("bce_with_logits", ignore_index=-1)(torch.randn(4, requires_grad=True), torch.rand(4)).backward()
+        for strategy in ("warn", "error", "ignore", "disable"):
+            GlobalLoss(TASKS, nan_strategy=strategy).update(torch.rand(2), torch.rand(2))
+
+
+def test_the_check_sees_a_value_that_is_read() -> None:
+    with FakeTensorMode(), pytest.raises(DataDependentOutputException):
+        torch.rand(1).item()
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU; fake tensors show the same on any machine")
+def test_a_gpu_is_never_waited_for() -> None:
+    loss = MultiTaskLoss("bce_with_logits", TASKS, **OPTIONS["all kinds"]).to("cuda")
+    logits, labels, weights = (x.to("cuda") for x in inputs())
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        loss(logits.requires_grad_(), labels, weights)["loss"].backward()
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+
+
+class Saved:
+    """A tensor that a graph has saved for its backward pass; it lives as long as the graph does."""
+
+    alive: ClassVar[weakref.WeakSet[Saved]] = weakref.WeakSet()
+
+    def __init__(self, values: Tensor) -> None:
+        self.values = values
+        self.alive.add(self)
+
+
+def graphs_alive(step: Callable[[], object]) -> int:
+    """The number of saved tensors of 2000 steps that outlive them."""
+    with torch.autograd.graph.saved_tensors_hooks(Saved, lambda saved: saved.values):
+        for _ in range(2000):
+            step()
+    gc.collect()
+    return len(Saved.alive)
+
+
+def test_no_graph_is_kept_alive_over_2000_steps_without_backward() -> None:
+    loss = MultiTaskLoss("bce_with_logits", TASKS, pos_weights=[2.0, 3.0])
+    logits, labels, weights = torch.randn(4, 2, requires_grad=True), torch.rand(4, 2), torch.rand(4, 2)
+    assert graphs_alive(lambda: loss(logits, labels, weights)) == 0
+    assert loss.train_metric.update_count == 2000
+
+
+def test_a_sum_that_is_not_detached_keeps_every_graph() -> None:
+    """The naive version."""
+    total = torch.zeros(())
+    logits = torch.randn(4, 2, requires_grad=True)
+
+    def step() -> None:
+        nonlocal total
+        total = total + logits.sigmoid().sum()
+
+    assert graphs_alive(step) >= 2000
+
+
+def test_an_undetached_sum_given_to_update_is_not_kept_alive() -> None:
+    metric = GlobalLoss(["a"])
+    leaf = torch.ones(1, requires_grad=True)
+    metric.update(leaf * 2, leaf * 1)
+    assert not metric.totals.requires_grad
+    assert metric.compute()["loss"].item() == 2.0
+
+
+@pytest.mark.parametrize("mode", [torch.inference_mode, torch.no_grad])
+def test_update_compute_and_reset_without_gradients_then_training(mode: Any) -> None:
+    loss = MultiTaskLoss("bce_with_logits", TASKS, pos_weights=[2.0, 3.0])
+    logits, labels, weights = inputs()
+    with mode():
+        loss(logits, labels, weights)
+        loss.train_metric.compute()
+        loss.train_metric.reset()
+        loss(logits, labels, weights)
+        loss.to("meta")
+        loss.to_empty(device="cpu")
+    loss(logits.requires_grad_(), labels, weights)["loss"].backward()
+    assert loss.train_metric.update_count == 1
+    assert logits.grad is not None
+
+
+def test_a_loss_that_is_built_in_inference_mode_trains() -> None:
+    with torch.inference_mode():
+        loss = MultiTaskLoss("bce_with_logits", TASKS, pos_weights=[2.0, 3.0], task_weights=[1.0, 2.0])
+    twin = MultiTaskLoss("bce_with_logits", TASKS, pos_weights=[2.0, 3.0], task_weights=[1.0, 2.0])
+    logits, labels, weights = inputs()
+    result = loss(logits.requires_grad_(), labels, weights)["loss"]
+    result.backward()
+    assert result.item() == twin(logits, labels, weights)["loss"].item()
+    assert torch.equal(loss.train_metric.totals, twin.train_metric.totals)
