@@ -43,8 +43,11 @@ def load_sums(
     totals, text = (_readable(name, saved[name]) for name in SAVED_NAMES)
     if totals.dtype != torch.float64 or totals.shape != shape:
         raise ValueError(f"got {totals.dtype} of shape {tuple(totals.shape)}, expected torch.float64 of shape {shape}")
-    found = json.loads(bytes(text.tolist()))
-    place = {name: found.pop(name) for name in ("rank", "ranks")}
+    try:
+        found = json.loads(bytes(text.tolist()))
+        place = {name: found.pop(name) for name in ("rank", "ranks")}
+    except (AttributeError, KeyError, TypeError, ValueError) as error:
+        raise ValueError(f"got {text} as sums_of, expected what save_sums() writes") from error
     if found != description:
         raise ValueError(f"got sums of {found}, expected {description}")
     if place != _place(process_group) and totals.any():

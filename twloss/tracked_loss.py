@@ -77,15 +77,17 @@ class TrackedLoss(nn.Module):
         """The tasks' losses ``(tasks,)`` and the global loss of a batch, whose sums are added to the running ones."""
         normalizer = self._checked_normalizer(normalizer, batch)
         loss = self._weighted_loss(batch)
-        sums = sum_rows(loss, batch, self.mean_over)
-        self._track(loss, sums)
+        sums = local = sum_rows(loss, batch, self.mean_over)
         if self.global_batch:
             sums = task_sums_over_ranks(sums, self.process_group)
         if normalizer is not None:
             sums = TaskSums(sums.loss_sum, normalizer)
         losses = reduce_rows(sums, self.task_loss_reduction).to(loss.dtype)
         task_weights = self._constants("task_weights", losses)
-        return losses, reduce_tasks(losses, has_data(sums), self.global_reduction, task_weights)
+        global_loss = reduce_tasks(losses, has_data(sums), self.global_reduction, task_weights)
+        # Last, so that a batch whose loss could not be computed is not in the running sums either.
+        self._track(loss, local)
+        return losses, global_loss
 
     def _weighted_loss(self, batch: Batch) -> Tensor:
         """Weight times loss, ``(rows, tasks)``; exactly 0 where the weight is."""

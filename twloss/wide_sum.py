@@ -75,17 +75,20 @@ def _add_to_pair(state: Tensor, values: Tensor) -> None:
         hi, lo = state
         total = hi + part
         virtual = total - hi
-        lo = lo + ((hi - (total - virtual)) + (part - virtual))
+        # Of an infinite sum nothing is lost, but inf - inf would make it NaN.
+        lo = lo + _finite((hi - (total - virtual)) + (part - virtual))
         hi = total + lo
-        # Of an infinite sum nothing is left to keep: inf - inf would make it NaN.
-        lo = (lo - (hi - total)).nan_to_num(0.0, 0.0, 0.0)
-        state.copy_(torch.stack((hi, lo)))
+        state.copy_(torch.stack((hi, _finite(lo - (hi - total)))))
 
 
 def _halves(value: Tensor) -> tuple[Tensor, Tensor]:
     """A float64 value as float32 hi and lo, 48 of its 53 bits."""
     hi = value.to(torch.float32)
-    return hi, (value - hi).nan_to_num(0.0, 0.0, 0.0).to(torch.float32)
+    return hi, _finite(value - hi).to(torch.float32)
+
+
+def _finite(values: Tensor) -> Tensor:
+    return values.nan_to_num(0.0, 0.0, 0.0)
 
 
 _LIBRARY = torch.library.Library("twloss", "DEF")
