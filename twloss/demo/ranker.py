@@ -1,0 +1,60 @@
+"""The model, with its loss as a submodule: ids and genres -> logits ``(rows, tasks)`` -> the losses to train on."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+
+from twloss import LossType, MultiTaskLoss
+from twloss.demo.movielens import TASKS, Rows
+
+__all__ = ["Ranker", "build_ranker"]
+
+
+class Ranker(nn.Module):
+    """Sums an embedding of each id and of the genres, and scores the sum for every task.
+
+    Args:
+        vocabulary: the number of ids in each column of the ids, "unknown" included.
+        genres: the number of genres.
+        base_rates: ``(tasks,)``, each label's mean in training; what the model predicts before it has learnt.
+        width: of the embeddings.
+    """
+
+    def __init__(self, vocabulary: Sequence[int], genres: int, base_rates: Tensor, width: int = 32) -> None:
+        super().__init__()
+        embeddings = [nn.Embedding(size, width) for size in vocabulary]
+        self.embeddings = nn.ModuleList(embeddings)
+        self.genres = nn.Linear(genres, width)
+        self.heads = nn.Linear(width, len(TASKS))
+        # global_batch: the loss, and the gradient, of the rows of all ranks, however unevenly they are shared out.
+        self.loss = MultiTaskLoss(LossType.BCE_WITH_LOGITS, TASKS, global_batch=True)
+        for embedding in embeddings:
+            nn.init.normal_(embedding.weight, std=0.05)
+        with torch.no_grad():
+            self.heads.bias.copy_(base_rates.logit())
+
+    def logits(self, ids: Tensor, genres: Tensor) -> Tensor:
+        """The scores ``(rows, tasks)`` of ids ``(rows, 3)`` and genres ``(rows, genres)``."""
+        hidden = self.genres(genres)
+        for embedding, column in zip(self.embeddings, ids.unbind(1)):
+            hidden = hidden + embedding(column)
+        logits: Tensor = self.heads(hidden.relu())
+        return logits
+
+    def forward(self, ids: Tensor, genres: Tensor, labels: Tensor) -> dict[str, Tensor]:
+        """``{"loss/<task>": …, "loss": …}``; adds the batch to the loss's running sums."""
+        losses: dict[str, Tensor] = self.loss(self.logits(ids, genres), labels)
+        return losses
+
+
+def build_ranker(train_rows: Rows) -> Ranker:
+    """A new ranker for these rows, on their device.
+
+    In float64, as the check of the evaluation is: the last bit of a float32 logit may depend on the batch around it.
+    """
+    vocabulary = (train_rows.ids.amax(0) + 1).tolist()
+    ranker = Ranker(vocabulary, train_rows.genres.shape[1], train_rows.labels.mean(0).cpu())
+    return ranker.to(train_rows.labels)

@@ -1,0 +1,56 @@
+"""What is printed at the end: losses come in, a table and the check of the evaluation go to the console."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from rich import box
+from rich.console import Console
+from rich.table import Table
+
+from twloss.demo.training import Losses, Point
+
+__all__ = ["print_check", "print_table"]
+
+# Summing 20,000 rows in another order changes 1e-15 of the sum; a row that is lost or counted twice, 1e-5.
+TOLERANCE = 1e-12
+
+CAPTION = (
+    "train loss: over the last {interval:,} rows trained on, with some of their ids made unknown. eval loss: after "
+    "the training, on the latest ratings, all of them later than the training rows. base rate: the eval loss of "
+    "always predicting the training rows' share of positives. Batches are global, and so are their losses: any number "
+    "of ranks gives these numbers, those of one process."
+)
+
+
+def print_table(console: Console, title: str, points: Sequence[Point], base_rate: Losses, eval_rows: int) -> None:
+    """A line for each task, and one for the global loss."""
+    last = points[-1]
+    caption = CAPTION.format(interval=last.rows_seen - (points[-2].rows_seen if len(points) > 1 else 0))
+    table = Table(title=title, caption=caption, caption_justify="left", box=box.SIMPLE_HEAD)
+    table.add_column("task")
+    for heading in ("train\nloss", "eval\nloss", "base\nrate", "eval\ngain", "rows\ntrained on", "rows\nevaluated"):
+        table.add_column(heading, justify="right")
+    for key, loss in last.eval.items():
+        losses = (f"{value:.4f}" for value in (last.train[key], loss, base_rate[key]))
+        gain = f"{1 - loss / base_rate[key]:.1%}"
+        task = "all (mean)" if key == "loss" else key.removeprefix("loss/")
+        table.add_row(task, *losses, gain, f"{last.rows_seen:,}", f"{eval_rows:,}")
+    console.print(table)
+
+
+def print_check(console: Console, losses: Losses, expected: Losses, world_size: int) -> bool:
+    """Print, and return, whether an evaluation over ranks gave the losses of one process."""
+    differences = [abs(losses[key] - value) / abs(value) for key, value in expected.items()]
+    # all(), not max(), which may pass over a NaN.
+    equal = all(difference <= TOLERANCE for difference in differences)
+    verdict = "equal" if equal else "NOT EQUAL, so rows were lost, counted twice or not finite"
+    console.print(
+        f"eval loss over {world_size} rank(s):   {losses['loss']!r}",
+        f"eval loss of one process: {expected['loss']!r}",
+        f"check: {verdict} (largest relative difference of any loss {max(differences):.1e}, limit {TOLERANCE:.0e})",
+        sep="\n",
+        highlight=False,
+        soft_wrap=True,
+    )
+    return equal

@@ -1,0 +1,109 @@
+"""The training: a ranker and rows come in, the losses of each interval go out, the same on every rank.
+
+Every rank holds all rows, draws the same global batches from them and takes its share of each. So all ranks take the
+same number of steps, which the collectives of the loss and of DDP need, and a batch is the same however many share it.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Iterator
+from typing import NamedTuple
+
+import torch
+import torch.distributed as dist
+from rich.console import Console
+from rich.progress import Progress
+from torch import nn
+from torch.nn.parallel import DistributedDataParallel
+
+from twloss import GlobalLoss
+from twloss.demo.movielens import Rows, Split
+from twloss.demo.options import Options
+from twloss.demo.process_group import share
+from twloss.demo.ranker import Ranker
+
+__all__ = ["Losses", "Point", "evaluate", "train"]
+
+INTERVALS_PER_EPOCH = 2
+LEARNING_RATE = 1e-3
+# The ids that are made "unknown" in training, so that the unknown id learns to stand for an average user or movie.
+FORGOTTEN_SHARE = 0.3
+
+Losses = dict[str, float]
+"""``{"loss/<task>": …, "loss": …}``"""
+
+
+class Point(NamedTuple):
+    """The losses over all ranks, at one moment of the training."""
+
+    rows_seen: int
+    train: Losses
+    """Of the rows since the point before."""
+    eval: Losses
+    """Of all rows to evaluate."""
+
+
+def train(ranker: Ranker, split: Split, options: Options, console: Console) -> list[Point]:
+    """Train the ranker in place; measure it ``INTERVALS_PER_EPOCH`` times an epoch, and at the end."""
+    model: nn.Module = DistributedDataParallel(ranker) if dist.is_initialized() else ranker
+    optimizer = torch.optim.Adam(model.parameters(), lr=LEARNING_RATE)
+    steps_per_epoch = math.ceil(len(split.train) / options.batch_size)
+    steps, interval = options.epochs * steps_per_epoch, math.ceil(steps_per_epoch / INTERVALS_PER_EPOCH)
+    points: list[Point] = []
+    rows_seen = 0
+    with Progress(console=console, disable=console.quiet) as progress:
+        batches = progress.track(_shuffled_batches(split.train, options), total=steps, description="training")
+        for step, batch in enumerate(batches, start=1):
+            _training_step(model, optimizer, share(batch))
+            rows_seen += len(batch)
+            if step % interval == 0 or step == steps:
+                train_losses = _total(ranker.loss.train_metric)
+                points.append(Point(rows_seen, train_losses, evaluate(ranker, split.eval, options)))
+                console.print(_line(points[-1]))
+    return points
+
+
+def evaluate(ranker: Ranker, rows: Rows, options: Options) -> Losses:
+    """The losses of all rows, each seen by one rank; the running sums of the training stay as they are."""
+    ranker.eval()
+    with torch.no_grad():
+        for batch in _batches(rows, options.batch_size):
+            part = share(batch)
+            ranker(part.ids, part.genres, part.labels)
+    ranker.train()
+    return _total(ranker.loss.eval_metric)
+
+
+def _training_step(model: nn.Module, optimizer: torch.optim.Optimizer, part: Rows) -> None:
+    losses = model(part.ids, part.genres, part.labels)
+    optimizer.zero_grad()
+    losses["loss"].backward()
+    optimizer.step()
+
+
+def _total(metric: GlobalLoss) -> Losses:
+    """What the metric has summed on all ranks since the last time; a collective, so every rank has to ask."""
+    losses = {key: loss.item() for key, loss in metric.compute().items()}
+    metric.reset()
+    return losses
+
+
+def _batches(rows: Rows, batch_size: int) -> Iterator[Rows]:
+    for start in range(0, len(rows), batch_size):
+        yield rows[start : start + batch_size]
+
+
+def _shuffled_batches(rows: Rows, options: Options) -> Iterator[Rows]:
+    """The global batches of all epochs, in an order that only the seed decides."""
+    generator = torch.Generator().manual_seed(options.seed)
+    for _ in range(options.epochs):
+        known = torch.rand(rows.ids.shape, generator=generator) >= FORGOTTEN_SHARE
+        epoch = dataclasses.replace(rows, ids=rows.ids * known.to(rows.ids.device))
+        yield from _batches(epoch[torch.randperm(len(rows), generator=generator)], options.batch_size)
+
+
+def _line(point: Point) -> str:
+    losses = "  ".join(f"{key.removeprefix('loss/')} {loss:.3f}" for key, loss in point.train.items())
+    return f"{point.rows_seen:9,} rows  {losses}  eval {point.eval['loss']:.3f}"
