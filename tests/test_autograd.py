@@ -68,6 +68,38 @@ def test_derivatives_by_labels_and_weights() -> None:
     assert torch.autograd.gradcheck(lambda x, y, w: loss(x, y, w)["loss"], arguments)
 
 
+@pytest.mark.parametrize("loss_type", ["bce_with_logits", "cross_entropy"])
+def test_a_row_of_weight_0_is_in_no_second_derivative_either(loss_type: str) -> None:
+    classes = loss_type == "cross_entropy"
+    logits = torch.randn((4, 2, 3) if classes else (4, 2), dtype=torch.float64)
+    labels = torch.ones(4, 2, dtype=torch.int64)
+    weights = torch.tensor([[1.0, 0.0], [0.0, 1.0], [2.0, 1.0], [0.5, 0.0]], dtype=torch.float64)
+    logits[weights == 0] = math.nan
+    loss = MultiTaskLoss(loss_type, TASKS, pos_weights=None if classes else [2.0, 3.0])
+    (first,) = torch.autograd.grad(loss(logits.requires_grad_(), labels, weights)["loss"], logits, create_graph=True)
+    (second,) = torch.autograd.grad(first.square().sum(), logits)
+    assert (second[weights == 0] == 0).all()
+    assert (second[weights != 0] != 0).all()
+
+
+@pytest.mark.filterwarnings("ignore:`torch.jit.script` is deprecated:DeprecationWarning")  # torch's own forward mode
+def test_many_derivatives_at_once_and_forward_mode_by_torchs_older_interfaces() -> None:
+    logits, labels, weights = inputs()
+    loss = MultiTaskLoss("bce_with_logits", TASKS, pos_weights=[2.0, 3.0])
+
+    def function(x: Tensor) -> Tensor:
+        losses = loss(x, labels, weights)
+        return torch.stack([losses["loss/a"], losses["loss/b"]])
+
+    jacobian = torch.autograd.functional.jacobian(function, logits, vectorize=True)
+    assert torch.equal(jacobian, torch.autograd.functional.jacobian(function, logits))
+    with torch.autograd.forward_ad.dual_level():
+        dual = torch.autograd.forward_ad.make_dual(logits, torch.ones_like(logits))
+        tangent = torch.autograd.forward_ad.unpack_dual(function(dual)).tangent
+    assert tangent is not None
+    assert torch.allclose(tangent, jacobian.sum((1, 2)), rtol=1e-12)
+
+
 @pytest.mark.filterwarnings("ignore:`torch.jit.script` is deprecated:DeprecationWarning")  # torch's own forward mode
 @pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS)
 def test_transforms_give_right_derivatives_and_track_nothing(options: dict[str, Any]) -> None:

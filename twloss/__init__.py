@@ -6,7 +6,8 @@ One batch takes this way, a file a stage, each importing only what stands above 
     wide_sum.py       the number format of a running sum
     batch.py          logits, labels, weights -> one aligned Batch                         (rows, tasks)
     loss_type.py      the unreduced loss                                                   (rows, tasks)
-    task_sums.py      Σ over rows -> TaskSums, and the rule that turns sums into losses    (tasks,)
+    task_sums.py      TaskSums, and the rule that turns sums into losses                   (tasks,)
+    summed_loss.py    Σ w·l over the rows -> TaskSums                                      (tasks,)
     ranks.py          Σ over ranks, with or without a gradient                             (tasks,)
     saved_sums.py     running sums in a checkpoint
     running_sums.py   the life cycle of running sums, a torchmetrics Metric

@@ -1,8 +1,8 @@
 """Where a batch enters: what the caller passes becomes aligned tensors, or a clear error.
 
 Logits, labels and weights come in, as tensors or as mappings task -> tensor; a ``Batch`` of one shape, device and
-floating dtype goes out, in which what a missing label or a weight of 0 leaves out is harmless. Checks look at types,
-shapes, dtypes and devices only, never at values: reading a value would wait for the device.
+floating dtype goes out. Checks look at types, shapes, dtypes and devices only, never at values: reading a value would
+wait for the device.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-__all__ = ["Batch", "align", "keep_where_nonzero", "stack_tasks"]
+__all__ = ["Batch", "align", "keep_where_nonzero", "stack_tasks", "without_left_out"]
 
 
 class Batch(NamedTuple):
@@ -62,13 +62,18 @@ def align(
         weights = valid.to(dtype) if weights is None else weights.where(valid, 0.0)
     logits = logits.to(dtype)
     labels = labels.to(torch.int64 if has_classes else dtype)
+    return Batch(logits, labels, weights, valid)
+
+
+def without_left_out(batch: Batch) -> tuple[Tensor, Tensor]:
+    """Logits and labels with zeros, at which a loss is finite, where the weight is 0; so too for their gradients."""
+    logits, labels, weights, _ = batch
     if weights is None:
-        return Batch(logits, labels, None, None)
-    if has_classes:
-        # A label that is left out need not be a class: 0 always is.
-        kept = keep_where_nonzero(logits, weights.unsqueeze(-1).expand_as(logits))
-        return Batch(kept, labels * (weights != 0), weights, valid)
-    return Batch(keep_where_nonzero(logits, weights), keep_where_nonzero(labels, weights), weights, valid)
+        return logits, labels
+    if labels.is_floating_point():
+        return keep_where_nonzero(logits, weights), keep_where_nonzero(labels, weights)
+    # A label that is left out need not be a class: 0 always is.
+    return keep_where_nonzero(logits, weights.unsqueeze(-1).expand_as(logits)), labels * (weights != 0)
 
 
 def keep_where_nonzero(values: Tensor, weights: Tensor) -> Tensor:

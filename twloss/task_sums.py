@@ -1,7 +1,7 @@
-"""The sums of a batch and the one rule that turns sums into losses.
+"""The sums of a batch, and the one rule that turns sums into losses.
 
-The unreduced loss ``(rows, tasks)`` and its weights come in; ``TaskSums`` of shape ``(tasks,)`` go out, which merge by
-addition, and divide only at the end. The forward pass and the running metric both reduce here, so they cannot drift.
+``TaskSums`` of shape ``(tasks,)``, which merge by addition, come in; the tasks' losses and the global loss go out. The
+forward pass and the running metric both reduce here, so they cannot drift.
 """
 
 from __future__ import annotations
@@ -12,10 +12,7 @@ from typing import NamedTuple
 
 from torch import Tensor
 
-from twloss.batch import Batch
-from twloss.wide_sum import sum_dtype
-
-__all__ = ["GlobalReduction", "TaskSums", "has_data", "reduce_rows", "reduce_tasks", "sum_rows"]
+__all__ = ["GlobalReduction", "TaskSums", "has_data", "reduce_rows", "reduce_tasks"]
 
 GlobalReduction = str | Callable[[Tensor], Tensor]
 
@@ -27,23 +24,6 @@ class TaskSums(NamedTuple):
     """``(tasks,)``: Σ w·l over the valid rows."""
     weight: Tensor | float
     """``(tasks,)``: the number of valid rows, or Σ w; a plain number where all tasks share it."""
-
-
-def sum_rows(loss: Tensor, batch: Batch, mean_over: str) -> TaskSums:
-    """Sum a weighted loss over its rows, in the loss's own dtype; the weight in the widest.
-
-    Args:
-        loss: ``(rows, tasks)``: weight times loss, 0 where the label is missing.
-        batch: the inputs that it came from.
-        mean_over: "rows" counts valid rows, "weights" adds their weights.
-    """
-    if batch.weights is not None and mean_over == "weights":
-        weight: Tensor | float = batch.weights.reshape(loss.shape).sum(0, dtype=sum_dtype(loss.device))
-    elif batch.valid is not None:
-        weight = batch.valid.reshape(loss.shape).sum(0, dtype=sum_dtype(loss.device))
-    else:
-        weight = loss.shape[0]
-    return TaskSums(loss.sum(0), weight)
 
 
 def has_data(sums: TaskSums) -> Tensor | None:

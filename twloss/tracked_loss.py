@@ -14,11 +14,12 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from twloss.arguments import MEAN_OVER, check_choice, check_ignore_index
-from twloss.batch import Batch, keep_where_nonzero
+from twloss.batch import Batch
 from twloss.global_loss import GlobalLoss
-from twloss.loss_type import LossFunction, LossType, resolve_loss_type, unreduced_loss
+from twloss.loss_type import LossFunction, LossType, resolve_loss_type
 from twloss.ranks import group_from_state, group_to_state, task_sums_over_ranks
-from twloss.task_sums import GlobalReduction, TaskSums, has_data, reduce_rows, reduce_tasks, sum_rows
+from twloss.summed_loss import sum_rows
+from twloss.task_sums import GlobalReduction, TaskSums, has_data, reduce_rows, reduce_tasks
 from twloss.wide_sum import sum_dtype
 
 __all__ = ["TrackedLoss"]
@@ -76,36 +77,19 @@ class TrackedLoss(nn.Module):
     def _losses(self, batch: Batch, normalizer: Tensor | float | None) -> tuple[Tensor, Tensor]:
         """The tasks' losses ``(tasks,)`` and the global loss of a batch, whose sums are added to the running ones."""
         normalizer = self._checked_normalizer(normalizer, batch)
-        loss = self._weighted_loss(batch)
-        sums = local = sum_rows(loss, batch, self.mean_over)
+        tasks = 1 if self.tasks is None else len(self.tasks)
+        pos_weights = self._constants("pos_weights", batch.logits)
+        sums, detached = sum_rows(self.loss_type, batch, pos_weights, tasks, self.mean_over)
         if self.global_batch:
             sums = task_sums_over_ranks(sums, self.process_group)
         if normalizer is not None:
             sums = TaskSums(sums.loss_sum, normalizer)
-        losses = reduce_rows(sums, self.task_loss_reduction).to(loss.dtype)
+        losses = reduce_rows(sums, self.task_loss_reduction).to(batch.logits.dtype)
         task_weights = self._constants("task_weights", losses)
         global_loss = reduce_tasks(losses, has_data(sums), self.global_reduction, task_weights)
         # Last, so that a batch whose loss could not be computed is not in the running sums either.
-        self._track(loss, local)
+        (self.train_metric if self.training else self.eval_metric).update(*detached)
         return losses, global_loss
-
-    def _weighted_loss(self, batch: Batch) -> Tensor:
-        """Weight times loss, ``(rows, tasks)``; exactly 0 where the weight is."""
-        pos_weights = self._constants("pos_weights", batch.logits)
-        loss = unreduced_loss(self.loss_type, batch.logits, batch.labels, pos_weights)
-        if batch.weights is not None:
-            loss = loss * batch.weights
-            if not isinstance(self.loss_type, LossType):
-                # Of a callable it is not known that it is finite at the zeros that stand for what is left out.
-                loss = keep_where_nonzero(loss, batch.weights)
-        return loss.reshape(-1, 1 if self.tasks is None else len(self.tasks))
-
-    def _track(self, loss: Tensor, sums: TaskSums) -> None:
-        loss_sum = sums.loss_sum
-        if loss_sum.dtype != sum_dtype(loss.device):
-            loss_sum = loss.detach().sum(0, dtype=sum_dtype(loss.device))
-        metric = self.train_metric if self.training else self.eval_metric
-        metric.update(loss_sum, sums.weight)
 
     def _checked_normalizer(self, normalizer: Tensor | float | None, batch: Batch) -> Tensor | float | None:
         if normalizer is None:

@@ -1,0 +1,116 @@
+"""From a batch to its sums: weight times loss, exactly 0 where a row is left out, summed over the rows.
+
+A ``Batch`` ``(rows, tasks)`` comes in; two ``TaskSums`` ``(tasks,)`` go out: one to train on, and one, detached and in
+the widest dtype, for the running sums.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from twloss.batch import Batch, keep_where_nonzero, without_left_out
+from twloss.loss_type import LossFunction, LossType, unreduced_loss
+from twloss.task_sums import TaskSums
+from twloss.wide_sum import sum_dtype
+
+__all__ = ["sum_rows"]
+
+
+def sum_rows(
+    loss_type: LossType | LossFunction, batch: Batch, pos_weight: Tensor | None, tasks: int, mean_over: str
+) -> tuple[TaskSums, TaskSums]:
+    """Sum a batch over its rows.
+
+    Args:
+        loss_type: the loss.
+        batch: ``(rows, tasks)``; of one task, any shape.
+        pos_weight: ``(tasks,)``, the factor of the positive term; BCE_WITH_LOGITS only.
+        tasks: the number of tasks.
+        mean_over: "rows" counts valid rows, "weights" adds their weights.
+
+    Returns:
+        The sums in the logits' dtype, with their gradient; and the same, detached, in the widest dtype.
+    """
+    if loss_type is LossType.BCE_WITH_LOGITS and _takes_one_derivative(batch):
+        loss_sum, wide = _SummedBCE.apply(  # type: ignore[no-untyped-call]
+            batch.logits, batch.labels, batch.weights, pos_weight, tasks
+        )
+    else:
+        loss = _weighted_loss(loss_type, batch, pos_weight).reshape(-1, tasks)
+        loss_sum, wide = loss.sum(0), _wide_sum(loss.detach())
+    weight = _weight(batch, tasks, mean_over)
+    return TaskSums(loss_sum, weight), TaskSums(wide, weight)
+
+
+def _weighted_loss(loss_type: LossType | LossFunction, batch: Batch, pos_weight: Tensor | None) -> Tensor:
+    """Weight times loss, of the labels' shape."""
+    logits, labels = without_left_out(batch)
+    loss = unreduced_loss(loss_type, logits, labels, pos_weight)
+    if batch.weights is None:
+        return loss
+    loss = loss * batch.weights
+    # Of a callable it is not known that it is finite at the zeros that stand for what is left out.
+    return loss if isinstance(loss_type, LossType) else keep_where_nonzero(loss, batch.weights)
+
+
+def _wide_sum(loss: Tensor) -> Tensor:
+    return loss.sum(0, dtype=sum_dtype(loss.device))
+
+
+def _weight(batch: Batch, tasks: int, mean_over: str) -> Tensor | float:
+    if batch.weights is not None and mean_over == "weights":
+        return _wide_sum(batch.weights.reshape(-1, tasks))
+    if batch.valid is not None:
+        return _wide_sum(batch.valid.reshape(-1, tasks))
+    return batch.labels.numel() // tasks
+
+
+def _takes_one_derivative(batch: Batch) -> bool:
+    """Whether only the logits' derivative can be asked for, by autograd's backward pass."""
+    if torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active():
+        return False
+    if torch.autograd.forward_ad._current_level >= 0:
+        return False
+    return not (batch.labels.requires_grad or (batch.weights is not None and batch.weights.requires_grad))
+
+
+class _SummedBCE(torch.autograd.Function):
+    """Σ w·l of binary cross-entropy, with its derivative in closed form: ``w·(σ(x) - y + (p-1)·y·(σ(x) - 1))``.
+
+    It keeps no tensor but the caller's own, and takes fewer kernels than the derivatives of the single operations do,
+    which serve for all else that may be asked for.
+    """
+
+    @staticmethod
+    def forward(  # noqa: PLR0917 (apply() takes no keywords)
+        ctx: Any, logits: Tensor, labels: Tensor, weights: Tensor | None, pos_weight: Tensor | None, tasks: int
+    ) -> tuple[Tensor, Tensor]:
+        ctx.save_for_backward(logits, labels, weights, pos_weight)
+        kept = without_left_out(Batch(logits, labels, weights, None))
+        loss = F.binary_cross_entropy_with_logits(*kept, weight=weights, pos_weight=pos_weight, reduction="none")
+        wide = _wide_sum(loss.reshape(-1, tasks))
+        ctx.mark_non_differentiable(wide)
+        ctx.set_materialize_grads(False)
+        # A copy where the dtype is the same: one tensor can't be both outputs.
+        return wide.to(logits.dtype, copy=True), wide
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor | None, _: None) -> tuple[Tensor | None, ...]:
+        if grad is None:
+            return None, None, None, None, None
+        logits, labels, weights, pos_weight = ctx.saved_tensors
+        if torch.is_grad_enabled():
+            # This is differentiated again: a NaN that is only left out at the end would stay in that derivative.
+            logits, labels = without_left_out(Batch(logits, labels, weights, None))
+        probability = logits.sigmoid()
+        if pos_weight is None:
+            slope = probability - labels
+        else:
+            slope = torch.addcmul(probability, torch.addcmul(-pos_weight, probability, pos_weight - 1), labels)
+        if weights is None:
+            return slope * grad, None, None, None, None
+        return keep_where_nonzero(slope * (weights * grad), weights), None, None, None, None
