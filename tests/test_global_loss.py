@@ -117,6 +117,13 @@ def test_sums_do_not_stop_at_the_precision_of_float32() -> None:
     assert mean.compute().item() != pytest.approx(exact, rel=1e-6)
 
 
+@pytest.mark.parametrize("weight", [0.1, 16777217.0, 2**53, torch.tensor(0.1, dtype=torch.float64)])
+def test_a_weight_keeps_all_of_its_digits(weight: Any) -> None:
+    metric = GlobalLoss(["like"])
+    metric.update(torch.tensor([0.1], dtype=torch.float64), weight)
+    assert metric.compute()["loss"].item() == 0.1 / float(weight)
+
+
 def test_values_do_not_share_memory_with_the_sums() -> None:
     metric = GlobalLoss(["like"], "sum", "sum")
     metric.update(torch.tensor([2.0]), 1)

@@ -165,6 +165,8 @@ def _check_shapes(logits: Tensor, labels: Tensor, has_classes: bool) -> None:
 def _expanded(weights: Tensor, logits: Tensor, labels: Tensor, dtype: torch.dtype) -> Tensor:
     _check_real("weights", weights)
     _check_device("weights", weights, logits)
+    if weights.shape == labels.shape:
+        return weights.to(dtype)
     try:
         # Contiguous, because elementwise kernels take the slow path on an expanded operand.
         return weights.to(dtype).expand(labels.shape).contiguous()

@@ -167,14 +167,15 @@ class GlobalLoss(RunningSums):
         """What an update adds, ``(4, tasks)``: loss_sum, weight, the number of finite updates (0 or 1) and of all."""
         loss_sum, weight = self._checked(loss_sum, weight)
         if self.nan_strategy == "disable":
-            finite = torch.ones_like(loss_sum, dtype=torch.bool)
+            finite = torch.ones_like(loss_sum)
         else:
+            # In the sums' dtype: a bool times a Python float is float32.
             clean = loss_sum.nan_to_num(0.0, 0.0, 0.0)
-            finite = clean.eq(loss_sum)
+            finite = clean.eq(loss_sum).to(clean.dtype)
             loss_sum = clean
             if isinstance(weight, Tensor):
                 clean = weight.nan_to_num(0.0, 0.0, 0.0)
-                finite = finite & clean.eq(weight)
+                finite = finite * clean.eq(weight)
                 loss_sum, weight = loss_sum * finite, clean
         return torch.stack((loss_sum, finite * weight, finite, torch.ones_like(loss_sum)))
 

@@ -43,7 +43,8 @@ class Loss(TrackedLoss):
         mean_over: "rows" or "weights".
         ignore_index: the label that says "missing", NaN allowed; such rows are in no sum and get no gradient.
         global_batch: return, on every rank, the loss of this step's rows of all ranks, with the gradient that makes
-            DDP's average the gradient of one process. One collective in forward.
+            DDP's average the gradient of one process. One collective in forward, in evaluation too, so every rank
+            has to call it equally often: a rank that has run out of rows with an empty batch.
         process_group: the ranks to sum over; None: all.
 
     Attributes:
@@ -132,7 +133,8 @@ class MultiTaskLoss(TrackedLoss):
         mean_over: "rows" divides by the number of valid rows, "weights" by the sum of their weights.
         ignore_index: the label that says "missing", NaN allowed; such rows are in no sum and get no gradient.
         global_batch: return, on every rank, the losses of this step's rows of all ranks, with the gradient that makes
-            DDP's average the gradient of one process. One collective in forward.
+            DDP's average the gradient of one process. One collective in forward, in evaluation too, so every rank
+            has to call it equally often: a rank that has run out of rows with an empty batch.
         process_group: the ranks to sum over; None: all.
 
     Attributes:

@@ -37,7 +37,7 @@ def sum_rows(
     """
     if loss_type is LossType.BCE_WITH_LOGITS and _takes_one_derivative(batch):
         loss_sum, wide = _SummedBCE.apply(  # type: ignore[no-untyped-call]
-            batch.logits, batch.labels, batch.weights, pos_weight, tasks
+            *batch[:3], pos_weight, tasks
         )
     else:
         loss = _weighted_loss(loss_type, batch, pos_weight).reshape(-1, tasks)
@@ -79,7 +79,7 @@ def _takes_one_derivative(batch: Batch) -> bool:
 
 
 class _SummedBCE(torch.autograd.Function):
-    """Σ w·l of binary cross-entropy, with its derivative in closed form: ``w·(σ(x) - y + (p-1)·y·(σ(x) - 1))``.
+    """Σ w·l of binary cross-entropy, with its derivative in closed form: ``w·(σ(x) + y·((p-1)·σ(x) - p))``.
 
     It keeps no tensor but the caller's own, and takes fewer kernels than the derivatives of the single operations do,
     which serve for all else that may be asked for.
@@ -90,8 +90,9 @@ class _SummedBCE(torch.autograd.Function):
         ctx: Any, logits: Tensor, labels: Tensor, weights: Tensor | None, pos_weight: Tensor | None, tasks: int
     ) -> tuple[Tensor, Tensor]:
         ctx.save_for_backward(logits, labels, weights, pos_weight)
-        kept = without_left_out(Batch(logits, labels, weights, None))
-        loss = F.binary_cross_entropy_with_logits(*kept, weight=weights, pos_weight=pos_weight, reduction="none")
+        loss = F.binary_cross_entropy_with_logits(logits, labels, weights, pos_weight=pos_weight, reduction="none")
+        if weights is not None:
+            loss = keep_where_nonzero(loss, weights)
         wide = _wide_sum(loss.reshape(-1, tasks))
         ctx.mark_non_differentiable(wide)
         ctx.set_materialize_grads(False)
@@ -101,7 +102,7 @@ class _SummedBCE(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad: Tensor | None, _: None) -> tuple[Tensor | None, ...]:
         if grad is None:
-            return None, None, None, None, None
+            return (None,) * 5
         logits, labels, weights, pos_weight = ctx.saved_tensors
         if torch.is_grad_enabled():
             # This is differentiated again: a NaN that is only left out at the end would stay in that derivative.

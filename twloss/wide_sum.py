@@ -57,7 +57,7 @@ def add_once(state: Tensor, values: Tensor) -> None:
 
     An operator of its own, so that a compiled graph asks when it runs: a recomputation runs inside of a backward pass.
     """
-    torch.ops.twloss.add_once(state, values)
+    (torch.ops.twloss.add_once if torch.compiler.is_compiling() else _add_once)(state, values)
 
 
 def _add_once(state: Tensor, values: Tensor) -> None:
