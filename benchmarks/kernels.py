@@ -1,0 +1,42 @@
+"""kernels: the operators that do work (all but views and detach) in a step, forward + backward + tracking.
+
+They are counted where torch dispatches them; on a GPU the launches that the profiler sees are counted too.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from benchmarks import rivals
+from benchmarks.counts import count_kernels, count_launches
+from benchmarks.row import Row, at_most, counted, exactly
+from benchmarks.workload import Setting, make_workload, tracked_step
+
+__all__ = ["kernels"]
+
+ROWS = 256
+TASKS = (1, 10, 100)
+GOAL = at_most(26)
+
+
+def kernels(setting: Setting) -> Iterator[Row]:
+    """Non-view kernels a step, forward + backward + tracking."""
+    for weighted in (True, False):
+        batches = {tasks: make_workload(ROWS, tasks, setting.device, weighted=weighted) for tasks in TASKS}
+        ours = {tasks: count_kernels(tracked_step(work)) for tasks, work in batches.items()}
+        kind = "weights, pos_weights" if weighted else "no weights"
+        for tasks, work in batches.items():
+            loop = count_kernels(rivals.loop(work))
+            goal = GOAL if weighted else None
+            yield counted(_case(tasks, kind), "kernels", ours[tasks], goal, rival=rivals.LOOP, theirs=loop)
+        floor = count_kernels(rivals.plain(batches[10]))
+        yield counted(_case(10, kind), "kernels", ours[10], rival=rivals.PLAIN, theirs=floor)
+        yield counted(f"1, 10 and 100 tasks, {kind}", "different counts", len(set(ours.values())), exactly(1))
+    if setting.device.type == "cuda":
+        work = make_workload(ROWS, 10, setting.device)
+        launches, floor = (count_launches(make(work)) for make in (tracked_step, rivals.plain))
+        yield counted("10 tasks, weights, pos_weights", "launches", launches, rival=rivals.PLAIN, theirs=floor)
+
+
+def _case(tasks: int, kind: str) -> str:
+    return f"{tasks} task{'s' * (tasks > 1)}, {kind}"

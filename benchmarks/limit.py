@@ -1,0 +1,32 @@
+"""limit: how far the forward pass, tracking included, is from what no implementation can do without.
+
+Two floors: one pass of exp and one of log1p over the same elements, and a copy that moves the bytes of the inputs.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from benchmarks.paired import take_turns
+from benchmarks.rivals import copy_of_the_bytes, exp_and_log1p
+from benchmarks.row import Row, at_most, overhead
+from benchmarks.workload import OURS, Setting, make_workload, tracked_forward
+
+__all__ = ["limit"]
+
+SIZES = ((4096, 10), (65536, 10))
+GOALS = {(65536, 10): at_most(2.0)}
+TRANSCENDENTALS = "exp + log1p of the logits"
+BYTES = "copy of as many bytes"
+
+
+def limit(setting: Setting) -> Iterator[Row]:
+    """The forward pass, tracking included, against exp + log1p and against moving the inputs' bytes."""
+    for weighted in (True, False):
+        for rows, tasks in SIZES:
+            work = make_workload(rows, tasks, setting.device, weighted=weighted)
+            steps = {OURS: tracked_forward(work), TRANSCENDENTALS: exp_and_log1p(work), BYTES: copy_of_the_bytes(work)}
+            timings = take_turns(steps, setting.device, setting.effort)
+            case = f"{work.size}, {'weights, pos_weights' if weighted else 'no weights'}"
+            yield overhead(case, timings, OURS, TRANSCENDENTALS, GOALS.get((rows, tasks)))
+            yield overhead(case, timings, OURS, BYTES)

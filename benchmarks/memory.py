@@ -1,0 +1,28 @@
+"""memory: the peak of what a step allocates beyond its inputs, from the allocations that torch's profiler records."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from benchmarks import rivals
+from benchmarks.counts import peak_bytes
+from benchmarks.row import Row, as_much, at_most
+from benchmarks.workload import Setting, make_workload, tracked_step
+
+__all__ = ["memory"]
+
+SIZES = ((4096, 10), (65536, 10))
+GOAL = at_most(1.01)
+
+
+def memory(setting: Setting) -> Iterator[Row]:
+    """Peak extra memory of a step, forward + backward + tracking."""
+    for weighted in (True, False):
+        for rows, tasks in SIZES:
+            work = make_workload(rows, tasks, setting.device, weighted=weighted)
+            case = f"{work.size}, {'weights, pos_weights' if weighted else 'no weights'}"
+            ours, plain, loop = (
+                peak_bytes(make(work), setting.device) / 2**20 for make in (tracked_step, rivals.plain, rivals.loop)
+            )
+            yield as_much(case, "MiB", ours, GOAL, rival=rivals.PLAIN, theirs=plain)
+            yield as_much(case, "MiB", ours, rival=rivals.LOOP, theirs=loop)

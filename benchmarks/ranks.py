@@ -1,0 +1,44 @@
+"""Real gloo ranks: processes of one thread on the loopback interface that run a benchmark's function side by side."""
+
+from __future__ import annotations
+
+import os
+import pickle
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch.distributed as dist
+from torch.multiprocessing.spawn import spawn
+
+from benchmarks.machine import steady_machine
+
+__all__ = ["run_on_ranks"]
+
+
+def run_on_ranks(world_size: int, function: Callable[..., Any], *args: Any) -> list[Any]:
+    """Call a module-level ``function(*args)`` on every rank of a new process group; the results by rank.
+
+    Raises:
+        torch.multiprocessing.ProcessRaisedException: if a rank raised; the message holds its traceback.
+    """
+    with tempfile.TemporaryDirectory(prefix="twloss-ranks-") as directory:
+        spawn(_rank, (world_size, directory, function, args), nprocs=world_size)
+        return [pickle.loads(_result_file(directory, rank).read_bytes()) for rank in range(world_size)]
+
+
+def _rank(rank: int, world_size: int, directory: str, function: Callable[..., Any], args: tuple[Any, ...]) -> None:
+    steady_machine()
+    os.environ["GLOO_SOCKET_IFNAME"] = "lo"
+    store = Path(directory, "store")
+    dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=world_size)
+    result = function(*args)
+    # No rank may leave while another still answers it.
+    dist.barrier()
+    _result_file(directory, rank).write_bytes(pickle.dumps(result))
+    dist.destroy_process_group()
+
+
+def _result_file(directory: str, rank: int) -> Path:
+    return Path(directory, f"result-{rank}")

@@ -1,0 +1,33 @@
+"""step_cost: the time of a training step, forward + backward + tracking, with weights and pos_weights.
+
+twloss against every rival, over rows and tasks. The rivals without tracking do less; they are here to show the floor.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from benchmarks import rivals
+from benchmarks.paired import take_turns
+from benchmarks.row import Row, at_least, speedup
+from benchmarks.workload import OURS, Setting, make_workload, tracked_step
+
+__all__ = ["step_cost"]
+
+ROWS = (1024, 4096, 65536)
+TASKS = (1, 10, 100)
+GOALS = {
+    (4096, 10): {rivals.LOOP: at_least(4), rivals.LOOP_FORWARD: at_least(8)},
+    (4096, 100): {rivals.LOOP: at_least(8), rivals.LOOP_FORWARD: at_least(15)},
+}
+
+
+def step_cost(setting: Setting) -> Iterator[Row]:
+    """The time of a training step: forward + backward + tracking, with weights and pos_weights."""
+    sizes = GOALS if setting.quick else [(rows, tasks) for rows in ROWS for tasks in TASKS]
+    for rows, tasks in sizes:
+        work = make_workload(rows, tasks, setting.device)
+        steps = {name: make(work) for name, make in rivals.STEPS.items()}
+        timings = take_turns({OURS: tracked_step(work), **steps}, setting.device, setting.effort)
+        for name in steps:
+            yield speedup(work.size, timings, OURS, name, GOALS.get((rows, tasks), {}).get(name))

@@ -1,0 +1,102 @@
+"""sync_cost: compute() over ranks, that is the sum of the running sums and the losses from it.
+
+One GlobalLoss of all tasks against one torchmetrics MeanMetric a task, on real gloo ranks. Each round, every rank
+updates its metrics (not timed: it drops MeanMetric's cached value), meets the others at a barrier and then computes.
+The first rank's clock counts.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator
+from typing import NamedTuple
+
+import torch
+import torch.distributed as dist
+from torchmetrics import MeanMetric
+
+from benchmarks.counts import CollectiveLog
+from benchmarks.paired import Timings, no_collector
+from benchmarks.ranks import run_on_ranks
+from benchmarks.row import Row, at_least, at_most, counted, exactly, overhead, speedup
+from benchmarks.workload import OURS, Setting
+from twloss import GlobalLoss
+
+__all__ = ["sync_cost"]
+
+TASKS = (10, 100)
+# Twice the collective's payload and ten times the entries of the result, yet less than a quarter longer.
+FLAT = at_most(1.25)
+
+
+class _Subject(NamedTuple):
+    update: Callable[[], object]
+    compute: Callable[[], object]
+
+
+def sync_cost(setting: Setting) -> Iterator[Row]:
+    """compute() on gloo ranks against one MeanMetric a task."""
+    for world_size in (2,) if setting.quick else (2, 4):
+        collectives, rounds, flat = run_on_ranks(world_size, _measure, setting.quick)[0]
+        for tasks, timings in rounds.items():
+            case, ours, rival = f"{world_size} ranks, {tasks} tasks", _name(OURS, tasks), _name("MeanMetrics", tasks)
+            counts = collectives[ours], collectives[rival]
+            yield counted(case, "collectives", counts[0], exactly(1), rival=rival, theirs=counts[1])
+            yield speedup(case, timings, ours, rival, at_least(15) if tasks == 10 else None)
+        few, many = (_name(OURS, tasks) for tasks in TASKS)
+        yield overhead(f"{world_size} ranks, 100 tasks", flat, many, few, FLAT)
+
+
+def _name(subject: str, tasks: int) -> str:
+    return f"{OURS}, {tasks} tasks" if subject == OURS else f"{tasks} {subject}"
+
+
+def _measure(quick: bool) -> tuple[dict[str, int], dict[int, Timings], Timings]:
+    """On one rank: collectives by subject; timings of both, by tasks; timings of ours at 10 beside 100 tasks."""
+    ours = {tasks: {_name(OURS, tasks): _global_loss(tasks)} for tasks in TASKS}
+    both = {tasks: ours[tasks] | {_name("MeanMetrics", tasks): _mean_metrics(tasks)} for tasks in TASKS}
+    collectives = {name: _collectives(subject) for pair in both.values() for name, subject in pair.items()}
+    rounds = {10: 3 if quick else 101, 100: 3 if quick else 11}
+    timings = {tasks: _take_turns(pair, rounds[tasks]) for tasks, pair in both.items()}
+    return collectives, timings, _take_turns(ours[10] | ours[100], 5 if quick else 501)
+
+
+def _take_turns(subjects: dict[str, _Subject], rounds: int) -> Timings:
+    seconds: dict[str, list[float]] = {name: [] for name in subjects}
+    for _ in range(rounds):
+        for name, subject in subjects.items():
+            seconds[name].append(_seconds(subject))
+    return Timings(seconds)
+
+
+def _seconds(subject: _Subject) -> float:
+    subject.update()
+    with no_collector():
+        dist.barrier()
+        started = time.perf_counter_ns()
+        subject.compute()
+        return (time.perf_counter_ns() - started) * 1e-9
+
+
+def _collectives(subject: _Subject) -> int:
+    subject.update()
+    with CollectiveLog() as log:
+        subject.compute()
+    return len(log.bytes)
+
+
+def _global_loss(tasks: int) -> _Subject:
+    metric = GlobalLoss([f"task{t}" for t in range(tasks)])
+    sums = torch.rand(tasks, dtype=torch.float64)
+    return _Subject(lambda: metric.update(sums, 4096), metric.compute)
+
+
+def _mean_metrics(tasks: int) -> _Subject:
+    metrics = [MeanMetric() for _ in range(tasks)]
+    means = torch.rand(tasks).unbind()
+
+    def update() -> None:
+        for metric, mean in zip(metrics, means):
+            metric.update(mean, 4096)
+
+    return _Subject(update, lambda: [metric.compute() for metric in metrics])
