@@ -291,7 +291,7 @@ WRONG: dict[str, tuple[Any, Any, type[Exception], str]] = {
     "shape": (torch.ones(3), 1, ValueError, "loss_sum: .*(3,).*expected (2,)"),
     "rank": (torch.ones(2, 1), 1, ValueError, "loss_sum"),
     "0-dim": (torch.ones(()), 1, ValueError, "loss_sum"),
-    "complex": (torch.ones(2, dtype=torch.complex64), 1, ValueError, "loss_sum: got torch.complex64"),
+    "complex": (torch.ones(2, dtype=torch.complex64), 1, TypeError, "loss_sum: got torch.complex64"),
     "weight shape": (torch.ones(2), torch.ones(3), ValueError, "weight: .*(3,).*expected (2,)"),
     "weight type": (torch.ones(2), "1", TypeError, "weight: got str"),
     "weight list": (torch.ones(2), [1, 1], TypeError, "weight: got list"),

@@ -1,4 +1,7 @@
-"""The constructors' arguments, checked: what comes out is what the later stages may rely on."""
+"""Arguments, checked: what comes out is what the later stages may rely on.
+
+Types, shapes, dtypes and devices only, and the values of Python numbers: reading a tensor's would wait for its device.
+"""
 
 from __future__ import annotations
 
@@ -7,8 +10,10 @@ import sys
 import warnings
 from collections.abc import Mapping, Sequence
 from numbers import Real
+from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
 __all__ = [
@@ -17,8 +22,11 @@ __all__ = [
     "TASK_REDUCTIONS",
     "PerTask",
     "check_choice",
+    "check_dense",
     "check_global_reduction",
     "check_ignore_index",
+    "check_number",
+    "check_process_group",
     "check_tasks",
     "per_task_numbers",
     "warn_unless_mean",
@@ -29,6 +37,8 @@ PerTask = float | Sequence[float] | Mapping[str, float] | Tensor
 TASK_REDUCTIONS = ("mean", "sum")
 GLOBAL_REDUCTIONS = ("mean", "sum", "min", "max", "median")
 MEAN_OVER = ("rows", "weights")
+
+_INT64_BITS = 63
 
 
 def check_choice(name: str, value: object, choices: Sequence[str]) -> None:
@@ -46,8 +56,13 @@ def check_choice(name: str, value: object, choices: Sequence[str]) -> None:
 
 def check_global_reduction(value: object) -> None:
     """Raise unless ``value`` is a known reduction over tasks or a callable."""
-    if not callable(value):
-        check_choice("global_reduction", value, GLOBAL_REDUCTIONS)
+    if callable(value):
+        return
+    if not isinstance(value, str):
+        kind = type(value).__name__
+        raise TypeError(f"global_reduction: got {kind}, expected one of {list(GLOBAL_REDUCTIONS)} or a callable")
+    if value not in GLOBAL_REDUCTIONS:
+        raise ValueError(f"global_reduction: got {value!r}, expected one of {list(GLOBAL_REDUCTIONS)} or a callable")
 
 
 def check_tasks(tasks: Sequence[str]) -> tuple[str, ...]:
@@ -77,33 +92,70 @@ def per_task_numbers(name: str, values: PerTask | None, tasks: Sequence[str]) ->
     if values is None:
         return None
     if isinstance(values, Tensor):
-        if values.ndim > 1 or values.is_complex() or values.dtype == torch.bool:
+        check_dense(name, values)
+        if values.ndim > 1 or values.is_meta or values.dtype == torch.bool:
             raise ValueError(
-                f"{name}: got {values.dtype} of shape {tuple(values.shape)}, expected ({len(tasks)},) numbers"
+                f"{name}: got {values.dtype} of shape {tuple(values.shape)} on {values.device}, "
+                f"expected ({len(tasks)},) numbers"
             )
         values = values.tolist()
     if isinstance(values, Mapping):
         if set(values) != set(tasks):
             raise ValueError(f"{name}: got the tasks {list(values)}, expected {list(tasks)}")
         values = [values[task] for task in tasks]
-    numbers = list(values) if isinstance(values, Sequence) and not isinstance(values, str) else [values] * len(tasks)
-    for number in numbers:
-        if isinstance(number, bool) or not isinstance(number, Real):
-            raise TypeError(f"{name}: got {number!r} of type {type(number).__name__}, expected a number")
+    is_list = isinstance(values, Sequence) and not isinstance(values, (str, bytes, bytearray))
+    numbers: list[Any] = [*values] if is_list else [values] * len(tasks)  # type: ignore[misc]
     if len(numbers) != len(tasks):
         raise ValueError(f"{name}: got {len(numbers)} values, expected {len(tasks)}, one for each of {list(tasks)}")
-    if not all(math.isfinite(number) for number in numbers):
-        raise ValueError(f"{name}: got {numbers}, expected finite numbers")
-    return tuple(float(number) for number in numbers)
+    return tuple(float(check_number(name, number)) for number in numbers)
+
+
+def check_number(name: str, value: object) -> float:
+    """A Python number that a float can hold, and that is finite."""
+    if isinstance(value, bool) or not isinstance(value, Real):
+        raise TypeError(f"{name}: got {type(value).__name__}, expected a Tensor or a number")
+    try:
+        finite = math.isfinite(value)
+    except OverflowError:
+        finite = False
+    if not finite or (isinstance(value, int) and value.bit_length() > _INT64_BITS):
+        raise ValueError(f"{name}: got {value}, expected a finite number")
+    return value  # type: ignore[return-value]
 
 
 def check_ignore_index(ignore_index: object) -> float | None:
     """The label that says "missing": None, or a number, NaN included."""
-    if ignore_index is None:
-        return None
-    if isinstance(ignore_index, bool) or not isinstance(ignore_index, (int, float)):
+    if ignore_index is None or (isinstance(ignore_index, float) and math.isnan(ignore_index)):
+        return ignore_index
+    if isinstance(ignore_index, bool) or not isinstance(ignore_index, Real):
         raise TypeError(f"ignore_index: got {type(ignore_index).__name__}, expected a number or None")
-    return ignore_index
+    return check_number("ignore_index", ignore_index) if isinstance(ignore_index, int) else float(ignore_index)
+
+
+def check_dense(name: str, values: object, *, verb: str = "got", tensor: str = "a Tensor", kind: str = "real") -> None:
+    """Raise unless it is a tensor of the layout that all operators take, and of a "real" or "floating" dtype."""
+    fault = None
+    if not isinstance(values, Tensor):
+        fault = type(values).__name__
+    elif values.is_nested or values.layout != torch.strided:
+        fault = f"a {'nested' if values.is_nested else str(values.layout).removeprefix('torch.')} tensor"
+    elif values.is_complex() or (kind == "floating" and not values.is_floating_point()):
+        fault = str(values.dtype)
+    if fault is not None:
+        raise TypeError(f"{name}: {verb} {fault}, expected {tensor}, dense and of a {kind} dtype")
+
+
+def check_process_group(process_group: object) -> None:
+    """Raise unless it is None or what ``torch.distributed.new_group`` gives, to members or to others."""
+    if process_group is None:
+        return
+    if dist.is_available():
+        outside = dist.GroupMember.NON_GROUP_MEMBER
+        if isinstance(process_group, dist.ProcessGroup) or (
+            type(process_group) is type(outside) and process_group == outside
+        ):
+            return
+    raise TypeError(f"process_group: got {type(process_group).__name__}, expected a ProcessGroup or None")
 
 
 def warn_unless_mean(global_batch: bool, **reductions: object) -> None:
@@ -112,7 +164,7 @@ def warn_unless_mean(global_batch: bool, **reductions: object) -> None:
     if others and not global_batch:
         warnings.warn(
             f"{', '.join(others)}: the gradient that DistributedDataParallel averages over ranks then differs from "
-            "that of one process on the whole batch; global_batch=True makes them equal",
+            "that of one process on the whole batch; Loss and MultiTaskLoss with global_batch=True make them equal",
             UserWarning,
             stacklevel=_callers_level(),
         )

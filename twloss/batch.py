@@ -14,6 +14,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from twloss.arguments import check_dense
+from twloss.wide_sum import sum_dtype
+
 __all__ = ["Batch", "align", "keep_where_nonzero", "stack_tasks", "without_left_out"]
 
 
@@ -46,8 +49,8 @@ def align(
         TypeError: for something that is no tensor, or of a dtype that can't be used.
         ValueError: for shapes or devices that do not fit.
     """
-    dtype = _compute_dtype(logits)
-    _check_real("labels", labels)
+    dtype = _compute_dtype("logits", logits)
+    check_dense("labels", labels)
     if has_classes is None:
         has_classes = logits.ndim == labels.ndim + 1
     _check_shapes(logits, labels, has_classes)
@@ -92,7 +95,8 @@ def keep_where_nonzero(values: Tensor, weights: Tensor) -> Tensor:
 def stack_tasks(name: str, values: Tensor | Mapping[str, Tensor], tasks: Sequence[str], *, has_classes: bool) -> Tensor:
     """One ``(rows, tasks)`` or ``(rows, tasks, classes)`` tensor from a mapping; a tensor stays what it is.
 
-    Where the class counts differ, the missing classes get a logit of -inf: probability 0, gradient 0.
+    Where the class counts differ, the missing classes get a logit of -inf: probability 0, gradient 0, and a loss of
+    infinity for a label that is one of them.
 
     Raises:
         TypeError: if a value is no tensor.
@@ -100,29 +104,44 @@ def stack_tasks(name: str, values: Tensor | Mapping[str, Tensor], tasks: Sequenc
     """
     if not isinstance(values, Mapping):
         return values
-    missing = [task for task in tasks if task not in values]
-    unknown = [task for task in values if task not in tasks]
-    if missing or unknown:
-        raise ValueError(f"{name}: missing tasks {missing}, unknown tasks {unknown}; expected {list(tasks)}")
+    if set(values) != set(tasks):
+        missing = [task for task in tasks if task not in values]
+        unknown = [task for task in values if task not in tasks]
+        raise ValueError(
+            f"{name}: got {list(values)}, expected {list(tasks)}: missing tasks {missing}, unknown tasks {unknown}"
+        )
     columns = [_column(f"{name}[{task!r}]", values[task], has_classes) for task in tasks]
     rows = {task: column.shape[0] for task, column in zip(tasks, columns)}
     if len(set(rows.values())) > 1:
         raise ValueError(f"{name}: got {rows} rows, expected the same number for every task")
-    for task, column in zip(tasks, columns):
-        _check_device(f"{name}[{task!r}]", column, columns[0])
+    devices = {task: str(column.device) for task, column in zip(tasks, columns)}
+    if len(set(devices.values())) > 1:
+        raise ValueError(f"{name}: got {devices}, expected the same device for every task")
+    dtypes = [_compute_dtype(f"{name}[{t!r}]", c) if name == "logits" else c.dtype for t, c in zip(tasks, columns)]
+    columns = _of_one_dtype(columns, dtypes)
     if has_classes:
         classes = max(column.shape[1] for column in columns)
         columns = [torch.nn.functional.pad(c, (0, classes - c.shape[1]), value=-math.inf) for c in columns]
     return torch.stack(columns, dim=1)
 
 
+def _of_one_dtype(columns: list[Tensor], dtypes: list[torch.dtype]) -> list[Tensor]:
+    """Columns whose dtypes differ, in one that holds their values: torch.stack would round 2^24 + 1 to float32."""
+    if len({column.dtype for column in columns}) == 1:
+        return columns
+    if any(dtype.is_floating_point for dtype in dtypes):
+        wide = torch.float32 if set(dtypes) == {torch.float32} else sum_dtype(columns[0].device)
+    else:
+        wide = torch.int64
+    return [column.to(wide) for column in columns]
+
+
 def _column(name: str, values: Tensor, has_classes: bool) -> Tensor:
     """One task's ``(rows,)`` values, or ``(rows, classes)`` logits."""
-    if not isinstance(values, Tensor):
-        raise TypeError(f"{name}: got {type(values).__name__}, expected a Tensor")
+    check_dense(name, values)
     if has_classes:
-        if values.ndim != 2:
-            raise ValueError(f"{name}: got shape {tuple(values.shape)}, expected (rows, classes)")
+        if values.ndim != 2 or values.shape[1] == 0:
+            raise ValueError(f"{name}: got shape {tuple(values.shape)}, expected (rows, classes), at least one class")
         return values
     if values.ndim == 2 and values.shape[1] == 1:
         return values.squeeze(1)
@@ -131,20 +150,12 @@ def _column(name: str, values: Tensor, has_classes: bool) -> Tensor:
     return values
 
 
-def _compute_dtype(logits: Tensor) -> torch.dtype:
+def _compute_dtype(name: str, logits: Tensor) -> torch.dtype:
     """float64 for float64 logits, float32 for all others: a bfloat16 sum of 1025 ones is 1024."""
-    if not isinstance(logits, Tensor):
-        raise TypeError(f"logits: got {type(logits).__name__}, expected a Tensor")
+    check_dense(name, logits)
     if logits.dtype not in (torch.float16, torch.bfloat16, torch.float32, torch.float64):
-        raise TypeError(f"logits: got {logits.dtype}, expected float16, bfloat16, float32 or float64")
+        raise TypeError(f"{name}: got {logits.dtype}, expected float16, bfloat16, float32 or float64")
     return torch.float64 if logits.dtype == torch.float64 else torch.float32
-
-
-def _check_real(name: str, values: Tensor) -> None:
-    if not isinstance(values, Tensor):
-        raise TypeError(f"{name}: got {type(values).__name__}, expected a Tensor")
-    if values.is_complex():
-        raise TypeError(f"{name}: got {values.dtype}, expected a real dtype")
 
 
 def _check_device(name: str, values: Tensor, like: Tensor) -> None:
@@ -154,7 +165,7 @@ def _check_device(name: str, values: Tensor, like: Tensor) -> None:
 
 def _check_shapes(logits: Tensor, labels: Tensor, has_classes: bool) -> None:
     shape = logits.shape[:-1] if has_classes else logits.shape
-    if labels.shape == shape and not (has_classes and logits.ndim == 0):
+    if labels.shape == shape and not (has_classes and logits.ndim < 2):
         if has_classes and logits.shape[-1] == 0:
             raise ValueError(f"logits: got shape {tuple(logits.shape)}, expected at least one class")
         return
@@ -163,7 +174,7 @@ def _check_shapes(logits: Tensor, labels: Tensor, has_classes: bool) -> None:
 
 
 def _expanded(weights: Tensor, logits: Tensor, labels: Tensor, dtype: torch.dtype) -> Tensor:
-    _check_real("weights", weights)
+    check_dense("weights", weights)
     _check_device("weights", weights, logits)
     if weights.shape == labels.shape:
         return weights.to(dtype)

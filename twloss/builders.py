@@ -12,7 +12,15 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from twloss.arguments import TASK_REDUCTIONS, PerTask, check_choice, warn_unless_mean
+from twloss.arguments import (
+    TASK_REDUCTIONS,
+    PerTask,
+    check_choice,
+    check_dense,
+    check_number,
+    check_process_group,
+    warn_unless_mean,
+)
 from twloss.loss_type import LossFunction, LossType
 from twloss.modules import Loss, MultiTaskLoss
 from twloss.ranks import detached_sum_over_ranks, world_size
@@ -89,22 +97,23 @@ def get_global_loss_detached(
 ) -> LocalLoss:
     """A local loss, or several, reduced over ranks and detached; one collective, and the argument stays as it is.
 
-    "mean" is ``Σ_r l_r / R`` over R ranks, or ``Σ_r w_r·l_r / Σ_r w_r`` with a weight; a rank of weight 0 is left out
-    even where its loss is NaN. "sum" is ``Σ_r l_r``.
+    "mean" is ``Σ_r l_r / R`` over R ranks, or ``Σ_r w_r·l_r / Σ_r w_r`` with a weight; of several ranks, one of weight
+    0 is left out even where its loss is NaN, and if all are, there is no mean: NaN. "sum" is ``Σ_r l_r``, and warns
+    that the gradient of such a loss depends on the split over ranks.
 
     Args:
-        local_loss: this rank's loss, of any shape, or a mapping of them.
+        local_loss: this rank's loss, of any shape, or a mapping of them, which has the same keys on every rank.
         reduction: "mean" or "sum".
         weight: how much this rank counts, the number of its rows, say: a number or a tensor that broadcasts to the
             loss, or a mapping of them with the loss's keys. "mean" only.
         process_group: the ranks; None: all.
 
     Returns:
-        The same shape, dtype and, for a mapping, keys; without a process group a detached copy.
+        The same shape and dtype; for a mapping a dict of them in its order. Without a process group a detached copy.
 
     Raises:
         TypeError: for an argument of a wrong type.
-        ValueError: for an argument of a wrong value.
+        ValueError: for an argument of a wrong value, or a group that this process is not in.
 
     Example:
         >>> import torch
@@ -116,6 +125,7 @@ def get_global_loss_detached(
     check_choice("reduction", reduction, TASK_REDUCTIONS)
     if weight is not None and reduction == "sum":
         raise ValueError("weight: got one with reduction='sum', expected none: only a mean is weighted")
+    check_process_group(process_group)
     losses = _named(local_loss)
     weights = _named_weights(weight, local_loss, losses)
     warn_unless_mean(False, reduction=reduction)
@@ -123,20 +133,21 @@ def get_global_loss_detached(
         means = {key: loss.detach().clone() for key, loss in losses.items()}
     else:
         means = _over_ranks(losses, weights, reduction, process_group)
-    result: Any = means if isinstance(local_loss, Mapping) else means["local_loss"]
+    result: Any = {key: means[key] for key in local_loss} if isinstance(local_loss, Mapping) else means["local_loss"]
     return result  # type: ignore[no-any-return]
 
 
 def _named(local_loss: Tensor | Mapping[str, Tensor]) -> dict[str, Tensor]:
-    losses = dict(local_loss) if isinstance(local_loss, Mapping) else {"local_loss": local_loss}
-    for key, loss in losses.items():
-        if not isinstance(loss, Tensor):
-            raise TypeError(f"local_loss: got {type(loss).__name__} as {key!r}, expected a Tensor")
-        if not loss.is_floating_point():
-            raise TypeError(f"local_loss: got {loss.dtype} as {key!r}, expected a floating dtype")
-    if len({loss.device for loss in losses.values()}) != 1:
-        raise ValueError(f"local_loss: got {[str(v.device) for v in losses.values()]}, expected tensors of one device")
-    return losses
+    """The losses by key, in an order that does not depend on the rank's."""
+    if not isinstance(local_loss, Mapping):
+        check_dense("local_loss", local_loss, kind="floating")
+        return {"local_loss": local_loss}
+    for key, loss in local_loss.items():
+        check_dense(f"local_loss[{key!r}]", loss, kind="floating")
+    devices = [str(loss.device) for loss in local_loss.values()]
+    if len(set(devices)) != 1:
+        raise ValueError(f"local_loss: got {devices}, expected one or more tensors of one device")
+    return {key: local_loss[key] for key in sorted(local_loss, key=str)}
 
 
 def _named_weights(weight: object, local_loss: object, losses: dict[str, Tensor]) -> dict[str, Tensor] | None:
@@ -144,24 +155,23 @@ def _named_weights(weight: object, local_loss: object, losses: dict[str, Tensor]
     if weight is None:
         return None
     if not isinstance(weight, Mapping):
-        weight = dict.fromkeys(losses, weight)
-    elif not isinstance(local_loss, Mapping) or set(weight) != set(losses):
+        return {key: _weight_like("weight", weight, loss) for key, loss in losses.items()}
+    if not isinstance(local_loss, Mapping) or set(weight) != set(losses):
         raise ValueError(f"weight: got the keys {list(weight)}, expected a number, a Tensor or the keys of local_loss")
-    return {key: _weight_like(key, weight[key], loss) for key, loss in losses.items()}
+    return {key: _weight_like(f"weight[{key!r}]", weight[key], loss) for key, loss in losses.items()}
 
 
-def _weight_like(key: str, weight: object, loss: Tensor) -> Tensor:
-    if isinstance(weight, (int, float)) and not isinstance(weight, bool):
-        return torch.full_like(loss, weight, dtype=sum_dtype(loss.device))
+def _weight_like(name: str, weight: object, loss: Tensor) -> Tensor:
     if not isinstance(weight, Tensor):
-        raise TypeError(f"weight: got {type(weight).__name__} for {key!r}, expected a number or a Tensor")
-    if weight.is_complex() or weight.device != loss.device:
-        raise ValueError(f"weight: got {weight.dtype} on {weight.device} for {key!r}, expected reals on {loss.device}")
+        return torch.full_like(loss, check_number(name, weight), dtype=sum_dtype(loss.device))
+    check_dense(name, weight)
+    if weight.device != loss.device:
+        raise ValueError(f"{name}: got a tensor on {weight.device}, expected {loss.device}")
     try:
         return weight.detach().to(sum_dtype(loss.device)).expand(loss.shape)
     except RuntimeError:
         raise ValueError(
-            f"weight: got shape {tuple(weight.shape)} for {key!r}, expected one that broadcasts to {tuple(loss.shape)}"
+            f"{name}: got shape {tuple(weight.shape)}, expected one that broadcasts to {tuple(loss.shape)}"
         ) from None
 
 

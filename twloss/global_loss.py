@@ -6,7 +6,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -18,7 +17,10 @@ from twloss.arguments import (
     TASK_REDUCTIONS,
     PerTask,
     check_choice,
+    check_dense,
     check_global_reduction,
+    check_number,
+    check_process_group,
     check_tasks,
     per_task_numbers,
 )
@@ -87,6 +89,7 @@ class GlobalLoss(RunningSums):
         check_choice("task_loss_reduction", task_loss_reduction, TASK_REDUCTIONS)
         check_global_reduction(global_reduction)
         check_choice("nan_strategy", nan_strategy, NAN_STRATEGIES)
+        check_process_group(kwargs.get("process_group"))
         tasks = None if tasks is None else check_tasks(tasks)
         super().__init__((4, 1 if tasks is None else len(tasks)), **kwargs)
         self.tasks = tasks
@@ -104,8 +107,8 @@ class GlobalLoss(RunningSums):
             weight: ``(tasks,)`` or a number that all tasks share: what the mean divides by.
 
         Raises:
-            TypeError: for an argument of a wrong type.
-            ValueError: for a wrong shape or a device other than the loss_sum's.
+            TypeError: for an argument of a wrong type or dtype.
+            ValueError: for a wrong shape, a device other than the loss_sum's, or a number that is not finite.
             TorchMetricsUserError: between sync() and unsync(), where the update would be lost.
         """
         self._add(self._batch_totals(loss_sum, weight))
@@ -113,10 +116,9 @@ class GlobalLoss(RunningSums):
     def forward(self, loss_sum: Tensor, weight: Tensor | float) -> dict[str, Tensor]:
         """Add one batch's sums, as update() does, and return the losses of this batch alone."""
         batch = self._batch_totals(loss_sum, weight)
+        over_ranks = detached_sum_over_ranks(batch, self.process_group) if self.dist_sync_on_step else batch
+        losses = self._losses(over_ranks)
         self._add(batch)
-        if self.dist_sync_on_step:
-            batch = detached_sum_over_ranks(batch, self.process_group)
-        losses = self._losses(batch)
         self._forward_cache: Any = losses
         return losses
 
@@ -181,28 +183,23 @@ class GlobalLoss(RunningSums):
 
     def _checked(self, loss_sum: Tensor, weight: Tensor | float) -> tuple[Tensor, Tensor | float]:
         """Detached ``(tasks,)`` sums of the widest dtype, and a weight of that kind or a number."""
-        if not isinstance(loss_sum, Tensor):
-            raise TypeError(f"loss_sum: got {type(loss_sum).__name__}, expected a Tensor")
+        check_dense("loss_sum", loss_sum)
         tasks = 1 if self.tasks is None else len(self.tasks)
         if self.tasks is None and loss_sum.ndim == 0:
             loss_sum = loss_sum.unsqueeze(0)
-        if loss_sum.shape != (tasks,) or loss_sum.is_complex():
-            raise ValueError(
-                f"loss_sum: got {loss_sum.dtype} of shape {tuple(loss_sum.shape)}, expected ({tasks},) reals"
-            )
+        if loss_sum.shape != (tasks,):
+            raise ValueError(f"loss_sum: got shape {tuple(loss_sum.shape)}, expected ({tasks},)")
         dtype = sum_dtype(loss_sum.device)
         if isinstance(weight, Tensor):
-            if weight.shape not in ((), (tasks,)) or weight.is_complex():
-                raise ValueError(
-                    f"weight: got {weight.dtype} of shape {tuple(weight.shape)}, expected ({tasks},) or () reals"
-                )
+            check_dense("weight", weight)
+            if weight.shape not in ((), (tasks,)):
+                raise ValueError(f"weight: got shape {tuple(weight.shape)}, expected ({tasks},) or ()")
             if weight.device != loss_sum.device:
                 raise ValueError(f"weight: got a tensor on {weight.device}, expected {loss_sum.device} as for loss_sum")
             weight = weight.detach().to(dtype).expand(tasks)
-        elif isinstance(weight, bool) or not isinstance(weight, (int, float, torch.SymInt)):
-            raise TypeError(f"weight: got {type(weight).__name__}, expected a Tensor or a number")
-        elif isinstance(weight, float) and not math.isfinite(weight):
-            raise ValueError(f"weight: got {weight}, expected a finite number")
+        elif not torch.compiler.is_compiling():
+            # A number of rows that is traced has no value to look at.
+            check_number("weight", weight)
         return loss_sum.detach().to(dtype), weight
 
     @torch.no_grad()

@@ -13,6 +13,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from twloss.arguments import check_dense
+
 __all__ = ["LossFunction", "LossType", "resolve_loss_type", "unreduced_loss"]
 
 LossFunction = Callable[[Tensor, Tensor], Tensor]
@@ -46,7 +48,8 @@ def resolve_loss_type(loss_type: LossType | str | LossFunction) -> LossType | Lo
         except ValueError:
             names = [member.value for member in LossType]
             raise ValueError(f"loss_type: got {loss_type!r}, expected one of {names} or a callable") from None
-    if callable(loss_type):
+    # A class is callable too, but what it makes is no loss: nn.BCEWithLogitsLoss without its parentheses.
+    if callable(loss_type) and not isinstance(loss_type, type):
         return loss_type
     raise TypeError(f"loss_type: got {type(loss_type).__name__}, expected a LossType, its name or a callable")
 
@@ -63,11 +66,11 @@ def unreduced_loss(
         pos_weight: ``(tasks,)``, the factor p of the positive term; BCE_WITH_LOGITS only.
 
     Returns:
-        A tensor of the labels' shape.
+        A tensor of the labels' shape and the logits' dtype.
 
     Raises:
-        TypeError: if a callable gives no tensor.
-        ValueError: if a callable gives another shape than the labels'.
+        TypeError: if a callable gives no floating tensor.
+        ValueError: if a callable gives another shape than the labels', or another device.
     """
     if loss_type is LossType.BCE_WITH_LOGITS:
         return F.binary_cross_entropy_with_logits(logits, labels, pos_weight=pos_weight, reduction="none")
@@ -75,12 +78,16 @@ def unreduced_loss(
         rows = F.cross_entropy(logits.flatten(0, -2), labels.flatten(), reduction="none", ignore_index=_NO_LABEL)
         return rows.view(labels.shape)
     assert not isinstance(loss_type, LossType)
-    loss = loss_type(logits, labels)
-    if not isinstance(loss, Tensor):
-        raise TypeError(f"loss_type: the callable gave {type(loss).__name__}, expected a Tensor")
-    if loss.shape != labels.shape:
+    return _checked(loss_type(logits, labels), labels).to(logits.dtype)
+
+
+def _checked(loss: object, labels: Tensor) -> Tensor:
+    """What a callable gave."""
+    check_dense("loss_type", loss, verb="the callable gave", kind="floating")
+    assert isinstance(loss, Tensor)
+    if loss.shape != labels.shape or loss.device != labels.device:
         raise ValueError(
-            f"loss_type: the callable gave a loss of shape {tuple(loss.shape)}, expected the labels' shape "
-            f"{tuple(labels.shape)} (unreduced: reduction='none')"
+            f"loss_type: the callable gave a loss of shape {tuple(loss.shape)} on {loss.device}, expected the labels' "
+            f"shape {tuple(labels.shape)} (unreduced: reduction='none') on {labels.device}"
         )
     return loss

@@ -27,23 +27,28 @@ __all__ = [
 
 
 def world_size(process_group: dist.ProcessGroup | None) -> int:
-    """The number of ranks of the group (None: of the default one); 1 without a process group."""
+    """The number of ranks of the group (None: of the default one); 1 without a process group.
+
+    Raises:
+        ValueError: if this process is not in the group.
+    """
     if not (dist.is_available() and dist.is_initialized()):
         return 1
-    return dist.get_world_size(process_group)
+    ranks: int = dist.get_world_size(process_group)
+    if ranks < 1:
+        raise ValueError("process_group: got one that this process is not in, expected one that it is in")
+    return ranks
 
 
 def rank_in(process_group: dist.ProcessGroup | None) -> int:
-    """This process's rank in the group; 0 without a process group, -1 outside of it."""
-    if not (dist.is_available() and dist.is_initialized()):
-        return 0
-    return dist.get_rank(process_group)
+    """This process's rank in the group; 0 without a process group."""
+    return dist.get_rank(process_group) if world_size(process_group) > 1 else 0
 
 
 def group_to_state(state: dict[str, Any]) -> dict[str, Any]:
     """The attributes of an object that is copied or pickled, with its ``process_group``, which can't be, by name."""
     group = state["process_group"]
-    return state if group is None else {**state, "process_group": group.group_name}
+    return {**state, "process_group": group.group_name} if hasattr(group, "group_name") else state
 
 
 def group_from_state(state: dict[str, Any]) -> dict[str, Any]:

@@ -12,6 +12,8 @@ from typing import NamedTuple
 
 from torch import Tensor
 
+from twloss.arguments import check_dense
+
 __all__ = ["GlobalReduction", "TaskSums", "has_data", "reduce_rows", "reduce_tasks"]
 
 GlobalReduction = str | Callable[[Tensor], Tensor]
@@ -56,7 +58,8 @@ def reduce_tasks(
     if task_weights is not None:
         losses = losses * task_weights
     if callable(reduction):
-        return _called(reduction, losses)
+        # A copy: what it does in place must not reach the tasks' own entries.
+        return _called(reduction, losses.clone())
     if reduction == "sum":
         return losses.sum()
     if reduction == "mean":
@@ -84,8 +87,10 @@ def _with_neutral_absents(losses: Tensor, present: Tensor, reduction: str) -> Te
 
 def _called(reduction: Callable[[Tensor], Tensor], losses: Tensor) -> Tensor:
     loss = reduction(losses)
-    if not isinstance(loss, Tensor):
-        raise TypeError(f"global_reduction: the callable gave {type(loss).__name__}, expected a 0-dim Tensor")
-    if loss.ndim != 0:
-        raise ValueError(f"global_reduction: the callable gave shape {tuple(loss.shape)}, expected a 0-dim Tensor")
+    check_dense("global_reduction", loss, verb="the callable gave", tensor="a 0-dim Tensor", kind="floating")
+    if loss.ndim != 0 or loss.device != losses.device:
+        raise ValueError(
+            f"global_reduction: the callable gave shape {tuple(loss.shape)} on {loss.device}, "
+            f"expected a 0-dim Tensor on {losses.device}"
+        )
     return loss

@@ -13,7 +13,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from twloss.arguments import MEAN_OVER, check_choice, check_ignore_index
+from twloss.arguments import MEAN_OVER, check_choice, check_dense, check_ignore_index, check_number, check_process_group
 from twloss.batch import Batch
 from twloss.global_loss import GlobalLoss
 from twloss.loss_type import LossFunction, LossType, resolve_loss_type
@@ -47,10 +47,12 @@ class TrackedLoss(nn.Module):
     ) -> None:
         super().__init__()
         self.loss_type = resolve_loss_type(loss_type)
+        name = "pos_weight" if tasks is None else "pos_weights"
         if pos_weights is not None and self.loss_type is not LossType.BCE_WITH_LOGITS:
-            raise ValueError(f"pos_weight: got one with {self.loss_type}, expected it with BCE_WITH_LOGITS only")
+            raise ValueError(f"{name}: got one with {self.loss_type}, expected it with BCE_WITH_LOGITS only")
         if pos_weights is not None and min(pos_weights) < 0:
-            raise ValueError(f"pos_weight: got {pos_weights}, expected numbers >= 0")
+            raise ValueError(f"{name}: got {pos_weights}, expected numbers >= 0")
+        check_process_group(process_group)
         check_choice("mean_over", mean_over, MEAN_OVER)
         if not isinstance(global_batch, bool):
             raise TypeError(f"global_batch: got {type(global_batch).__name__}, expected a bool")
@@ -95,24 +97,22 @@ class TrackedLoss(nn.Module):
         if normalizer is None:
             return None
         if self.task_loss_reduction != "mean" or self.global_reduction not in ("mean", "sum"):
+            rule = f"reduction={self.task_loss_reduction!r}"
+            if self.tasks is not None:
+                rule = f"task_loss_{rule} and global_reduction={self.global_reduction!r}"
             raise ValueError(
-                "normalizer: got one with "
-                f"task_loss_reduction={self.task_loss_reduction!r} and global_reduction={self.global_reduction!r}, "
-                "expected 'mean', and 'mean' or 'sum': no other loss is the sum of those of its parts"
+                f"normalizer: got one with {rule}, expected 'mean' over rows, and 'mean' or 'sum' over tasks: no other "
+                "loss is the sum of those of its parts"
             )
-        if isinstance(normalizer, Tensor):
-            tasks = 1 if self.tasks is None else len(self.tasks)
-            if normalizer.shape not in ((), (tasks,)) or normalizer.is_complex():
-                raise ValueError(
-                    f"normalizer: got {normalizer.dtype} of shape {tuple(normalizer.shape)}, "
-                    f"expected () or ({tasks},) reals"
-                )
-            if normalizer.device != batch.logits.device:
-                raise ValueError(f"normalizer: got a tensor on {normalizer.device}, expected {batch.logits.device}")
-            return normalizer.detach().to(sum_dtype(normalizer.device)).expand(tasks)
-        if isinstance(normalizer, bool) or not isinstance(normalizer, (int, float)):
-            raise TypeError(f"normalizer: got {type(normalizer).__name__}, expected a Tensor or a number")
-        return normalizer
+        if not isinstance(normalizer, Tensor):
+            return check_number("normalizer", normalizer)
+        check_dense("normalizer", normalizer)
+        tasks = 1 if self.tasks is None else len(self.tasks)
+        if normalizer.shape not in ((), (tasks,)):
+            raise ValueError(f"normalizer: got shape {tuple(normalizer.shape)}, expected () or ({tasks},)")
+        if normalizer.device != batch.logits.device:
+            raise ValueError(f"normalizer: got a tensor on {normalizer.device}, expected {batch.logits.device}")
+        return normalizer.detach().to(sum_dtype(normalizer.device)).expand(tasks)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> TrackedLoss:
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
