@@ -34,10 +34,11 @@ def _rank(rank: int, world_size: int, directory: str, function: Callable[..., An
     store = Path(directory, "store")
     dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=world_size)
     result = function(*args)
+    _result_file(directory, rank).write_bytes(pickle.dumps(result))
     # No rank may leave while another still answers it.
     dist.barrier()
-    _result_file(directory, rank).write_bytes(pickle.dumps(result))
-    dist.destroy_process_group()
+    # Without the interpreter's end, in which a thread of gloo's now and then aborts the process.
+    os._exit(0)
 
 
 def _result_file(directory: str, rank: int) -> Path:
