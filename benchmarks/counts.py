@@ -14,30 +14,33 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from benchmarks.paired import Step
 
-__all__ = ["CollectiveLog", "count_kernels", "count_launches", "peak_bytes"]
+__all__ = ["CollectiveLog", "KernelLog", "count_kernels", "count_launches", "peak_bytes"]
 
 
-class _KernelCount(TorchDispatchMode):
-    """Counts the operators that do work: all but views and detach."""
+class KernelLog(TorchDispatchMode):
+    """Notes the operators that do work: all but views and detach."""
 
     def __init__(self) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
-        self.kernels = 0
+        self.names: list[str] = []
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        self.kernels += not func.is_view and func is not torch.ops.aten.detach.default
+        if not func.is_view and func is not torch.ops.aten.detach.default:
+            self.names.append(str(func))
         return func(*args, **(kwargs or {}))
 
 
 class CollectiveLog(TorchDispatchMode):
-    """Notes the bytes that each collective is given."""
+    """Notes the collectives, those that DDP's reducer or torchmetrics start among them, and the bytes each is given."""
 
     def __init__(self) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
+        self.names: list[str] = []
         self.bytes: list[int] = []
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func.namespace in ("c10d", "_c10d_functional"):
+            self.names.append(str(func))
             tensors = [value for value in args[0] if isinstance(value, torch.Tensor)] if args else []
             self.bytes.append(sum(value.numel() * value.element_size() for value in tensors))
         return func(*args, **(kwargs or {}))
@@ -45,9 +48,9 @@ class CollectiveLog(TorchDispatchMode):
 
 def count_kernels(step: Step) -> int:
     """The operators of a step that do work, in forward and backward."""
-    with _KernelCount() as count:
+    with KernelLog() as log:
         step()
-    return int(count.kernels)
+    return len(log.names)
 
 
 def count_launches(step: Step) -> int:

@@ -56,10 +56,15 @@ def errors_of(case: Settings, parts: list[Rows], results: list[tuple[dict[str, f
     """What the ranks got against what one process would get of all of their rows."""
     rows = joined(parts)
     expected = reference.losses(columns(case, rows), case.rule())
-    matrix, bias = parameter_gradients(case, rows)
-    exact = [value for line in matrix for value in line], bias
+    exact = exact_gradients(case, rows)
     loss = max(abs(values["loss"] - expected["loss"]) / abs(expected["loss"]) for values, _ in results)
     return Errors(loss, max(gradient_error(gradients, exact) for _, gradients in results))
+
+
+def exact_gradients(case: Settings, rows: Rows) -> tuple[list[float], list[float]]:
+    """The oracle's gradients of matrix and bias, flat."""
+    matrix, bias = parameter_gradients(case, rows)
+    return [value for line in matrix for value in line], bias
 
 
 def gradient_error(gradients: list[list[float]], exact: tuple[list[float], list[float]]) -> float:

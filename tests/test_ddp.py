@@ -15,9 +15,9 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from torchmetrics import MeanMetric, Metric
 
+from benchmarks.counts import CollectiveLog
 from tests import reference
 from tests.cases import Ranker, Rows, Settings, columns, joined, random_rows, split
-from tests.counting import CountCollectives
 from tests.rank_pool import RankFailedError, RankPool
 from twloss import GlobalLoss, MultiTaskLoss
 
@@ -101,7 +101,7 @@ def collectives_of_compute(rank: int, how: str) -> dict[str, Any]:
         metric = MeanMetric()
     if rank:
         metric.update(torch.full((10,), float(rank)), 4)
-    count = CountCollectives()
+    count = CollectiveLog()
     with count:
         if how == "sync":
             metric.sync()
@@ -143,7 +143,7 @@ def collectives_quietly(rank: int, how: str) -> dict[str, Any]:
 def synced_by_hand(rank: int) -> dict[str, Any]:
     metric = GlobalLoss(["like"])
     metric.update(torch.full((1,), float(rank)), 1)
-    count = CountCollectives()
+    count = CollectiveLog()
     with count:
         metric.sync()
     synced = metric.totals[0].item()
@@ -165,7 +165,7 @@ def collectives_of_a_step(rank: int, kind: str) -> list[str]:
     model = nn.Linear(3, 3)
     ddp = DistributedDataParallel(Ranker(loss, 3, torch.float32) if kind != "bare" else model)
     rows = Rows(torch.randn(4 + rank, 3), torch.rand(4 + rank, 3), torch.rand(4 + rank, 3))
-    count = CountCollectives()
+    count = CollectiveLog()
     with count:
         result = ddp(rows.features).sum() if kind == "bare" else ddp(rows)["loss"]
         count.names.append("backward")
@@ -206,7 +206,7 @@ def gather_in_order(values: Tensor, group: Any = None) -> list[Tensor]:
 def compute_with_own_sync(rank: int) -> tuple[float, list[str]]:
     metric = GlobalLoss(["x"], dist_sync_fn=gather_in_order)
     metric.update(torch.full((1,), rank + 1.0), 1)
-    count = CountCollectives()
+    count = CollectiveLog()
     with count:
         result = metric.compute()["loss"].item()
     return result, count.names

@@ -11,7 +11,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from tests.counting import CountCollectives
+from benchmarks.counts import CollectiveLog
 from tests.rank_pool import RankPool
 from tests.refusals import snapshot
 from twloss import get_global_loss_detached
@@ -84,7 +84,7 @@ def reduced(rank: int, how: str, dtype: torch.dtype) -> dict[str, Any]:
         "negative weight": {"weight": -weight},
     }
     kwargs = ways[how]
-    before, value, count = snapshot([loss, kwargs]), loss.detach().clone(), CountCollectives()
+    before, value, count = snapshot([loss, kwargs]), loss.detach().clone(), CollectiveLog()
     with count:
         result = over_ranks(loss, **kwargs)
     assert snapshot([loss, kwargs]) == before
@@ -165,7 +165,7 @@ def mixed_mapping(rank: int, weighted: bool) -> tuple[dict[str, Any], list[str]]
     weight: Any = None
     if weighted:
         weight = {"none": 1, "loss": WEIGHTS[rank], "fine": 1.0, "half": torch.tensor([[1.0, 0.0], [float(rank), 3.0]])}
-    before, count = snapshot(losses), CountCollectives()
+    before, count = snapshot(losses), CollectiveLog()
     with count:
         result = get_global_loss_detached(losses, weight=weight)
     assert list(result) == list(losses)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from tests.counting import CountKernels
+from benchmarks.counts import KernelLog
 from twloss import MultiTaskLoss
 
 TASK_COUNTS = (1, 10, 100)
@@ -18,14 +18,14 @@ def kernels(tasks: int, *, weighted: bool, ignore_index: float | None = None) ->
     names = [f"task{t}" for t in range(tasks)]
     pos_weights = [1.5] * tasks if weighted else None
     loss = MultiTaskLoss("bce_with_logits", names, pos_weights=pos_weights, ignore_index=ignore_index)
-    count = CountKernels()
+    count = KernelLog()
     with count:
         loss(logits, labels, torch.rand(64, tasks) if weighted else None)["loss"].backward()
     return count.names
 
 
 def test_the_counter_counts() -> None:
-    with CountKernels() as count:
+    with KernelLog() as count:
         (torch.ones(2, 2).T * 2)[0].detach()
     assert count.names == ["aten.ones.default", "aten.mul.Tensor"]
 

@@ -14,8 +14,8 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from tests import reference
-from tests.cases import Ranker, Rows, Settings, columns, joined, parameter_gradients, random_rows, split
-from tests.gradient_errors import flat_gradients, gradient_error
+from tests.cases import Ranker, Rows, Settings, columns, joined, random_rows, split
+from tests.gradient_errors import exact_gradients, flat_gradients, gradient_error
 from tests.rank_pool import RankPool
 from twloss import Loss, MultiTaskLoss, get_global_loss_detached
 
@@ -70,8 +70,7 @@ def expect_exact(
     case: Settings, micro_batches: list[list[Rows]], results: list[tuple[list[list[float]], float]]
 ) -> None:
     rows = joined([part for parts in micro_batches for part in parts])
-    matrix, bias = parameter_gradients(case, rows)
-    exact = [value for line in matrix for value in line], bias
+    exact = exact_gradients(case, rows)
     expected = reference.losses(columns(case, rows), case.rule())["loss"]
     for gradients, value in results:
         assert gradient_error(gradients, exact) <= 1e-12
@@ -97,8 +96,7 @@ def test_the_usual_division_by_the_number_of_micro_batches_is_not() -> None:
     model = Ranker(case.loss(), case.tasks)
     for rows in micro_batches:
         (model(rows)["loss"] / len(micro_batches)).backward()
-    matrix, bias = parameter_gradients(case, joined(micro_batches))
-    assert gradient_error(flat_gradients(model), ([v for line in matrix for v in line], bias)) > 0.05
+    assert gradient_error(flat_gradients(model), exact_gradients(case, joined(micro_batches))) > 0.05
 
 
 def test_a_number_or_a_0_dim_tensor_serves_all_tasks() -> None:
@@ -168,8 +166,7 @@ def test_three_batches_against_two_stay_exact(two_ranks: RankPool, reduction: st
     for gradients, computed in two_ranks.run(train_to_the_end, case, steps):
         assert computed == pytest.approx(expected, rel=1e-12)
         for parts, ours in zip(steps, gradients):
-            matrix, bias = parameter_gradients(case, joined(parts))
-            assert gradient_error(ours, ([v for line in matrix for v in line], bias)) <= 1e-12
+            assert gradient_error(ours, exact_gradients(case, joined(parts))) <= 1e-12
 
 
 def test_the_total_may_come_from_the_helper_for_detached_values() -> None:

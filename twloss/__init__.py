@@ -2,7 +2,7 @@
 
 One batch takes this way, a file a stage, each importing only what stands above it::
 
-    arguments.py      the constructors' arguments, checked
+    arguments.py      arguments, checked
     wide_sum.py       the number format of a running sum
     batch.py          logits, labels, weights -> one aligned Batch                         (rows, tasks)
     loss_type.py      the unreduced loss                                                   (rows, tasks)

@@ -41,28 +41,23 @@ MEAN_OVER = ("rows", "weights")
 _INT64_BITS = 63
 
 
-def check_choice(name: str, value: object, choices: Sequence[str]) -> None:
-    """Raise unless ``value`` is one of the strings.
+def check_choice(name: str, value: object, choices: Sequence[str], otherwise: str = "") -> None:
+    """Raise unless ``value`` is one of the strings; ``otherwise`` tells what else would have been right.
 
     Raises:
         TypeError: if it is no string.
         ValueError: if it is another string.
     """
     if not isinstance(value, str):
-        raise TypeError(f"{name}: got {type(value).__name__}, expected one of {list(choices)}")
+        raise TypeError(f"{name}: got {type(value).__name__}, expected one of {list(choices)}{otherwise}")
     if value not in choices:
-        raise ValueError(f"{name}: got {value!r}, expected one of {list(choices)}")
+        raise ValueError(f"{name}: got {value!r}, expected one of {list(choices)}{otherwise}")
 
 
 def check_global_reduction(value: object) -> None:
     """Raise unless ``value`` is a known reduction over tasks or a callable."""
-    if callable(value):
-        return
-    if not isinstance(value, str):
-        kind = type(value).__name__
-        raise TypeError(f"global_reduction: got {kind}, expected one of {list(GLOBAL_REDUCTIONS)} or a callable")
-    if value not in GLOBAL_REDUCTIONS:
-        raise ValueError(f"global_reduction: got {value!r}, expected one of {list(GLOBAL_REDUCTIONS)} or a callable")
+    if not callable(value):
+        check_choice("global_reduction", value, GLOBAL_REDUCTIONS, " or a callable")
 
 
 def check_tasks(tasks: Sequence[str]) -> tuple[str, ...]:
@@ -149,12 +144,10 @@ def check_process_group(process_group: object) -> None:
     """Raise unless it is None or what ``torch.distributed.new_group`` gives, to members or to others."""
     if process_group is None:
         return
-    if dist.is_available():
-        outside = dist.GroupMember.NON_GROUP_MEMBER
-        if isinstance(process_group, dist.ProcessGroup) or (
-            type(process_group) is type(outside) and process_group == outside
-        ):
-            return
+    if dist.is_available() and isinstance(process_group, dist.ProcessGroup):
+        return
+    if dist.is_available() and process_group is dist.GroupMember.NON_GROUP_MEMBER:
+        return
     raise TypeError(f"process_group: got {type(process_group).__name__}, expected a ProcessGroup or None")
 
 

@@ -68,9 +68,8 @@ def align(
     return Batch(logits, labels, weights, valid)
 
 
-def without_left_out(batch: Batch) -> tuple[Tensor, Tensor]:
+def without_left_out(logits: Tensor, labels: Tensor, weights: Tensor | None) -> tuple[Tensor, Tensor]:
     """Logits and labels with zeros, at which a loss is finite, where the weight is 0; so too for their gradients."""
-    logits, labels, weights, _ = batch
     if weights is None:
         return logits, labels
     if labels.is_floating_point():

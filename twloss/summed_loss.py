@@ -36,9 +36,7 @@ def sum_rows(
         The sums in the logits' dtype, with their gradient; and the same, detached, in the widest dtype.
     """
     if loss_type is LossType.BCE_WITH_LOGITS and _takes_one_derivative(batch):
-        loss_sum, wide = _SummedBCE.apply(  # type: ignore[no-untyped-call]
-            *batch[:3], pos_weight, tasks
-        )
+        loss_sum, wide = _SummedBCE.apply(*batch[:3], pos_weight, tasks)  # type: ignore[no-untyped-call]
     else:
         loss = _weighted_loss(loss_type, batch, pos_weight).reshape(-1, tasks)
         loss_sum, wide = loss.sum(0), _wide_sum(loss.detach())
@@ -48,7 +46,7 @@ def sum_rows(
 
 def _weighted_loss(loss_type: LossType | LossFunction, batch: Batch, pos_weight: Tensor | None) -> Tensor:
     """Weight times loss, of the labels' shape."""
-    logits, labels = without_left_out(batch)
+    logits, labels = without_left_out(*batch[:3])
     loss = unreduced_loss(loss_type, logits, labels, pos_weight)
     if batch.weights is None:
         return loss
@@ -106,7 +104,7 @@ class _SummedBCE(torch.autograd.Function):
         logits, labels, weights, pos_weight = ctx.saved_tensors
         if torch.is_grad_enabled():
             # This is differentiated again: a NaN that is only left out at the end would stay in that derivative.
-            logits, labels = without_left_out(Batch(logits, labels, weights, None))
+            logits, labels = without_left_out(logits, labels, weights)
         probability = logits.sigmoid()
         if pos_weight is None:
             slope = probability - labels

@@ -78,8 +78,8 @@ class TrackedLoss(nn.Module):
 
     def _losses(self, batch: Batch, normalizer: Tensor | float | None) -> tuple[Tensor, Tensor]:
         """The tasks' losses ``(tasks,)`` and the global loss of a batch, whose sums are added to the running ones."""
-        normalizer = self._checked_normalizer(normalizer, batch)
         tasks = 1 if self.tasks is None else len(self.tasks)
+        normalizer = self._checked_normalizer(normalizer, tasks, batch.logits.device)
         pos_weights = self._constants("pos_weights", batch.logits)
         sums, detached = sum_rows(self.loss_type, batch, pos_weights, tasks, self.mean_over)
         if self.global_batch:
@@ -93,7 +93,9 @@ class TrackedLoss(nn.Module):
         (self.train_metric if self.training else self.eval_metric).update(*detached)
         return losses, global_loss
 
-    def _checked_normalizer(self, normalizer: Tensor | float | None, batch: Batch) -> Tensor | float | None:
+    def _checked_normalizer(
+        self, normalizer: Tensor | float | None, tasks: int, device: torch.device
+    ) -> Tensor | float | None:
         if normalizer is None:
             return None
         if self.task_loss_reduction != "mean" or self.global_reduction not in ("mean", "sum"):
@@ -107,12 +109,11 @@ class TrackedLoss(nn.Module):
         if not isinstance(normalizer, Tensor):
             return check_number("normalizer", normalizer)
         check_dense("normalizer", normalizer)
-        tasks = 1 if self.tasks is None else len(self.tasks)
         if normalizer.shape not in ((), (tasks,)):
             raise ValueError(f"normalizer: got shape {tuple(normalizer.shape)}, expected () or ({tasks},)")
-        if normalizer.device != batch.logits.device:
-            raise ValueError(f"normalizer: got a tensor on {normalizer.device}, expected {batch.logits.device}")
-        return normalizer.detach().to(sum_dtype(normalizer.device)).expand(tasks)
+        if normalizer.device != device:
+            raise ValueError(f"normalizer: got a tensor on {normalizer.device}, expected {device}")
+        return normalizer.detach().to(sum_dtype(device)).expand(tasks)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> TrackedLoss:
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]

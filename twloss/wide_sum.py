@@ -11,7 +11,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-__all__ = ["add_once", "is_pair", "moved_sum", "sum_dtype", "value_of_sum", "zero_sum"]
+__all__ = ["add_once", "moved_sum", "sum_dtype", "value_of_sum", "zero_sum"]
 
 DEVICES_WITHOUT_FLOAT64 = {"mps"}
 """Device types on which a sum is a pair; a test may add another."""
@@ -30,14 +30,14 @@ def zero_sum(shape: tuple[int, ...], device: torch.device) -> Tensor:
         return torch.zeros(shape if dtype == torch.float64 else (2, *shape), dtype=dtype, device=device)
 
 
-def is_pair(state: Tensor) -> bool:
+def _is_pair(state: Tensor) -> bool:
     """Whether a state is a pair of float32."""
     return state.dtype == torch.float32
 
 
 def value_of_sum(state: Tensor) -> Tensor:
     """The sum in float64; of a pair on the CPU, since its device has none."""
-    if not is_pair(state):
+    if not _is_pair(state):
         return state
     return state.to("cpu", torch.float64).sum(0)
 
@@ -48,7 +48,7 @@ def moved_sum(state: Tensor, device: torch.device) -> Tensor:
         value = value_of_sum(state)
         moved = zero_sum(tuple(value.shape), device)
         if not (state.is_meta or device.type == "meta"):
-            moved.copy_(torch.stack(_halves(value)) if is_pair(moved) else value)
+            moved.copy_(torch.stack(_halves(value)) if _is_pair(moved) else value)
         return moved
 
 
@@ -64,7 +64,7 @@ def _add_once(state: Tensor, values: Tensor) -> None:
     # Private, but what torch's own checkpoint and FSDP2 ask; there is no public way to know.
     if torch._C._current_graph_task_id() != -1:
         return
-    if is_pair(state):
+    if _is_pair(state):
         _add_to_pair(state, values)
     else:
         state.add_(values)
