@@ -11,7 +11,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torchmetrics.utilities.prints import rank_zero_warn
 
 from twloss.arguments import (
     TASK_REDUCTIONS,
@@ -20,21 +19,16 @@ from twloss.arguments import (
     check_dense,
     check_global_reduction,
     check_number,
-    check_process_group,
-    check_tasks,
     per_task_numbers,
 )
-from twloss.ranks import detached_sum_over_ranks
-from twloss.running_sums import RunningSums
+from twloss.per_task_metric import PerTaskMetric
 from twloss.task_sums import GlobalReduction, TaskSums, has_data, reduce_rows, reduce_tasks
 from twloss.wide_sum import sum_dtype
 
-__all__ = ["NAN_STRATEGIES", "GlobalLoss"]
-
-NAN_STRATEGIES = ("warn", "error", "ignore", "disable")
+__all__ = ["GlobalLoss"]
 
 
-class GlobalLoss(RunningSums):
+class GlobalLoss(PerTaskMetric):
     """The loss of all rows of all steps and ranks since reset(), as one process would get it from one batch.
 
     With S_t = Σ w·l and N_t the weight of task t, summed over every update of every rank, a task's loss is S_t / N_t
@@ -43,6 +37,8 @@ class GlobalLoss(RunningSums):
 
     ``MultiTaskLoss`` and ``Loss`` feed one of these for training and one for evaluation; any other training code may
     feed its own.
+
+    compute() gives ``{"loss/<task>": …, "loss": …}``, 0-dim detached float64, NaN where there was no data.
 
     Args:
         tasks: the tasks' names, or None for the one-task form, whose only key is "loss".
@@ -88,14 +84,9 @@ class GlobalLoss(RunningSums):
     ) -> None:
         check_choice("task_loss_reduction", task_loss_reduction, TASK_REDUCTIONS)
         check_global_reduction(global_reduction)
-        check_choice("nan_strategy", nan_strategy, NAN_STRATEGIES)
-        check_process_group(kwargs.get("process_group"))
-        tasks = None if tasks is None else check_tasks(tasks)
-        super().__init__((4, 1 if tasks is None else len(tasks)), **kwargs)
-        self.tasks = tasks
+        super().__init__(tasks, 2, nan_strategy=nan_strategy, **kwargs)
         self.task_loss_reduction = task_loss_reduction
         self.task_weights = per_task_numbers("task_weights", task_weights, self.tasks or ("loss",))
-        self.nan_strategy = nan_strategy
         # In __dict__, where nn.Module does not look for submodules: the owner of the metric registers it.
         self.__dict__["global_reduction"] = global_reduction
 
@@ -111,32 +102,7 @@ class GlobalLoss(RunningSums):
             ValueError: for a wrong shape, a device other than the loss_sum's, or a number that is not finite.
             TorchMetricsUserError: between sync() and unsync(), where the update would be lost.
         """
-        self._add(self._batch_totals(loss_sum, weight))
-
-    def forward(self, loss_sum: Tensor, weight: Tensor | float) -> dict[str, Tensor]:
-        """Add one batch's sums, as update() does, and return the losses of this batch alone."""
-        batch = self._batch_totals(loss_sum, weight)
-        over_ranks = detached_sum_over_ranks(batch, self.process_group) if self.dist_sync_on_step else batch
-        losses = self._losses(over_ranks)
-        self._add(batch)
-        self._forward_cache: Any = losses
-        return losses
-
-    def compute(self) -> dict[str, Tensor]:
-        """The losses of all rows since reset(), over all ranks; one collective, so every rank has to call it.
-
-        Returns:
-            ``{"loss/<task>": …, "loss": …}``, 0-dim detached float64; NaN where there was no data.
-
-        Raises:
-            RuntimeError: with ``nan_strategy="error"``, if an update was not finite.
-        """
-        totals = self.summed
-        counted, offered = totals[2:].tolist()
-        if not any(offered):
-            rank_zero_warn("GlobalLoss.compute() was called before update() on any rank; every value is NaN")
-        self._report_non_finite([int(n - k) for n, k in zip(offered, counted)])
-        return self._losses(totals)
+        self._add(self._batch_sums(loss_sum, weight))
 
     def plot(self, val: Any = None, ax: Any = None) -> Any:
         """Plot a result of compute(), or a list of them as a line for each key.
@@ -150,36 +116,16 @@ class GlobalLoss(RunningSums):
         """
         return self._plot(val, ax)
 
-    @property
-    def update_count(self) -> int:
-        """The number of updates since reset(), on this rank."""
-        return 0 if self.totals.is_meta else int(self.summed[3, 0])
+    def keys(self) -> list[str]:
+        """The keys of the result, in its order."""
+        return [*(f"loss/{task}" for task in self.tasks or ()), "loss"]
 
-    @property
-    def update_called(self) -> bool:
-        """Whether there was an update since reset(), on this rank."""
-        return self.update_count > 0
+    def better(self, key: str) -> bool:  # noqa: ARG002 (the same for every key)
+        """A lower loss is better."""
+        return False
 
-    def describe(self) -> dict[str, Any]:
-        """The tasks, which sums of other tasks must not be mixed with."""
-        return {"tasks": None if self.tasks is None else list(self.tasks)}
-
-    @torch.no_grad()
-    def _batch_totals(self, loss_sum: Tensor, weight: Tensor | float) -> Tensor:
-        """What an update adds, ``(4, tasks)``: loss_sum, weight, the number of finite updates (0 or 1) and of all."""
-        loss_sum, weight = self._checked(loss_sum, weight)
-        if self.nan_strategy == "disable":
-            finite = torch.ones_like(loss_sum)
-        else:
-            # In the sums' dtype: a bool times a Python float is float32.
-            clean = loss_sum.nan_to_num(0.0, 0.0, 0.0)
-            finite = clean.eq(loss_sum).to(clean.dtype)
-            loss_sum = clean
-            if isinstance(weight, Tensor):
-                clean = weight.nan_to_num(0.0, 0.0, 0.0)
-                finite = finite * clean.eq(weight)
-                loss_sum, weight = loss_sum * finite, clean
-        return torch.stack((loss_sum, finite * weight, finite, torch.ones_like(loss_sum)))
+    def _batch_sums(self, loss_sum: Tensor, weight: Tensor | float) -> Tensor:
+        return self._counted(*self._checked(loss_sum, weight))
 
     def _checked(self, loss_sum: Tensor, weight: Tensor | float) -> tuple[Tensor, Tensor | float]:
         """Detached ``(tasks,)`` sums of the widest dtype, and a weight of that kind or a number."""
@@ -203,30 +149,19 @@ class GlobalLoss(RunningSums):
         return loss_sum.detach().to(dtype), weight
 
     @torch.no_grad()
-    def _losses(self, totals: Tensor) -> dict[str, Tensor]:
-        """The result of compute() from summed totals ``(4, tasks)``."""
-        sums = TaskSums(totals[0], totals[1])
-        present = has_data(sums)
+    def _results(self, sums: Tensor) -> dict[str, Tensor]:
+        totals = TaskSums(sums[0], sums[1])
+        present = has_data(totals)
         assert present is not None
-        sums = TaskSums(sums.loss_sum.where(present, 0.0), sums.weight)
-        losses = reduce_rows(sums, self.task_loss_reduction)
+        totals = TaskSums(totals.loss_sum.where(present, 0.0), totals.weight)
+        losses = reduce_rows(totals, self.task_loss_reduction)
         if self.tasks is None:
             return {"loss": losses.where(present, torch.nan).squeeze(0)}
         seen = _as_input_of(self.global_reduction, losses)
         weights = None if self.task_weights is None else seen.new_tensor(self.task_weights)
         loss = reduce_tasks(seen, present, self.global_reduction, weights)
-        keys = [f"loss/{task}" for task in self.tasks]
-        values = losses.where(present, torch.nan).unbind(0)
-        return {**dict(zip(keys, values)), "loss": loss.to(losses).where(present.any(), torch.nan)}
-
-    def _report_non_finite(self, skipped: list[int]) -> None:
-        if self.nan_strategy not in ("warn", "error") or not any(skipped):
-            return
-        counts = {task: n for task, n in zip(self.tasks or ("loss",), skipped) if n}
-        message = f"GlobalLoss: sums that were not finite, left out of the running sums: {counts} updates"
-        if self.nan_strategy == "error":
-            raise RuntimeError(message)
-        rank_zero_warn(message)
+        loss = loss.to(losses).where(present.any(), torch.nan)
+        return dict(zip(self.keys(), (*losses.where(present, torch.nan).unbind(0), loss)))
 
 
 def _as_input_of(reduction: GlobalReduction, losses: Tensor) -> Tensor:

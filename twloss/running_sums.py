@@ -41,6 +41,8 @@ class RunningSums(Metric):
 
     totals: Tensor
     """The state, see ``wide_sum.py``."""
+    restarts: int = 0
+    """How often the sums were set anew, which makes every earlier snapshot of them void."""
 
     def __init__(self, shape: tuple[int, ...], **kwargs: Any) -> None:
         if kwargs.setdefault("compute_with_cache", False):
@@ -64,13 +66,28 @@ class RunningSums(Metric):
         """Set the sums to 0."""
         with torch.inference_mode(False):
             super().reset()
+        self.restarts += 1
+
+    def snapshot(self) -> Tensor:
+        """A copy of this rank's sums in float64, which compute_since() takes."""
+        self._refuse_between_syncs("snapshot", "is of this rank's own sums")
+        return self.summed.clone()
+
+    def compute_since(self, snapshot: Tensor | None) -> Any:
+        """What compute() gives for the rows that came after a snapshot, on each rank its own; None: after reset()."""
+        if snapshot is None:
+            return self.compute()
+        self._refuse_between_syncs("compute_since", "is of this rank's own sums")
+        totals = self.totals
+        try:
+            self.totals = moved_sum(self.summed - snapshot.to(self.summed.device), totals.device)
+            return self.compute()
+        finally:
+            self.totals = totals
 
     def _add(self, batch: Tensor) -> None:
         """Add a batch's detached sums."""
-        if self._is_synced:
-            raise TorchMetricsUserError(
-                f"{type(self).__name__}: update between sync() and unsync(), which would drop it"
-            )
+        self._refuse_between_syncs("update", "would be dropped")
         # The transforms of torch.func refuse to update a tensor from outside; meta tensors have no values to add.
         if batch.is_meta or torch._C._are_functorch_transforms_active():
             return
@@ -79,6 +96,10 @@ class RunningSums(Metric):
             self._move(batch.device)
         # In place, with no attribute written: torch.compile would guard on the attribute and recompile at each step.
         add_once(self.totals, batch)
+
+    def _refuse_between_syncs(self, what: str, why: str) -> None:
+        if self._is_synced:
+            raise TorchMetricsUserError(f"{type(self).__name__}: {what} between sync() and unsync(), which {why}")
 
     def _reduce_states(self, incoming_state: dict[str, Any]) -> None:
         incoming = value_of_sum(incoming_state["totals"]).to(self.summed.device)
@@ -212,3 +233,4 @@ class RunningSums(Metric):
             error_msgs.append(f"{prefix}totals: {error}")
         else:
             self.totals = moved_sum(value, value.device if self.totals.is_meta else self.totals.device)
+            self.restarts += 1

@@ -1,0 +1,100 @@
+"""One key of running sums as a ``Metric`` of its own, for what wants a metric with a single number.
+
+A metric whose compute() gives a dict comes in; a metric that gives one of its values goes out. It holds no sums: it
+reads those of the other.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+from torchmetrics import Metric
+
+from twloss.running_sums import RunningSums
+
+__all__ = ["ScalarView"]
+
+
+class ScalarView(Metric):
+    """One value of a metric's result, such as "loss/like", as a metric; see ``GlobalLoss.scalar()``.
+
+    It shares the sums of its owner, which it does not register as a submodule: the model that has the owner does. What
+    feeds the owner feeds the view, and ``update()`` feeds the owner, so update only one of a metric and its views.
+
+    ``reset()`` starts this view anew and leaves the owner and its other views alone: compute() then gives the value of
+    the rows that came after it. The owner's reset() starts all of its views anew.
+
+    Args:
+        owner: the metric to read.
+        key: the key of its result.
+        higher_is_better: what the key's values are; ``MetricTracker.best_metric()`` asks.
+    """
+
+    full_state_update = False
+
+    owner: RunningSums
+
+    def __init__(self, owner: RunningSums, key: str, higher_is_better: bool | None = None) -> None:
+        super().__init__(compute_with_cache=False)
+        # In __dict__, where nn.Module does not look for submodules: its sums would be saved twice.
+        self.__dict__.update(owner=owner, higher_is_better=higher_is_better)
+        self.key = key
+        self._since: tuple[int, Tensor] | None = None
+
+    def extra_repr(self) -> str:
+        """The key, for repr()."""
+        return repr(self.key)
+
+    def update(self, *args: Any, **kwargs: Any) -> None:
+        """Update the owner, with its arguments."""
+        self.owner.update(*args, **kwargs)
+
+    def forward(self, *args: Any, **kwargs: Any) -> Tensor:
+        """Update the owner, and return the value of this batch alone."""
+        self._forward_cache: Any = self.owner(*args, **kwargs)[self.key]
+        value: Tensor = self._forward_cache
+        return value
+
+    def compute(self) -> Tensor:
+        """The value of all rows since reset(), over all ranks; one collective, so every rank has to call it.
+
+        Returns:
+            0-dim detached float64.
+
+        Raises:
+            TorchMetricsUserError: after a reset() of the view, within the owner's sync() and unsync().
+        """
+        current = self._since is not None and self._since[0] == self.owner.restarts
+        value: Tensor = self.owner.compute_since(self._since[1] if self._since and current else None)[self.key]
+        return value
+
+    def reset(self) -> None:
+        """Start this view anew; the owner's sums, which other views read, stay."""
+        super().reset()
+        self._since = (self.owner.restarts, self.owner.snapshot())
+
+    @property
+    def device(self) -> torch.device:
+        """Where the sums are."""
+        return self.owner.device
+
+    @property
+    def update_count(self) -> int:
+        """The owner's."""
+        return self.owner.update_count
+
+    @property
+    def update_called(self) -> bool:
+        """The owner's."""
+        return self.owner.update_called
+
+    # Metric's wrappers count updates, cache results and warn where the view itself was not updated.
+
+    def _wrap_update(self, update: Callable[..., None]) -> Callable[..., None]:
+        return update
+
+    def _wrap_compute(self, compute: Callable[[], Tensor]) -> Callable[[], Tensor]:
+        return compute
