@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from tests.cases import norm
-from twloss import GlobalLoss, Loss, LossType, MultiTaskLoss, build_loss, build_multi_task_loss
+from twloss import GlobalLoss, Loss, LossType, MultiTaskLoss, RankingQuality, build_loss, build_multi_task_loss
 from twloss import get_global_loss_detached as over_ranks
 
 TASKS = ["like", "reply", "retweet"]
@@ -28,18 +28,21 @@ SIGNATURES: list[tuple[Callable[..., Any], str]] = [
     (
         Loss,
         "(loss_type, reduction='mean', *, pos_weight=None, mean_over='rows', ignore_index=None, global_batch=False, "
-        "process_group=None)",
+        "process_group=None, quality=False)",
     ),
     (
         MultiTaskLoss,
         "(loss_type, tasks, task_loss_reduction='mean', global_reduction='mean', pos_weights=None, *, "
-        "task_weights=None, mean_over='rows', ignore_index=None, global_batch=False, process_group=None)",
+        "task_weights=None, mean_over='rows', ignore_index=None, global_batch=False, process_group=None, "
+        "quality=False)",
     ),
     (
         GlobalLoss,
         "(tasks, task_loss_reduction='mean', global_reduction='mean', *, task_weights=None, nan_strategy='warn', "
         "**kwargs)",
     ),
+    (RankingQuality, "(tasks, *, ignore_index=None, window=None, nan_strategy='warn', **kwargs)"),
+    (RankingQuality.update, "(self, logits, labels, weights=None)"),
     (Loss.forward, "(self, logits, labels, weights=None, *, normalizer=None)"),
     (MultiTaskLoss.forward, "(self, logits, labels, weights=None, *, normalizer=None)"),
     (GlobalLoss.update, "(self, loss_sum, weight)"),

@@ -28,6 +28,7 @@ __all__ = [
     "check_number",
     "check_process_group",
     "check_tasks",
+    "check_window",
     "per_task_numbers",
     "warn_unless_mean",
 ]
@@ -75,6 +76,21 @@ def check_tasks(tasks: Sequence[str]) -> tuple[str, ...]:
     if not tasks or "" in tasks or len(set(tasks)) < len(tasks):
         raise ValueError(f"tasks: got {list(tasks)}, expected one or more names, each once and not empty")
     return tuple(tasks)
+
+
+def check_window(window: object) -> None:
+    """Raise unless ``window`` is a number of updates or None.
+
+    Raises:
+        TypeError: if it is no int.
+        ValueError: if it is below 1.
+    """
+    if window is None:
+        return
+    if isinstance(window, bool) or not isinstance(window, int):
+        raise TypeError(f"window: got {type(window).__name__}, expected a number of updates or None")
+    if window < 1:
+        raise ValueError(f"window: got {window}, expected at least one update")
 
 
 def per_task_numbers(name: str, values: PerTask | None, tasks: Sequence[str]) -> tuple[float, ...] | None:

@@ -1,6 +1,6 @@
 """Where a batch enters: what the caller passes becomes aligned tensors, or a clear error.
 
-Logits, labels and weights come in, as tensors or as mappings task -> tensor; a ``Batch`` of one shape, device and
+Logits, labels and weights come in; a ``Batch`` of one shape, device and
 floating dtype goes out. Checks look at types, shapes, dtypes and devices only, never at values: reading a value would
 wait for the device.
 """
@@ -8,16 +8,14 @@ wait for the device.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from twloss.arguments import check_dense
-from twloss.wide_sum import sum_dtype
 
-__all__ = ["Batch", "align", "keep_where_nonzero", "stack_tasks", "without_left_out"]
+__all__ = ["Batch", "align", "compute_dtype", "keep_where_nonzero", "without_left_out"]
 
 
 class Batch(NamedTuple):
@@ -49,7 +47,7 @@ def align(
         TypeError: for something that is no tensor, or of a dtype that can't be used.
         ValueError: for shapes or devices that do not fit.
     """
-    dtype = _compute_dtype("logits", logits)
+    dtype = compute_dtype("logits", logits)
     check_dense("labels", labels)
     if has_classes is None:
         has_classes = logits.ndim == labels.ndim + 1
@@ -91,65 +89,7 @@ def keep_where_nonzero(values: Tensor, weights: Tensor) -> Tensor:
     return kept
 
 
-def stack_tasks(name: str, values: Tensor | Mapping[str, Tensor], tasks: Sequence[str], *, has_classes: bool) -> Tensor:
-    """One ``(rows, tasks)`` or ``(rows, tasks, classes)`` tensor from a mapping; a tensor stays what it is.
-
-    Where the class counts differ, the missing classes get a logit of -inf: probability 0, gradient 0, and a loss of
-    infinity for a label that is one of them.
-
-    Raises:
-        TypeError: if a value is no tensor.
-        ValueError: if names are missing or unknown, or shapes do not fit.
-    """
-    if not isinstance(values, Mapping):
-        return values
-    if set(values) != set(tasks):
-        missing = [task for task in tasks if task not in values]
-        unknown = [task for task in values if task not in tasks]
-        raise ValueError(
-            f"{name}: got {list(values)}, expected {list(tasks)}: missing tasks {missing}, unknown tasks {unknown}"
-        )
-    columns = [_column(f"{name}[{task!r}]", values[task], has_classes) for task in tasks]
-    rows = {task: column.shape[0] for task, column in zip(tasks, columns)}
-    if len(set(rows.values())) > 1:
-        raise ValueError(f"{name}: got {rows} rows, expected the same number for every task")
-    devices = {task: str(column.device) for task, column in zip(tasks, columns)}
-    if len(set(devices.values())) > 1:
-        raise ValueError(f"{name}: got {devices}, expected the same device for every task")
-    dtypes = [_compute_dtype(f"{name}[{t!r}]", c) if name == "logits" else c.dtype for t, c in zip(tasks, columns)]
-    columns = _of_one_dtype(columns, dtypes)
-    if has_classes:
-        classes = max(column.shape[1] for column in columns)
-        columns = [torch.nn.functional.pad(c, (0, classes - c.shape[1]), value=-math.inf) for c in columns]
-    return torch.stack(columns, dim=1)
-
-
-def _of_one_dtype(columns: list[Tensor], dtypes: list[torch.dtype]) -> list[Tensor]:
-    """Columns whose dtypes differ, in one that holds their values: torch.stack would round 2^24 + 1 to float32."""
-    if len({column.dtype for column in columns}) == 1:
-        return columns
-    if any(dtype.is_floating_point for dtype in dtypes):
-        wide = torch.float32 if set(dtypes) == {torch.float32} else sum_dtype(columns[0].device)
-    else:
-        wide = torch.int64
-    return [column.to(wide) for column in columns]
-
-
-def _column(name: str, values: Tensor, has_classes: bool) -> Tensor:
-    """One task's ``(rows,)`` values, or ``(rows, classes)`` logits."""
-    check_dense(name, values)
-    if has_classes:
-        if values.ndim != 2 or values.shape[1] == 0:
-            raise ValueError(f"{name}: got shape {tuple(values.shape)}, expected (rows, classes), at least one class")
-        return values
-    if values.ndim == 2 and values.shape[1] == 1:
-        return values.squeeze(1)
-    if values.ndim != 1:
-        raise ValueError(f"{name}: got shape {tuple(values.shape)}, expected (rows,) or (rows, 1)")
-    return values
-
-
-def _compute_dtype(name: str, logits: Tensor) -> torch.dtype:
+def compute_dtype(name: str, logits: Tensor) -> torch.dtype:
     """float64 for float64 logits, float32 for all others: a bfloat16 sum of 1025 ones is 1024."""
     check_dense(name, logits)
     if logits.dtype not in (torch.float16, torch.bfloat16, torch.float32, torch.float64):

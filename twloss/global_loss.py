@@ -22,6 +22,7 @@ from twloss.arguments import (
     per_task_numbers,
 )
 from twloss.per_task_metric import PerTaskMetric
+from twloss.plots import plot_per_task
 from twloss.task_sums import GlobalReduction, TaskSums, has_data, reduce_rows, reduce_tasks
 from twloss.wide_sum import sum_dtype
 
@@ -105,24 +106,37 @@ class GlobalLoss(PerTaskMetric):
         self._add(self._batch_sums(loss_sum, weight))
 
     def plot(self, val: Any = None, ax: Any = None) -> Any:
-        """Plot a result of compute(), or a list of them as a line for each key.
+        """Plot a result as a bar for each task, or a list of results as a line for each; the global loss in black.
 
         Args:
-            val: what compute() or forward() gave, or a list of such results; None calls compute().
-            ax: the matplotlib axes to draw on; None makes new ones.
+            val: what compute() or forward() gave, or a list of such results, one a step; None calls compute(), which
+                every rank has to do.
+            ax: the matplotlib axes to draw on; None makes a figure with room for all names.
 
         Returns:
             The figure and the axes.
-        """
-        return self._plot(val, ax)
 
-    def keys(self) -> list[str]:
-        """The keys of the result, in its order."""
-        return [*(f"loss/{task}" for task in self.tasks or ()), "loss"]
+        Raises:
+            ModuleNotFoundError: without matplotlib.
+            TypeError: for a ``val`` that is neither of them.
+            ValueError: for a ``val`` in which a task is missing.
+        """
+        return plot_per_task(
+            self.compute() if val is None else val,
+            ax,
+            tasks=self.tasks or (),
+            prefix="loss",
+            summary="loss",
+            ylabel="loss",
+            lower_bound=self.plot_lower_bound,
+        )
 
     def better(self, key: str) -> bool:  # noqa: ARG002 (the same for every key)
         """A lower loss is better."""
         return False
+
+    def _keys(self) -> list[str]:
+        return [*(f"loss/{task}" for task in self.tasks or ()), "loss"]
 
     def _batch_sums(self, loss_sum: Tensor, weight: Tensor | float) -> Tensor:
         return self._counted(*self._checked(loss_sum, weight))
@@ -148,20 +162,19 @@ class GlobalLoss(PerTaskMetric):
             check_number("weight", weight)
         return loss_sum.detach().to(dtype), weight
 
-    @torch.no_grad()
-    def _results(self, sums: Tensor) -> dict[str, Tensor]:
+    def _values(self, sums: Tensor) -> Sequence[Tensor]:
         totals = TaskSums(sums[0], sums[1])
         present = has_data(totals)
         assert present is not None
         totals = TaskSums(totals.loss_sum.where(present, 0.0), totals.weight)
         losses = reduce_rows(totals, self.task_loss_reduction)
+        values = losses.where(present, torch.nan).unbind(0)
         if self.tasks is None:
-            return {"loss": losses.where(present, torch.nan).squeeze(0)}
+            return values
         seen = _as_input_of(self.global_reduction, losses)
         weights = None if self.task_weights is None else seen.new_tensor(self.task_weights)
         loss = reduce_tasks(seen, present, self.global_reduction, weights)
-        loss = loss.to(losses).where(present.any(), torch.nan)
-        return dict(zip(self.keys(), (*losses.where(present, torch.nan).unbind(0), loss)))
+        return (*values, loss.to(losses).where(present.any(), torch.nan))
 
 
 def _as_input_of(reduction: GlobalReduction, losses: Tensor) -> Tensor:

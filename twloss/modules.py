@@ -5,7 +5,7 @@ Logits, labels and weights of a batch come in, the losses to train on go out.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 
 import torch.distributed as dist
 from torch import Tensor
@@ -19,14 +19,14 @@ from twloss.arguments import (
     per_task_numbers,
     warn_unless_mean,
 )
-from twloss.batch import align, stack_tasks
+from twloss.batch import align
 from twloss.loss_type import LossFunction, LossType
+from twloss.ranking_quality import RankingQuality
+from twloss.task_columns import TaskTensors, align_tasks
 from twloss.task_sums import GlobalReduction
 from twloss.tracked_loss import TrackedLoss
 
 __all__ = ["Loss", "MultiTaskLoss"]
-
-TaskTensors = Tensor | Mapping[str, Tensor]
 
 
 class Loss(TrackedLoss):
@@ -46,10 +46,14 @@ class Loss(TrackedLoss):
             DDP's average the gradient of one process. One collective in forward, in evaluation too, so every rank
             has to call it equally often: a rank that has run out of rows with an empty batch.
         process_group: the ranks to sum over; None: all.
+        quality: True, or a ``RankingQuality`` to be copied, for running sums of the quality of the predictions, without
+            the pos_weights, from the logits at hand; BCE_WITH_LOGITS only.
 
     Attributes:
         train_metric: the ``GlobalLoss`` that forward feeds in training mode; compute() gives ``{"loss": …}``.
         eval_metric: the one that it feeds in evaluation mode.
+        train_quality: with ``quality``, the ``RankingQuality`` that forward feeds in training mode; else None.
+        eval_quality: with ``quality``, the one that it feeds in evaluation mode; else None.
 
     Raises:
         TypeError: for an argument of a wrong type.
@@ -75,6 +79,7 @@ class Loss(TrackedLoss):
         ignore_index: float | None = None,
         global_batch: bool = False,
         process_group: dist.ProcessGroup | None = None,
+        quality: bool | RankingQuality = False,
     ) -> None:
         check_choice("reduction", reduction, TASK_REDUCTIONS)
         super().__init__(
@@ -88,6 +93,7 @@ class Loss(TrackedLoss):
             ignore_index=ignore_index,
             global_batch=global_batch,
             process_group=process_group,
+            quality=quality,
         )
         warn_unless_mean(global_batch, reduction=reduction)
 
@@ -136,10 +142,14 @@ class MultiTaskLoss(TrackedLoss):
             DDP's average the gradient of one process. One collective in forward, in evaluation too, so every rank
             has to call it equally often: a rank that has run out of rows with an empty batch.
         process_group: the ranks to sum over; None: all.
+        quality: True, or a ``RankingQuality`` to be copied, for running sums of the quality of the predictions, without
+            the pos_weights, from the logits at hand; BCE_WITH_LOGITS only.
 
     Attributes:
         train_metric: the ``GlobalLoss`` that forward feeds in training mode.
         eval_metric: the one that it feeds in evaluation mode.
+        train_quality: with ``quality``, the ``RankingQuality`` that forward feeds in training mode; else None.
+        eval_quality: with ``quality``, the one that it feeds in evaluation mode; else None.
 
     Raises:
         TypeError: for an argument of a wrong type.
@@ -167,6 +177,7 @@ class MultiTaskLoss(TrackedLoss):
         ignore_index: float | None = None,
         global_batch: bool = False,
         process_group: dist.ProcessGroup | None = None,
+        quality: bool | RankingQuality = False,
     ) -> None:
         tasks = check_tasks(tasks)
         check_choice("task_loss_reduction", task_loss_reduction, TASK_REDUCTIONS)
@@ -182,6 +193,7 @@ class MultiTaskLoss(TrackedLoss):
             ignore_index=ignore_index,
             global_batch=global_batch,
             process_group=process_group,
+            quality=quality,
         )
         warn_unless_mean(global_batch, task_loss_reduction=task_loss_reduction, global_reduction=global_reduction)
 
@@ -216,11 +228,9 @@ class MultiTaskLoss(TrackedLoss):
         """
         assert self.tasks is not None
         has_classes = _has_classes(self.loss_type)
-        logits = stack_tasks("logits", logits, self.tasks, has_classes=has_classes is True)
-        labels = _check_columns(stack_tasks("labels", labels, self.tasks, has_classes=False), self.tasks)
-        if weights is not None:
-            weights = _per_row(stack_tasks("weights", weights, self.tasks, has_classes=False), labels)
-        batch = align(logits, labels, weights, has_classes=has_classes, ignore_index=self.ignore_index)
+        batch = align_tasks(
+            logits, labels, weights, self.tasks, has_classes=has_classes, ignore_index=self.ignore_index
+        )
         losses, loss = self._losses(batch, normalizer)
         return {**{f"loss/{task}": value for task, value in zip(self.tasks, losses.unbind(0))}, "loss": loss}
 
@@ -228,23 +238,3 @@ class MultiTaskLoss(TrackedLoss):
 def _has_classes(loss_type: LossType | LossFunction) -> bool | None:
     """Whether the logits have a dimension of classes; None where only their shape tells."""
     return loss_type is LossType.CROSS_ENTROPY if isinstance(loss_type, LossType) else None
-
-
-def _check_columns(labels: Tensor, tasks: tuple[str, ...]) -> Tensor:
-    if isinstance(labels, Tensor) and (labels.ndim != 2 or labels.shape[1] != len(tasks)):
-        raise ValueError(f"labels: got shape {tuple(labels.shape)}, expected (rows, {len(tasks)})")
-    return labels
-
-
-def _per_row(weights: Tensor, labels: Tensor) -> Tensor:
-    """Weights as ``(rows, tasks)`` or ``(rows, 1)``; what is no tensor is left for align() to refuse."""
-    if not (isinstance(weights, Tensor) and isinstance(labels, Tensor)):
-        return weights
-    rows, tasks = labels.shape
-    if weights.shape == (rows,):
-        return weights.unsqueeze(1)
-    if weights.shape not in ((rows, tasks), (rows, 1)):
-        raise ValueError(
-            f"weights: got shape {tuple(weights.shape)}, expected ({rows}, {tasks}), ({rows}, 1) or ({rows},)"
-        )
-    return weights

@@ -94,6 +94,9 @@ class RunningSums(Metric):
         if self.totals.device != batch.device:
             # FSDP moves no module without parameters; the first update then brings the sums to the inputs' device.
             self._move(batch.device)
+        self._put(batch)
+
+    def _put(self, batch: Tensor) -> None:
         # In place, with no attribute written: torch.compile would guard on the attribute and recompile at each step.
         add_once(self.totals, batch)
 
@@ -105,7 +108,15 @@ class RunningSums(Metric):
         incoming = value_of_sum(incoming_state["totals"]).to(self.summed.device)
         if incoming.shape != self.summed.shape:
             raise ValueError(f"totals: got shape {tuple(incoming.shape)}, expected {tuple(self.summed.shape)}")
-        self.totals = moved_sum(self.summed + incoming, self.totals.device)
+        self.totals = moved_sum(self._merged(self.summed, incoming), self.totals.device)
+
+    def _merged(self, sums: Tensor, incoming: Tensor) -> Tensor:
+        """The sums of two metrics' rows."""
+        return sums + incoming
+
+    def _to_share(self, sums: Tensor) -> Tensor:
+        """What of the sums goes over the ranks."""
+        return sums
 
     def merge_state(self, incoming_state: dict[str, Any] | Metric) -> None:
         """Add the sums of another metric, or its ``metric_state``, to these.
@@ -120,7 +131,7 @@ class RunningSums(Metric):
     # Sync: one collective, where torchmetrics' own gather takes three.
 
     def _sync_dist(self, dist_sync_fn: Callable[..., Any] = gather_all_tensors, process_group: Any = None) -> None:
-        self.totals = self.summed
+        self.totals = self._to_share(self.summed)
         if dist_sync_fn is gather_all_tensors:
             self.totals = detached_sum_over_ranks(self.totals, process_group or self.process_group)
         else:

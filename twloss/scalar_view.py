@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 from torchmetrics import Metric
 
+from twloss.plots import plot_per_task
 from twloss.running_sums import RunningSums
 
 __all__ = ["ScalarView"]
@@ -33,7 +34,8 @@ class ScalarView(Metric):
         higher_is_better: what the key's values are; ``MetricTracker.best_metric()`` asks.
     """
 
-    full_state_update = False
+    # A view has no state that could be kept or merged: Running and merge_state() refuse it when they see this.
+    full_state_update = True
 
     owner: RunningSums
 
@@ -75,6 +77,37 @@ class ScalarView(Metric):
         """Start this view anew; the owner's sums, which other views read, stay."""
         super().reset()
         self._since = (self.owner.restarts, self.owner.snapshot())
+
+    def plot(self, val: Any = None, ax: Any = None) -> Any:
+        """Plot a value as a bar, or several as a line.
+
+        Args:
+            val: what compute() or forward() gave, or a list or ``(steps,)`` tensor of such values; None calls
+                compute(), which every rank has to do.
+            ax: the matplotlib axes to draw on; None makes a figure.
+
+        Returns:
+            The figure and the axes.
+
+        Raises:
+            ModuleNotFoundError: without matplotlib.
+            TypeError: for a ``val`` that is none of them.
+        """
+        val = self.compute() if val is None else val
+        is_list = isinstance(val, (list, tuple))
+        return plot_per_task(
+            [{self.key: value} for value in val] if is_list else {self.key: val},
+            ax,
+            tasks=(),
+            prefix="",
+            summary=self.key,
+            ylabel=self.key,
+            lower_bound=self.owner.plot_lower_bound,
+        )
+
+    def _apply(self, *_: Any, **__: Any) -> ScalarView:
+        # There is nothing to move or cast, and Metric's own would refuse nn.Module's ``recurse``.
+        return self
 
     @property
     def device(self) -> torch.device:

@@ -17,7 +17,7 @@ from twloss.loss_type import LossFunction, LossType, unreduced_loss
 from twloss.task_sums import TaskSums
 from twloss.wide_sum import sum_dtype
 
-__all__ = ["sum_rows"]
+__all__ = ["sum_of_weights", "sum_rows", "wide_sum_of_rows"]
 
 
 def sum_rows(
@@ -38,9 +38,9 @@ def sum_rows(
     if loss_type is LossType.BCE_WITH_LOGITS and _takes_one_derivative(batch):
         loss_sum, wide = _SummedBCE.apply(*batch[:3], pos_weight, tasks)  # type: ignore[no-untyped-call]
     else:
-        loss = _weighted_loss(loss_type, batch, pos_weight).reshape(-1, tasks)
-        loss_sum, wide = loss.sum(0), _wide_sum(loss.detach())
-    weight = _weight(batch, tasks, mean_over)
+        loss = _weighted_loss(loss_type, batch, pos_weight)
+        loss_sum, wide = loss.reshape(-1, tasks).sum(0), wide_sum_of_rows(loss.detach(), tasks)
+    weight = sum_of_weights(batch, tasks, mean_over)
     return TaskSums(loss_sum, weight), TaskSums(wide, weight)
 
 
@@ -55,15 +55,17 @@ def _weighted_loss(loss_type: LossType | LossFunction, batch: Batch, pos_weight:
     return loss if isinstance(loss_type, LossType) else keep_where_nonzero(loss, batch.weights)
 
 
-def _wide_sum(loss: Tensor) -> Tensor:
-    return loss.sum(0, dtype=sum_dtype(loss.device))
+def wide_sum_of_rows(values: Tensor, tasks: int) -> Tensor:
+    """The sum over rows ``(tasks,)`` in the widest dtype."""
+    return values.reshape(-1, tasks).sum(0, dtype=sum_dtype(values.device))
 
 
-def _weight(batch: Batch, tasks: int, mean_over: str) -> Tensor | float:
+def sum_of_weights(batch: Batch, tasks: int, mean_over: str) -> Tensor | float:
+    """What a mean divides by, ``(tasks,)``: the number of valid rows ("rows"), or Σ of their weights ("weights")."""
     if batch.weights is not None and mean_over == "weights":
-        return _wide_sum(batch.weights.reshape(-1, tasks))
+        return wide_sum_of_rows(batch.weights, tasks)
     if batch.valid is not None:
-        return _wide_sum(batch.valid.reshape(-1, tasks))
+        return wide_sum_of_rows(batch.valid, tasks)
     return batch.labels.numel() // tasks
 
 
@@ -91,7 +93,7 @@ class _SummedBCE(torch.autograd.Function):
         loss = F.binary_cross_entropy_with_logits(logits, labels, weights, pos_weight=pos_weight, reduction="none")
         if weights is not None:
             loss = keep_where_nonzero(loss, weights)
-        wide = _wide_sum(loss.reshape(-1, tasks))
+        wide = wide_sum_of_rows(loss, tasks)
         ctx.mark_non_differentiable(wide)
         ctx.set_materialize_grads(False)
         # A copy where the dtype is the same: one tensor can't be both outputs.

@@ -6,6 +6,7 @@ are added to ``train_metric`` or ``eval_metric``, by the module's mode.
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
 from typing import Any
 
@@ -17,6 +18,7 @@ from twloss.arguments import MEAN_OVER, check_choice, check_dense, check_ignore_
 from twloss.batch import Batch
 from twloss.global_loss import GlobalLoss
 from twloss.loss_type import LossFunction, LossType, resolve_loss_type
+from twloss.ranking_quality import RankingQuality
 from twloss.ranks import group_from_state, group_to_state, task_sums_over_ranks
 from twloss.summed_loss import sum_rows
 from twloss.task_sums import GlobalReduction, TaskSums, has_data, reduce_rows, reduce_tasks
@@ -30,6 +32,8 @@ class TrackedLoss(nn.Module):
 
     train_metric: GlobalLoss
     eval_metric: GlobalLoss
+    train_quality: RankingQuality | None
+    eval_quality: RankingQuality | None
 
     def __init__(
         self,
@@ -44,6 +48,7 @@ class TrackedLoss(nn.Module):
         ignore_index: float | None,
         global_batch: bool,
         process_group: dist.ProcessGroup | None,
+        quality: bool | RankingQuality,
     ) -> None:
         super().__init__()
         self.loss_type = resolve_loss_type(loss_type)
@@ -70,6 +75,8 @@ class TrackedLoss(nn.Module):
                 tasks, task_loss_reduction, global_reduction, task_weights=task_weights, process_group=process_group
             )
             self.add_module(name, metric)
+        for name in ("train_quality", "eval_quality"):
+            self.add_module(name, self._own_quality(quality))
 
     def extra_repr(self) -> str:
         """The settings, for repr()."""
@@ -91,7 +98,28 @@ class TrackedLoss(nn.Module):
         global_loss = reduce_tasks(losses, has_data(sums), self.global_reduction, task_weights)
         # Last, so that a batch whose loss could not be computed is not in the running sums either.
         (self.train_metric if self.training else self.eval_metric).update(*detached)
+        quality = self.train_quality if self.training else self.eval_quality
+        if quality is not None:
+            quality.add(batch, detached.loss_sum if self.pos_weights is None else None)
         return losses, global_loss
+
+    def _own_quality(self, quality: bool | RankingQuality) -> RankingQuality | None:
+        """A metric for the quality of this loss's logits, as the argument says; None for False."""
+        if not isinstance(quality, (bool, RankingQuality)):
+            raise TypeError(f"quality: got {type(quality).__name__}, expected a bool or a RankingQuality")
+        if quality is False:
+            return None
+        if self.loss_type is not LossType.BCE_WITH_LOGITS:
+            raise ValueError(f"quality: got {quality} with {self.loss_type}, expected it with BCE_WITH_LOGITS only")
+        if quality is True:
+            return RankingQuality(self.tasks, ignore_index=self.ignore_index, process_group=self.process_group)
+        # By their text, in which NaN equals NaN.
+        found, expected = (f"tasks={each.tasks}, ignore_index={each.ignore_index}" for each in (quality, self))
+        if found != expected:
+            raise ValueError(f"quality: got one with {found}, expected {expected} as for the loss")
+        own = copy.deepcopy(quality)
+        own.reset()
+        return own
 
     def _checked_normalizer(
         self, normalizer: Tensor | float | None, tasks: int, device: torch.device

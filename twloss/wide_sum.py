@@ -11,7 +11,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-__all__ = ["add_once", "moved_sum", "sum_dtype", "value_of_sum", "zero_sum"]
+__all__ = ["add_and_keep_once", "add_once", "moved_sum", "sum_dtype", "value_of_sum", "zero_sum"]
 
 DEVICES_WITHOUT_FLOAT64 = {"mps"}
 """Device types on which a sum is a pair; a test may add another."""
@@ -60,14 +60,42 @@ def add_once(state: Tensor, values: Tensor) -> None:
     (torch.ops.twloss.add_once if torch.compiler.is_compiling() else _add_once)(state, values)
 
 
+def add_and_keep_once(state: Tensor, values: Tensor) -> None:
+    """As add_once(), for a sum and its latest addends: add to ``state[0]``, and write over the oldest of ``state[1:]``.
+
+    Args:
+        state: a sum of shape ``(1 + latest, …)``, whose ``state[0, -1]`` counts the additions.
+        values: ``(…)``, with ones as ``values[-1]``.
+    """
+    (torch.ops.twloss.add_and_keep_once if torch.compiler.is_compiling() else _add_and_keep_once)(state, values)
+
+
+def _add_and_keep_once(state: Tensor, values: Tensor) -> None:
+    if _is_recomputation():
+        return
+    parts = state if _is_pair(state) else state.unsqueeze(0)
+    latest = parts[:, 1:]
+    size = latest.shape[1]
+    # Each part of a pair by itself: float32 may not hold the whole counter.
+    oldest = parts[:, 0, -1, 0].remainder(size).sum(0, keepdim=True).remainder(size)
+    addend = torch.stack(_halves(values)) if _is_pair(state) else values.unsqueeze(0)
+    latest.index_copy_(1, oldest.long(), addend.unsqueeze(1))
+    _add_once(state.select(-3, 0), values)
+
+
 def _add_once(state: Tensor, values: Tensor) -> None:
-    # Private, but what torch's own checkpoint and FSDP2 ask; there is no public way to know.
-    if torch._C._current_graph_task_id() != -1:
+    if _is_recomputation():
         return
     if _is_pair(state):
         _add_to_pair(state, values)
     else:
         state.add_(values)
+
+
+def _is_recomputation() -> bool:
+    """Whether this runs inside of a backward pass, where a checkpointed forward is run again."""
+    # Private, but what torch's own checkpoint and FSDP2 ask; there is no public way to know.
+    return torch._C._current_graph_task_id() != -1
 
 
 def _add_to_pair(state: Tensor, values: Tensor) -> None:
@@ -94,3 +122,5 @@ def _finite(values: Tensor) -> Tensor:
 _LIBRARY = torch.library.Library("twloss", "DEF")
 _LIBRARY.define("add_once(Tensor(a!) state, Tensor values) -> ()")
 _LIBRARY.impl("add_once", _add_once, "CompositeExplicitAutograd")
+_LIBRARY.define("add_and_keep_once(Tensor(a!) state, Tensor values) -> ()")
+_LIBRARY.impl("add_and_keep_once", _add_and_keep_once, "CompositeExplicitAutograd")

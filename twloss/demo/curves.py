@@ -4,32 +4,49 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
+from twloss.demo.movielens import TASKS
 from twloss.demo.training import Losses, Point
+from twloss.plots import plot_per_task
 
 __all__ = ["save_curves"]
 
 
 def save_curves(path: Path, points: Sequence[Point], base_rate: Losses) -> None:
-    """Draw a panel for each task and one for the global loss."""
-    figure = Figure(figsize=(9, 6.5), layout="constrained")
-    panels = figure.subplots(2, -(-len(base_rate) // 2), sharex=True).flat
-    for panel, key in zip(panels, base_rate):
-        _draw(panel, key, points, base_rate[key])
-    handles, labels = panels[0].get_legend_handles_labels()
-    figure.legend(handles, labels, loc="outside upper center", ncols=len(labels), frameon=False)
-    figure.supxlabel("rows seen in training (thousands)")
-    figure.supylabel("binary cross-entropy (nats)")
+    """Draw the training's and the evaluation's losses at each point, and the last evaluation's beside the base rate."""
+    figure = Figure(figsize=(13, 5), layout="constrained")
+    train, evaluation, last = figure.subplots(1, 3)
+    rows_seen = [point.rows_seen / 1000 for point in points]
+    _draw(train, "train, since the point before", [point.train for point in points], rows_seen)
+    _draw(evaluation, "eval", [point.eval for point in points], rows_seen)
+    evaluation.sharey(train)
+    _draw(last, "eval, at the end", points[-1].eval)
+    # The table has the values; above the bars they would be in the lines' way.
+    for text in [*last.texts]:
+        text.remove()
+    for bar, key in zip(last.patches, points[-1].eval):
+        ends = bar.get_x() - 0.05, bar.get_x() + bar.get_width() + 0.05
+        (line,) = last.plot(ends, [base_rate[key]] * 2, color="grey", linestyle="--", linewidth=2)
+    line.set_label("always the base rate")
+    handles = [*train.get_legend_handles_labels()[0], line]
+    for panel in (train, evaluation, last):
+        panel.get_legend().remove()
+    figure.legend(handles=handles, loc="outside upper center", ncols=len(handles), frameon=False)
     figure.savefig(path, format="png", dpi=150)
 
 
-def _draw(panel: Axes, key: str, points: Sequence[Point], base_rate: float) -> None:
-    rows = [point.rows_seen / 1000 for point in points]
-    panel.plot(rows, [point.train[key] for point in points], marker=".", label="train, since the point before")
-    panel.plot(rows, [point.eval[key] for point in points], marker=".", label="eval")
-    panel.axhline(base_rate, color="grey", linestyle="--", label="eval, always the base rate")
-    panel.set_title("all tasks (mean)" if key == "loss" else key.removeprefix("loss/"))
-    panel.grid(alpha=0.3)
+def _draw(panel: Axes, title: str, results: Losses | list[Losses], rows_seen: Sequence[float] | None = None) -> None:
+    settings: dict[str, Any] = {"tasks": TASKS, "prefix": "loss", "summary": "loss", "lower_bound": None}
+    plot_per_task(
+        results,
+        panel,
+        **settings,
+        ylabel="binary cross-entropy (nats)",
+        steps=rows_seen,
+        xlabel="rows seen in training (thousands)",
+    )
+    panel.set_title(title)

@@ -1,0 +1,149 @@
+"""How good a ranking model's predictions are, beyond the loss: normalised entropy and calibration of each task.
+
+Logits, labels and weights of a batch come in and become four sums a task; the quality of all rows of all steps and
+ranks goes out. It takes one pass over the rows: everything that compute() gives is a ratio of these sums.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from twloss.arguments import check_ignore_index
+from twloss.batch import Batch, align, keep_where_nonzero
+from twloss.per_task_metric import PerTaskMetric
+from twloss.summed_loss import sum_of_weights, wide_sum_of_rows
+from twloss.task_columns import TaskTensors, align_tasks
+
+__all__ = ["RankingQuality"]
+
+QUANTITIES = {"ne": False, "rce": True, "calibration": None, "ctr": None, "logloss": False, "weight": None}
+"""What compute() gives of each task, and whether higher is better."""
+
+
+class RankingQuality(PerTaskMetric):
+    """Normalised entropy, calibration and what they are made of, from logits, of all rows of all steps and ranks.
+
+    With the sums over every row of every rank since reset(), x the logits, y the labels and w the weights (1 without):
+
+    - ``weight`` = Σ w
+    - ``logloss`` = Σ w·l / Σ w, where l is the binary cross-entropy of x and y, with no pos_weight
+    - ``ctr`` = Σ w·y / Σ w, the base rate
+    - ``ne`` = logloss / H(ctr), where H(p) = -p·ln p - (1-p)·ln(1-p): the normalised entropy (He et al. 2014,
+      "Practical Lessons from Predicting Clicks on Ads at Facebook"). 1 is as good as predicting the base rate, lower is
+      better
+    - ``rce`` = 100·(1 - ne): the relative cross entropy, in percent
+    - ``calibration`` = Σ w·σ(x) / Σ w·y: how many positives were predicted for each one observed
+
+    The entropies are from logits, not from clipped probabilities, so that extreme ones count as what they are. A task
+    with labels of one class only has an ne and rce of NaN, and without a positive one a calibration of infinity; one
+    without data has a weight of 0 and NaN for all else.
+
+    Args:
+        tasks: the tasks' names, or None for the one-task form, whose keys are "ne", "rce", ….
+        ignore_index: the label that says "missing", NaN allowed; such rows are in no sum.
+        window: also give the quality of the last ``window`` updates of each rank, under keys that begin "window_".
+        nan_strategy: as for ``GlobalLoss``.
+        kwargs: ``Metric``'s own, such as ``process_group``.
+
+    Raises:
+        TypeError: for an argument of a wrong type.
+        ValueError: for an argument of a wrong value.
+
+    Example:
+        >>> import torch
+        >>> from twloss import RankingQuality
+        >>> quality = RankingQuality(["like"])
+        >>> quality.update(torch.tensor([[0.0], [0.0], [2.0], [-2.0]]), torch.tensor([[1], [0], [1], [0]]))
+        >>> {key: round(value.item(), 4) for key, value in quality.compute().items()}
+        {'ne/like': 0.5916, 'rce/like': 40.8441, 'calibration/like': 1.0, 'ctr/like': 0.5, 'logloss/like': 0.41,
+         'weight/like': 4.0}
+    """
+
+    is_differentiable = False
+    plot_lower_bound = 0.0
+
+    def __init__(
+        self,
+        tasks: Sequence[str] | None,
+        *,
+        ignore_index: float | None = None,
+        window: int | None = None,
+        nan_strategy: str = "warn",
+        **kwargs: Any,
+    ) -> None:
+        ignore_index = check_ignore_index(ignore_index)
+        super().__init__(tasks, 4, nan_strategy=nan_strategy, window=window, **kwargs)
+        self.ignore_index = ignore_index
+
+    def update(self, logits: TaskTensors, labels: TaskTensors, weights: TaskTensors | None = None) -> None:
+        """Add a batch's rows; nothing waits for the device, and nothing is added where an error is raised.
+
+        Each of the three may also be a mapping task -> ``(rows,)`` or ``(rows, 1)``.
+
+        Args:
+            logits: ``(rows, tasks)``; any shape in the one-task form.
+            labels: the logits' shape, in [0, 1], any dtype.
+            weights: ``(rows, tasks)``, ``(rows, 1)`` or ``(rows,)``; None: 1. A row of weight 0 is in no sum.
+
+        Raises:
+            TypeError: for an input of a wrong type or dtype.
+            ValueError: for names, shapes or devices that do not fit.
+            TorchMetricsUserError: between sync() and unsync(), where the update would be lost.
+        """
+        self._add(self._batch_sums(logits, labels, weights))
+
+    def add(self, batch: Batch, logloss_sum: Tensor | None = None) -> None:
+        """Add rows that are aligned already, with Σ w·l ``(tasks,)`` where it is known: what a loss at hand does."""
+        self._add(self._sums(batch, logloss_sum))
+
+    def better(self, key: str) -> bool | None:
+        """Whether higher values of a key are better; None for calibration, whose best value is 1."""
+        return QUANTITIES[key.removeprefix("window_").partition("/")[0]]
+
+    def _keys(self) -> list[str]:
+        if self.tasks is None:
+            return list(QUANTITIES)
+        return [f"{quantity}/{task}" for quantity in QUANTITIES for task in self.tasks]
+
+    def _batch_sums(self, logits: TaskTensors, labels: TaskTensors, weights: TaskTensors | None = None) -> Tensor:
+        rules: dict[str, Any] = {"has_classes": False, "ignore_index": self.ignore_index}
+        if self.tasks is not None:
+            return self._sums(align_tasks(logits, labels, weights, self.tasks, **rules))
+        # The one-task form takes no mapping, and align() says so.
+        return self._sums(align(logits, labels, weights, **rules))  # type: ignore[arg-type]
+
+    @torch.no_grad()
+    def _sums(self, batch: Batch, logloss_sum: Tensor | None = None) -> Tensor:
+        """Σ w·l, Σ w, Σ w·y and Σ w·σ(x), counted."""
+        tasks = 1 if self.tasks is None else len(self.tasks)
+        logits, labels, weights, _ = batch
+        if logloss_sum is None:
+            loss = F.binary_cross_entropy_with_logits(logits, labels, weights, reduction="none")
+            logloss_sum = wide_sum_of_rows(_kept(loss, weights), tasks)
+        predicted = logits.sigmoid()
+        if weights is not None:
+            labels, predicted = labels * weights, predicted * weights
+        return self._counted(
+            logloss_sum,
+            sum_of_weights(batch, tasks, "weights"),
+            wide_sum_of_rows(_kept(labels, weights), tasks),
+            wide_sum_of_rows(_kept(predicted, weights), tasks),
+        )
+
+    def _values(self, sums: Tensor) -> Sequence[Tensor]:
+        loss_sum, weight, positives, predicted = sums[:4]
+        logloss, ctr = loss_sum / weight, positives / weight
+        # Sums that are equal but for rounding must not make the rest negative.
+        entropy = torch.special.entr(ctr) + torch.special.entr(((weight - positives) / weight).clamp(min=0.0))
+        ne = logloss / entropy.where(entropy > 0, torch.nan)
+        values = (ne, 100.0 * (1.0 - ne), predicted / positives, ctr, logloss, weight)
+        return torch.stack(values).flatten().unbind(0)
+
+
+def _kept(values: Tensor, weights: Tensor | None) -> Tensor:
+    return values if weights is None else keep_where_nonzero(values, weights)
