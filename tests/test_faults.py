@@ -106,7 +106,8 @@ def test_a_failed_forward_leaves_sums_and_counts() -> None:
     loss = MultiTaskLoss("bce_with_logits", ["a", "b"])
     loss(torch.zeros(2, 2), torch.ones(2, 2))
     before = loss.train_metric.totals.clone()
-    for wrong in (torch.ones(2, 3), torch.ones(3, 2), torch.ones(2, 2, dtype=torch.complex64), [[1.0, 1.0]]):
+    wrongs: list[Any] = [torch.ones(2, 3), torch.ones(3, 2), torch.ones(2, 2, dtype=torch.complex64), [[1.0, 1.0]]]
+    for wrong in wrongs:
         with pytest.raises((TypeError, ValueError)):
             loss(torch.zeros(2, 2), wrong)
     assert torch.equal(loss.train_metric.totals, before)

@@ -160,7 +160,7 @@ def test_a_mapping_may_mix_dtypes_and_rounds_none_of_its_values(
     """What torch.stack promotes to does not hold them: 100,000 is inf in float16."""
     loss = MultiTaskLoss(torch.sub, ["task0", "task1"])
     columns = [torch.tensor([100_001, 7]).to(dtypes[0]), torch.tensor([1, 2]).to(dtypes[1])]
-    batch = {"logits": torch.ones(2, 2, dtype=torch.float64), "labels": torch.zeros(2, 2)}
+    batch: dict[str, Any] = {"logits": torch.ones(2, 2, dtype=torch.float64), "labels": torch.zeros(2, 2)}
     mixed = loss(**{**batch, name: dict(zip(["task0", "task1"], columns))})
     exact = loss(**{**batch, name: torch.stack([column.double() for column in columns], dim=1)})
     assert mixed == exact

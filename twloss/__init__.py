@@ -12,6 +12,7 @@ One batch takes this way, a file a stage, each importing only what stands above 
     ranks.py          Σ over ranks, with or without a gradient                             (tasks,)
     saved_sums.py     running sums in a checkpoint
     running_sums.py   the life cycle of running sums, a torchmetrics Metric
+    plots.py          results -> a picture
     scalar_view.py    one value of a metric with many, as a metric
     per_task_metric.py  what the two metrics below do alike: names, NaN rules, windows, results
     global_loss.py    GlobalLoss: the losses of all rows of all steps

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from twloss.arguments import check_dense
 
-__all__ = ["Batch", "align", "compute_dtype", "keep_where_nonzero", "without_left_out"]
+__all__ = ["Batch", "align", "compute_dtype", "keep_where_nonzero", "without_left_out", "zero_where_zero_"]
 
 
 class Batch(NamedTuple):
@@ -87,6 +87,11 @@ def keep_where_nonzero(values: Tensor, weights: Tensor) -> Tensor:
         return values.where(weights != 0, 0.0)
     kept: Tensor = torch.ops.aten.hardshrink_backward(values, weights, 0.0)
     return kept
+
+
+def zero_where_zero_(values: Tensor, weights: Tensor) -> None:
+    """``keep_where_nonzero`` in place, where nothing is differentiated or compiled."""
+    torch.ops.aten.hardshrink_backward.grad_input(values, weights, 0.0, grad_input=values)
 
 
 def compute_dtype(name: str, logits: Tensor) -> torch.dtype:

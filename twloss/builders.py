@@ -6,7 +6,7 @@ A loss type and reductions come in, a loss module goes out; and the detached los
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any, TypeVar
+from typing import overload
 
 import torch
 import torch.distributed as dist
@@ -29,8 +29,6 @@ from twloss.wide_sum import sum_dtype
 
 __all__ = ["build_loss", "build_multi_task_loss", "get_global_loss_detached"]
 
-LocalLoss = TypeVar("LocalLoss", Tensor, Mapping[str, Tensor])
-
 
 def build_loss(loss_type: LossType | str | LossFunction, reduction: str = "mean") -> Loss:
     """The loss of one task: ``Loss(loss_type, reduction)``.
@@ -46,7 +44,7 @@ def build_loss(loss_type: LossType | str | LossFunction, reduction: str = "mean"
         TypeError: for an argument of a wrong type.
         ValueError: for an argument of a wrong value.
 
-    Example:
+    Examples:
         >>> import torch
         >>> from twloss import LossType, build_loss
         >>> build_loss(LossType.CROSS_ENTROPY)(torch.tensor([[2.0, 0.0], [0.0, 0.0]]), torch.tensor([0, 1]))
@@ -78,7 +76,7 @@ def build_multi_task_loss(
         TypeError: for an argument of a wrong type.
         ValueError: for an argument of a wrong value.
 
-    Example:
+    Examples:
         >>> import torch
         >>> from twloss import LossType, build_multi_task_loss
         >>> loss = build_multi_task_loss(LossType.BCE_WITH_LOGITS, ["like", "reply"], pos_weights=[1.0, 27.3])
@@ -88,13 +86,33 @@ def build_multi_task_loss(
     return MultiTaskLoss(loss_type, tasks, task_loss_reduction, global_reduction, pos_weights)
 
 
+@overload
 def get_global_loss_detached(
-    local_loss: LocalLoss,
+    local_loss: Tensor,
+    reduction: str = "mean",
+    *,
+    weight: Tensor | float | None = None,
+    process_group: dist.ProcessGroup | None = None,
+) -> Tensor: ...
+
+
+@overload
+def get_global_loss_detached(
+    local_loss: Mapping[str, Tensor],
     reduction: str = "mean",
     *,
     weight: Tensor | float | Mapping[str, Tensor | float] | None = None,
     process_group: dist.ProcessGroup | None = None,
-) -> LocalLoss:
+) -> dict[str, Tensor]: ...
+
+
+def get_global_loss_detached(
+    local_loss: Tensor | Mapping[str, Tensor],
+    reduction: str = "mean",
+    *,
+    weight: Tensor | float | Mapping[str, Tensor | float] | None = None,
+    process_group: dist.ProcessGroup | None = None,
+) -> Tensor | dict[str, Tensor]:
     """A local loss, or several, reduced over ranks and detached; one collective, and the argument stays as it is.
 
     "mean" is ``Σ_r l_r / R`` over R ranks, or ``Σ_r w_r·l_r / Σ_r w_r`` with a weight; of several ranks, one of weight
@@ -115,7 +133,7 @@ def get_global_loss_detached(
         TypeError: for an argument of a wrong type.
         ValueError: for an argument of a wrong value, or a group that this process is not in.
 
-    Example:
+    Examples:
         >>> import torch
         >>> from twloss import get_global_loss_detached
         >>> loss = torch.tensor(4.0, requires_grad=True)
@@ -133,8 +151,7 @@ def get_global_loss_detached(
         means = {key: loss.detach().clone() for key, loss in losses.items()}
     else:
         means = _over_ranks(losses, weights, reduction, process_group)
-    result: Any = {key: means[key] for key in local_loss} if isinstance(local_loss, Mapping) else means["local_loss"]
-    return result  # type: ignore[no-any-return]
+    return {key: means[key] for key in local_loss} if isinstance(local_loss, Mapping) else means["local_loss"]
 
 
 def _named(local_loss: Tensor | Mapping[str, Tensor]) -> dict[str, Tensor]:

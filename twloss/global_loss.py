@@ -7,7 +7,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -57,7 +57,7 @@ class GlobalLoss(PerTaskMetric):
         TypeError: for an argument of a wrong type.
         ValueError: for an argument of a wrong value.
 
-    Example:
+    Examples:
         >>> import torch
         >>> from twloss import GlobalLoss
         >>> metric = GlobalLoss(["like", "reply"])
@@ -91,6 +91,11 @@ class GlobalLoss(PerTaskMetric):
         # In __dict__, where nn.Module does not look for submodules: the owner of the metric registers it.
         self.__dict__["global_reduction"] = global_reduction
 
+    if TYPE_CHECKING:
+
+        def __call__(self, loss_sum: Tensor, weight: Tensor | float) -> dict[str, Tensor]:
+            """Run ``forward``; nn.Module's own ``__call__`` has no types."""
+
     def update(self, loss_sum: Tensor, weight: Tensor | float) -> None:
         """Add one batch's sums; nothing waits for the device, and nothing is added where an error is raised.
 
@@ -104,6 +109,10 @@ class GlobalLoss(PerTaskMetric):
             TorchMetricsUserError: between sync() and unsync(), where the update would be lost.
         """
         self._add(self._batch_sums(loss_sum, weight))
+
+    def add(self, sums: TaskSums) -> None:
+        """Add sums that need no check: detached, of the widest dtype."""
+        self._add(self._counted(*sums))
 
     def plot(self, val: Any = None, ax: Any = None) -> Any:
         """Plot a result as a bar for each task, or a list of results as a line for each; the global loss in black.

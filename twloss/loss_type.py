@@ -27,7 +27,7 @@ _NO_LABEL = torch.iinfo(torch.int64).min
 class LossType(str, Enum):
     """The losses that are known by name; a string equal to a value is accepted wherever a ``LossType`` is.
 
-    Example:
+    Examples:
         >>> from twloss import LossType
         >>> LossType("bce_with_logits") is LossType.BCE_WITH_LOGITS
         True

@@ -6,6 +6,7 @@ Logits, labels and weights of a batch come in, the losses to train on go out.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 import torch.distributed as dist
 from torch import Tensor
@@ -59,7 +60,7 @@ class Loss(TrackedLoss):
         TypeError: for an argument of a wrong type.
         ValueError: for an argument of a wrong value.
 
-    Example:
+    Examples:
         >>> import torch
         >>> from twloss import Loss
         >>> loss = Loss("bce_with_logits")
@@ -96,6 +97,18 @@ class Loss(TrackedLoss):
             quality=quality,
         )
         warn_unless_mean(global_batch, reduction=reduction)
+
+    if TYPE_CHECKING:
+
+        def __call__(
+            self,
+            logits: Tensor,
+            labels: Tensor,
+            weights: Tensor | None = None,
+            *,
+            normalizer: Tensor | float | None = None,
+        ) -> Tensor:
+            """Run ``forward``, with the hooks; nn.Module's own ``__call__`` has no types."""
 
     def forward(
         self, logits: Tensor, labels: Tensor, weights: Tensor | None = None, *, normalizer: Tensor | float | None = None
@@ -135,7 +148,7 @@ class MultiTaskLoss(TrackedLoss):
         global_reduction: "mean", "sum", "min", "max", "median", or a callable ``(tasks,) -> 0-dim``, which may be a
             module with parameters (it is then a submodule of the loss). A callable gets 0 for a task without data.
         pos_weights: the factors of the positive terms; a number, or one a task. BCE_WITH_LOGITS only.
-        task_weights: factors of the tasks' losses inside the reduction over tasks; the "loss/<task>" entries stay raw.
+        task_weights: factors of the tasks' losses inside the reduction over tasks; their own entries stay raw.
         mean_over: "rows" divides by the number of valid rows, "weights" by the sum of their weights.
         ignore_index: the label that says "missing", NaN allowed; such rows are in no sum and get no gradient.
         global_batch: return, on every rank, the losses of this step's rows of all ranks, with the gradient that makes
@@ -155,7 +168,7 @@ class MultiTaskLoss(TrackedLoss):
         TypeError: for an argument of a wrong type.
         ValueError: for an argument of a wrong value.
 
-    Example:
+    Examples:
         >>> import torch
         >>> from twloss import MultiTaskLoss
         >>> loss = MultiTaskLoss("bce_with_logits", ["like", "reply"])
@@ -197,6 +210,18 @@ class MultiTaskLoss(TrackedLoss):
         )
         warn_unless_mean(global_batch, task_loss_reduction=task_loss_reduction, global_reduction=global_reduction)
 
+    if TYPE_CHECKING:
+
+        def __call__(
+            self,
+            logits: TaskTensors,
+            labels: TaskTensors,
+            weights: TaskTensors | None = None,
+            *,
+            normalizer: Tensor | float | None = None,
+        ) -> dict[str, Tensor]:
+            """Run ``forward``, with the hooks; nn.Module's own ``__call__`` has no types."""
+
     def forward(
         self,
         logits: TaskTensors,
@@ -218,8 +243,9 @@ class MultiTaskLoss(TrackedLoss):
                 over all micro-batches and ranks of one optimizer step, which makes gradient accumulation exact.
 
         Returns:
-            ``{"loss/<task>": …, "loss": …}`` in the tasks' order, 0-dim, float64 for float64 logits and float32 for all
-            others; 0, with a gradient of 0, for a task without data.
+            The loss of each task under ``"loss/<task>"``, in the tasks' order, and the global one under ``"loss"``;
+            0-dim, float64 for float64 logits and float32 for all others. A task without data has a loss of 0 with a
+            gradient of 0.
 
         Raises:
             TypeError: for an input of a wrong type or dtype.

@@ -76,6 +76,9 @@ class PerTaskMetric(RunningSums):
         batch = self._batch_sums(*args, **kwargs)
         over_ranks = detached_sum_over_ranks(batch, self.process_group) if self.dist_sync_on_step else batch
         results = self._results(over_ranks, over_ranks)
+        # Not in place: the metrics of a collection's compute group have one state, and forward is called on each.
+        with torch.inference_mode(False):
+            self.totals = self.totals.clone()
         self._add(batch)
         self._forward_cache: Any = results
         return results
@@ -159,9 +162,8 @@ class PerTaskMetric(RunningSums):
             sums[1:] = 0.0
         return sums
 
-    @torch.no_grad()
     def _counted(self, *sums: Tensor | float) -> Tensor:
-        """A batch's sums with 1 below them for a finite update, 0 where they are not, and 1 for every update."""
+        """A batch's detached sums, below them 1 where they are finite, and 1 for every update."""
         like = next(each for each in sums if isinstance(each, Tensor))
         one = torch.ones_like(like)
         rows = [each if isinstance(each, Tensor) else torch.full_like(like, each) for each in sums]

@@ -7,15 +7,16 @@ ranks goes out. It takes one pass over the rows: everything that compute() gives
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from twloss.arguments import check_ignore_index
+from twloss.arguments import check_choice, check_ignore_index
 from twloss.batch import Batch, align, keep_where_nonzero
 from twloss.per_task_metric import PerTaskMetric
+from twloss.plots import plot_per_task
 from twloss.summed_loss import sum_of_weights, wide_sum_of_rows
 from twloss.task_columns import TaskTensors, align_tasks
 
@@ -54,7 +55,7 @@ class RankingQuality(PerTaskMetric):
         TypeError: for an argument of a wrong type.
         ValueError: for an argument of a wrong value.
 
-    Example:
+    Examples:
         >>> import torch
         >>> from twloss import RankingQuality
         >>> quality = RankingQuality(["like"])
@@ -80,6 +81,13 @@ class RankingQuality(PerTaskMetric):
         super().__init__(tasks, 4, nan_strategy=nan_strategy, window=window, **kwargs)
         self.ignore_index = ignore_index
 
+    if TYPE_CHECKING:
+
+        def __call__(
+            self, logits: TaskTensors, labels: TaskTensors, weights: TaskTensors | None = None
+        ) -> dict[str, Tensor]:
+            """Run ``forward``; nn.Module's own ``__call__`` has no types."""
+
     def update(self, logits: TaskTensors, labels: TaskTensors, weights: TaskTensors | None = None) -> None:
         """Add a batch's rows; nothing waits for the device, and nothing is added where an error is raised.
 
@@ -100,6 +108,33 @@ class RankingQuality(PerTaskMetric):
     def add(self, batch: Batch, logloss_sum: Tensor | None = None) -> None:
         """Add rows that are aligned already, with Σ w·l ``(tasks,)`` where it is known: what a loss at hand does."""
         self._add(self._sums(batch, logloss_sum))
+
+    def plot(self, val: Any = None, ax: Any = None, quantity: str = "ne") -> Any:
+        """Plot one quantity of a result as a bar for each task, or of a list of results as a line for each task.
+
+        Args:
+            val: what compute() or forward() gave, or a list of such results; None calls compute().
+            ax: the matplotlib axes to draw on; None makes a figure.
+            quantity: the part of the keys before the task, such as "ne", "calibration" or "window_ne".
+
+        Returns:
+            The figure and the axes.
+
+        Raises:
+            ModuleNotFoundError: without matplotlib.
+            TypeError: for a ``val`` that is no result.
+            ValueError: for an unknown quantity, or a ``val`` without it.
+        """
+        check_choice("quantity", quantity, list(dict.fromkeys(key.partition("/")[0] for key in self.keys())))
+        return plot_per_task(
+            self.compute() if val is None else val,
+            ax,
+            tasks=self.tasks or (),
+            prefix=quantity,
+            summary=quantity if self.tasks is None else None,
+            ylabel=quantity,
+            lower_bound=None if quantity.endswith("rce") else self.plot_lower_bound,
+        )
 
     def better(self, key: str) -> bool | None:
         """Whether higher values of a key are better; None for calibration, whose best value is 1."""

@@ -190,6 +190,8 @@ class RunningSums(Metric):
     def _move(self, device: torch.device) -> None:
         if device == self.totals.device:
             return
+        if self.totals.is_meta or device.type == "meta":
+            self.restarts += 1
         self.totals = moved_sum(self.totals, device)
         self._defaults["totals"] = torch.zeros_like(self.totals)
         self._device = device

@@ -7,7 +7,7 @@ reads those of the other.
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -26,7 +26,8 @@ class ScalarView(Metric):
     feeds the owner feeds the view, and ``update()`` feeds the owner, so update only one of a metric and its views.
 
     ``reset()`` starts this view anew and leaves the owner and its other views alone: compute() then gives the value of
-    the rows that came after it. The owner's reset() starts all of its views anew.
+    the rows that came after it, as the difference of two sums: its rounding is that of the longer one, and a NaN that
+    ``nan_strategy="disable"`` let in stays in both. The owner's reset() starts all of its views anew.
 
     Args:
         owner: the metric to read.
@@ -53,6 +54,11 @@ class ScalarView(Metric):
     def update(self, *args: Any, **kwargs: Any) -> None:
         """Update the owner, with its arguments."""
         self.owner.update(*args, **kwargs)
+
+    if TYPE_CHECKING:
+
+        def __call__(self, *args: Any, **kwargs: Any) -> Tensor:
+            """Run ``forward``; nn.Module's own ``__call__`` has no types."""
 
     def forward(self, *args: Any, **kwargs: Any) -> Tensor:
         """Update the owner, and return the value of this batch alone."""

@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from twloss.batch import Batch, keep_where_nonzero, without_left_out
+from twloss.batch import Batch, keep_where_nonzero, without_left_out, zero_where_zero_
 from twloss.loss_type import LossFunction, LossType, unreduced_loss
 from twloss.task_sums import TaskSums
 from twloss.wide_sum import sum_dtype
@@ -92,7 +92,7 @@ class _SummedBCE(torch.autograd.Function):
         ctx.save_for_backward(logits, labels, weights, pos_weight)
         loss = F.binary_cross_entropy_with_logits(logits, labels, weights, pos_weight=pos_weight, reduction="none")
         if weights is not None:
-            loss = keep_where_nonzero(loss, weights)
+            zero_where_zero_(loss, weights)
         wide = wide_sum_of_rows(loss, tasks)
         ctx.mark_non_differentiable(wide)
         ctx.set_materialize_grads(False)
@@ -104,14 +104,34 @@ class _SummedBCE(torch.autograd.Function):
         if grad is None:
             return (None,) * 5
         logits, labels, weights, pos_weight = ctx.saved_tensors
-        if torch.is_grad_enabled():
-            # This is differentiated again: a NaN that is only left out at the end would stay in that derivative.
+        if torch.is_grad_enabled() or _is_batch_of_gradients(grad):
+            # Differentiated again, where a NaN that is only left out at the end would stay in the derivative; or for
+            # many gradients at once, which can't be put in the place of one.
             logits, labels = without_left_out(logits, labels, weights)
-        probability = logits.sigmoid()
+            slope = _slope(logits.sigmoid(), labels, pos_weight) * grad
+            if weights is not None:
+                slope = keep_where_nonzero(slope * weights, weights)
+            return slope, None, None, None, None
+        # In place wherever it can be: on a CPU, a kernel that writes to new memory takes up to three times as long.
+        slope = logits.sigmoid()
         if pos_weight is None:
-            slope = probability - labels
+            slope.sub_(labels)
         else:
-            slope = torch.addcmul(probability, torch.addcmul(-pos_weight, probability, pos_weight - 1), labels)
-        if weights is None:
-            return slope * grad, None, None, None, None
-        return keep_where_nonzero(slope * (weights * grad), weights), None, None, None, None
+            slope.addcmul_(torch.addcmul(-pos_weight, slope, pos_weight - 1), labels)
+        # Of one task, the logits may be 0-dim, and the gradient is (1,).
+        slope.mul_(grad if slope.ndim else grad.squeeze(0))
+        if weights is not None:
+            zero_where_zero_(slope.mul_(weights), weights)
+        return slope, None, None, None, None
+
+
+def _is_batch_of_gradients(grad: Tensor) -> bool:
+    """Whether torch.vmap, or autograd's older ``is_grads_batched``, runs this for many gradients at once."""
+    functorch = torch._C._functorch
+    return functorch.is_functorch_wrapped_tensor(grad) or functorch.is_legacy_batchedtensor(grad)
+
+
+def _slope(probability: Tensor, labels: Tensor, pos_weight: Tensor | None) -> Tensor:
+    if pos_weight is None:
+        return probability - labels
+    return torch.addcmul(probability, torch.addcmul(-pos_weight, probability, pos_weight - 1), labels)

@@ -97,7 +97,7 @@ class TrackedLoss(nn.Module):
         task_weights = self._constants("task_weights", losses)
         global_loss = reduce_tasks(losses, has_data(sums), self.global_reduction, task_weights)
         # Last, so that a batch whose loss could not be computed is not in the running sums either.
-        (self.train_metric if self.training else self.eval_metric).update(*detached)
+        (self.train_metric if self.training else self.eval_metric).add(detached)
         quality = self.train_quality if self.training else self.eval_quality
         if quality is not None:
             quality.add(batch, detached.loss_sum if self.pos_weights is None else None)

@@ -1,0 +1,1 @@
+"""Code as a user writes it, for a type checker."""

@@ -1,0 +1,160 @@
+"""A user's code, in which a type checker must find no error and no Any; it runs, too. ``test_typing.py`` does both."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from typing_extensions import assert_type
+
+from twloss import (
+    GlobalLoss,
+    Loss,
+    LossType,
+    MultiTaskLoss,
+    RankingQuality,
+    build_loss,
+    build_multi_task_loss,
+    get_global_loss_detached,
+)
+
+TASKS = ["like", "reply"]
+
+
+class Ranker(nn.Module):
+    """A model with the loss attached."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.heads = nn.Linear(3, len(TASKS))
+        self.loss = MultiTaskLoss("bce_with_logits", TASKS, pos_weights={"like": 1.0, "reply": 27.3}, quality=True)
+
+    def forward(self, features: Tensor, labels: Tensor) -> dict[str, Tensor]:
+        """The losses of a batch."""
+        return self.loss(self.heads(features), labels)
+
+
+class Pinball(nn.Module):
+    """A loss function that is a module."""
+
+    def forward(self, logits: Tensor, labels: Tensor) -> Tensor:
+        """The unreduced loss."""
+        return (labels - logits).abs()
+
+
+class Uncertainty(nn.Module):
+    """A reduction over tasks with parameters."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.log_variance = nn.Parameter(torch.zeros(len(TASKS)))
+
+    def forward(self, losses: Tensor) -> Tensor:
+        """The global loss."""
+        return (losses * (-self.log_variance).exp() + self.log_variance).sum()
+
+
+def squared_error(logits: Tensor, labels: Tensor) -> Tensor:
+    """A loss function that is a function."""
+    return F.mse_loss(logits, labels, reduction="none")
+
+
+def train() -> None:
+    """Train through the loss, and log it."""
+    model = Ranker()
+    losses = model(torch.randn(8, 3), torch.ones(8, 2))
+    losses["loss"].backward()
+    for key, value in model.loss.train_metric.compute().items():
+        assert_type(key, str)
+        assert_type(value, Tensor)
+    model.eval()
+    assert_type(model.loss.eval_metric, GlobalLoss)
+    model.loss.eval_metric.reset()
+    if model.loss.train_quality is not None:
+        assert_type(model.loss.train_quality, RankingQuality)
+        assert_type(model.loss.train_quality.compute(), dict[str, Tensor])
+
+
+def multi_task_losses() -> None:
+    """Tensors and mappings, in every combination that a model may have."""
+    loss = MultiTaskLoss(LossType.BCE_WITH_LOGITS, ("like", "reply"), task_weights=[1.0, 2.0], mean_over="weights")
+    logits, labels = torch.zeros(4, 2, requires_grad=True), torch.ones(4, 2)
+    weights, normalizer = torch.ones(4), torch.tensor(10.0)
+    heads = {task: torch.zeros(4) for task in TASKS}
+    observed: Mapping[str, Tensor] = {task: torch.ones(4, 1) for task in TASKS}
+    assert_type(loss(logits, labels), dict[str, Tensor])
+    assert_type(loss(logits, labels, weights), dict[str, Tensor])
+    assert_type(loss(heads, observed, dict.fromkeys(TASKS, weights)), dict[str, Tensor])
+    assert_type(loss(heads, labels, weights=weights, normalizer=normalizer), dict[str, Tensor])
+    assert_type(loss(logits=logits, labels=labels, normalizer=10), dict[str, Tensor])
+    assert_type(loss.forward(logits, labels), dict[str, Tensor])
+    assert_type(loss(logits, labels)["loss"].item(), float | int | bool)
+
+
+def one_task_losses() -> None:
+    """The one-task form."""
+    loss = Loss("bce_with_logits", pos_weight=2.0, ignore_index=-1)
+    logits, labels = torch.zeros(4), torch.ones(4)
+    assert_type(loss(logits, labels), Tensor)
+    assert_type(loss(logits, labels, labels, normalizer=4.0), Tensor)
+    assert_type(loss.train_metric.compute(), dict[str, Tensor])
+    assert_type(Loss(LossType.CROSS_ENTROPY)(torch.zeros(4, 3), torch.ones(4, dtype=torch.int64)), Tensor)
+
+
+def callables() -> None:
+    """Loss functions and reductions over tasks, each as a function, a lambda and a module."""
+    logits, labels = torch.zeros(4, 2), torch.ones(4, 2)
+    for loss_type in (squared_error, Pinball(), nn.BCEWithLogitsLoss(reduction="none")):
+        assert_type(Loss(loss_type)(logits, labels), Tensor)
+    loss = MultiTaskLoss(lambda x, y: (x - y) ** 2, TASKS, "mean", Uncertainty(), global_batch=True)
+    assert_type(loss(logits, labels), dict[str, Tensor])
+    MultiTaskLoss(torch.sub, TASKS, global_reduction=first, global_batch=True)
+    MultiTaskLoss(torch.sub, TASKS, global_reduction=lambda losses: losses.square().mean(), global_batch=True)
+    MultiTaskLoss("bce_with_logits", TASKS, pos_weights=torch.ones(2), task_weights=3)
+
+
+def first(losses: Tensor) -> Tensor:
+    """A reduction over tasks that is a function."""
+    return losses[0]
+
+
+def builders() -> None:
+    """The functions that make the losses."""
+    logits, labels = torch.zeros(4, 2), torch.ones(4, 2)
+    assert_type(build_loss(LossType.BCE_WITH_LOGITS), Loss)
+    assert_type(build_loss("bce_with_logits", reduction="mean")(logits, labels), Tensor)
+    assert_type(build_multi_task_loss(squared_error, TASKS), MultiTaskLoss)
+    losses = build_multi_task_loss("bce_with_logits", tasks=TASKS, pos_weights=[1.0, 27.3])(logits, labels)
+    assert_type(losses, dict[str, Tensor])
+    assert_type(get_global_loss_detached(losses["loss"], weight=4), Tensor)
+    assert_type(get_global_loss_detached(nn.Parameter(torch.ones(()))), Tensor)
+    assert_type(get_global_loss_detached(losses), dict[str, Tensor])
+    assert_type(get_global_loss_detached(losses, weight=dict.fromkeys(losses, 4.0)), dict[str, Tensor])
+    view: Mapping[str, Tensor] = losses
+    assert_type(get_global_loss_detached(view, "mean", weight=torch.tensor(4)), dict[str, Tensor])
+
+
+def metrics() -> None:
+    """Running sums that other training code feeds."""
+    metric = GlobalLoss(TASKS, "mean", "max", task_weights=[1.0, 2.0], nan_strategy="ignore", sync_on_compute=True)
+    loss_sum, weight = torch.tensor([30.0, 10.0]), torch.tensor([100, 100])
+    metric.update(loss_sum, weight)
+    metric.update(loss_sum=loss_sum, weight=100)
+    assert_type(metric.compute(), dict[str, Tensor])
+    assert_type(metric(loss_sum, weight), dict[str, Tensor])
+    assert_type(metric.scalar("loss/like").compute(), Tensor)
+    assert_type(metric.scalar("loss")(loss_sum, weight), Tensor)
+    metric.plot()
+    metric.plot([metric.compute(), metric.compute()])
+    GlobalLoss(None).update(torch.tensor(3.0), 10)
+    quality = RankingQuality(TASKS, ignore_index=float("nan"), window=2)
+    quality.update({task: torch.zeros(4) for task in TASKS}, torch.ones(4, 2))
+    assert_type(quality.compute(), dict[str, Tensor])
+    assert_type(quality(torch.zeros(4, 2), torch.ones(4, 2)), dict[str, Tensor])
+    assert_type(LossType("cross_entropy"), LossType)
+    assert_type([kind.value for kind in LossType], list[str])
+
+
+PARTS = [train, multi_task_losses, one_task_losses, callables, builders, metrics]
