@@ -21,6 +21,7 @@ from benchmarks.limit import limit
 from benchmarks.machine import describe_machine, steady_machine
 from benchmarks.memory import memory
 from benchmarks.precision import precision
+from benchmarks.quality_cost import quality_cost
 from benchmarks.report import Report, as_table, write_json, write_markdown
 from benchmarks.row import Row
 from benchmarks.scale import scale
@@ -34,6 +35,7 @@ Benchmark = Callable[[Setting], Iterator[Row]]
 BENCHMARKS: dict[str, Benchmark] = {
     "step_cost": step_cost,
     "tracking_cost": tracking_cost,
+    "quality_cost": quality_cost,
     "limit": limit,
     "kernels": kernels,
     "memory": memory,

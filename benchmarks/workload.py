@@ -66,9 +66,10 @@ def make_workload(rows: int, tasks: int, device: torch.device, *, weighted: bool
     return Workload(logits, labels, weights, torch.linspace(1.0, 5.0, tasks, device=device))
 
 
-def make_loss(work: Workload) -> MultiTaskLoss:
+def make_loss(work: Workload, *, quality: bool = False) -> MultiTaskLoss:
     """The module of twloss for a workload, with every guarantee on."""
-    return MultiTaskLoss("bce_with_logits", work.tasks, pos_weights=work.pos_weights).to(work.logits.device)
+    loss = MultiTaskLoss("bce_with_logits", work.tasks, pos_weights=work.pos_weights, quality=quality)
+    return loss.to(work.logits.device)
 
 
 def tracked_step(work: Workload) -> Step:

@@ -16,6 +16,7 @@ import pytest
 BENCHMARKS = [
     "step_cost",
     "tracking_cost",
+    "quality_cost",
     "limit",
     "kernels",
     "memory",

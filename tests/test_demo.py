@@ -23,7 +23,9 @@ from twloss.demo.movielens import TASKS, Rows, Split, load_movielens
 from twloss.demo.one_process import base_rate_losses
 from twloss.demo.options import Options, parse_options
 from twloss.demo.process_group import share
+from twloss.demo.ranker import build_ranker
 from twloss.demo.report import print_check
+from twloss.demo.training import evaluate
 
 PYTHON = [sys.executable, "-W", "error"]
 TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
@@ -52,6 +54,8 @@ class Table(NamedTuple):
     eval: float
     base_rate: float
     gain: float
+    quality: tuple[float, ...]
+    """Normalised entropy and calibration; none in the line of all tasks."""
     trained_rows: int
     eval_rows: int
 
@@ -90,10 +94,9 @@ def read(text: str) -> Printed:
 
 
 def read_line(cells: list[str]) -> Table:
-    train, evaluation, base_rate, gain, trained_rows, eval_rows = cells
-    return Table(
-        float(train), float(evaluation), float(base_rate), float(gain.rstrip("%")), int(trained_rows), int(eval_rows)
-    )
+    train, evaluation, base_rate, gain, *quality, trained_rows, eval_rows = cells
+    losses = float(train), float(evaluation), float(base_rate), float(gain.rstrip("%"))
+    return Table(*losses, tuple(map(float, quality)), int(trained_rows), int(eval_rows))
 
 
 def mean_loss(labels: list[bool], probability: float) -> float:
@@ -175,6 +178,20 @@ def test_picture_is_a_png_with_lines(quick_run: tuple[Printed, Path]) -> None:
     # A margin without ink: nothing is cut off.
     border = [pixels[0], pixels[-1], pixels[:, 0], pixels[:, -1]]
     assert all((edge == 1).all() for edge in border)
+
+
+def test_quality_is_that_of_the_predictions_for_all_eval_rows(split: Split, quick_run: tuple[Printed, Path]) -> None:
+    ranker = build_ranker(split.train)
+    losses, quality = evaluate(ranker, split.eval, parse_options(QUICK))
+    predicted = ranker.logits(split.eval.ids, split.eval.genres).sigmoid().sum(0).tolist()
+    for task, labels, total in zip(TASKS, split.eval.labels.T.tolist(), predicted):
+        rate = math.fsum(labels) / len(labels)
+        entropy = -rate * math.log(rate) - (1 - rate) * math.log(1 - rate)
+        assert quality[f"ne/{task}"] == pytest.approx(losses[f"loss/{task}"] / entropy, rel=1e-12)
+        assert quality[f"calibration/{task}"] == pytest.approx(total / math.fsum(labels), rel=1e-12)
+        line = quick_run[0].table[task]
+        assert line.quality[0] == pytest.approx(line.eval / entropy, abs=1e-3)
+    assert quick_run[0].table["all (mean)"].quality == ()
 
 
 @pytest.mark.slow

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from twloss.arguments import check_dense
 
-__all__ = ["Batch", "align", "compute_dtype", "keep_where_nonzero", "without_left_out", "zero_where_zero_"]
+__all__ = ["Batch", "align", "compute_dtype", "keep_where_nonzero", "weighted", "without_left_out", "zero_where_zero_"]
 
 
 class Batch(NamedTuple):
@@ -87,6 +87,17 @@ def keep_where_nonzero(values: Tensor, weights: Tensor) -> Tensor:
         return values.where(weights != 0, 0.0)
     kept: Tensor = torch.ops.aten.hardshrink_backward(values, weights, 0.0)
     return kept
+
+
+def weighted(values: Tensor, weights: Tensor | None) -> Tensor:
+    """``values * weights``, and exactly 0 where the weight is 0; for sums, not for gradients."""
+    if weights is None:
+        return values
+    product = values * weights
+    if torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active():
+        return keep_where_nonzero(product, weights)
+    zero_where_zero_(product, weights)
+    return product
 
 
 def zero_where_zero_(values: Tensor, weights: Tensor) -> None:

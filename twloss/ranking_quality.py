@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from twloss.arguments import check_choice, check_ignore_index
-from twloss.batch import Batch, align, keep_where_nonzero
+from twloss.batch import Batch, align, weighted
 from twloss.per_task_metric import PerTaskMetric
 from twloss.plots import plot_per_task
 from twloss.summed_loss import sum_of_weights, wide_sum_of_rows
@@ -158,16 +158,13 @@ class RankingQuality(PerTaskMetric):
         tasks = 1 if self.tasks is None else len(self.tasks)
         logits, labels, weights, _ = batch
         if logloss_sum is None:
-            loss = F.binary_cross_entropy_with_logits(logits, labels, weights, reduction="none")
-            logloss_sum = wide_sum_of_rows(_kept(loss, weights), tasks)
-        predicted = logits.sigmoid()
-        if weights is not None:
-            labels, predicted = labels * weights, predicted * weights
+            loss = F.binary_cross_entropy_with_logits(logits, labels, reduction="none")
+            logloss_sum = wide_sum_of_rows(weighted(loss, weights), tasks)
         return self._counted(
             logloss_sum,
             sum_of_weights(batch, tasks, "weights"),
-            wide_sum_of_rows(_kept(labels, weights), tasks),
-            wide_sum_of_rows(_kept(predicted, weights), tasks),
+            wide_sum_of_rows(weighted(labels, weights), tasks),
+            wide_sum_of_rows(weighted(logits.sigmoid(), weights), tasks),
         )
 
     def _values(self, sums: Tensor) -> Sequence[Tensor]:
@@ -178,7 +175,3 @@ class RankingQuality(PerTaskMetric):
         ne = logloss / entropy.where(entropy > 0, torch.nan)
         values = (ne, 100.0 * (1.0 - ne), predicted / positives, ctr, logloss, weight)
         return torch.stack(values).flatten().unbind(0)
-
-
-def _kept(values: Tensor, weights: Tensor | None) -> Tensor:
-    return values if weights is None else keep_where_nonzero(values, weights)

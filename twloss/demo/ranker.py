@@ -30,7 +30,8 @@ class Ranker(nn.Module):
         self.genres = nn.Linear(genres, width)
         self.heads = nn.Linear(width, len(TASKS))
         # global_batch: the loss, and the gradient, of the rows of all ranks, however unevenly they are shared out.
-        self.loss = MultiTaskLoss(LossType.BCE_WITH_LOGITS, TASKS, global_batch=True)
+        # quality: the normalised entropy and the calibration beside it.
+        self.loss = MultiTaskLoss(LossType.BCE_WITH_LOGITS, TASKS, global_batch=True, quality=True)
         for embedding in embeddings:
             nn.init.normal_(embedding.weight, std=0.05)
         with torch.no_grad():

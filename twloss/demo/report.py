@@ -18,8 +18,21 @@ TOLERANCE = 1e-12
 CAPTION = (
     "train loss: over the last {interval:,} rows trained on, with some of their ids made unknown. eval loss: after "
     "the training, on the latest ratings, all of them later than the training rows. base rate: the eval loss of "
-    "always predicting the training rows' share of positives. Batches are global, and so are their losses: any number "
-    "of ranks gives these numbers, those of one process."
+    "always predicting the training rows' share of positives. eval NE: the normalised entropy, eval loss over the "
+    "entropy of the eval rows' own share of positives. calibration: positives predicted for each one observed. Batches "
+    "are global, and so are all numbers: any number of ranks gives these, those of one process."
+)
+
+
+HEADINGS = (
+    "train\nloss",
+    "eval\nloss",
+    "base\nrate",
+    "eval\ngain",
+    "eval\nNE",
+    "cali-\nbration",
+    "rows\ntrained",
+    "rows\neval",
 )
 
 
@@ -27,15 +40,17 @@ def print_table(console: Console, title: str, points: Sequence[Point], base_rate
     """A line for each task, and one for the global loss."""
     last = points[-1]
     caption = CAPTION.format(interval=last.rows_seen - (points[-2].rows_seen if len(points) > 1 else 0))
-    table = Table(title=title, caption=caption, caption_justify="left", box=box.SIMPLE_HEAD)
-    table.add_column("task")
-    for heading in ("train\nloss", "eval\nloss", "base\nrate", "eval\ngain", "rows\ntrained on", "rows\nevaluated"):
+    # Narrow enough for 80 columns.
+    table = Table(title=title, caption=caption, caption_justify="left", box=box.SIMPLE_HEAD, padding=(0, 0, 0, 1))
+    table.add_column("task", no_wrap=True)
+    for heading in HEADINGS:
         table.add_column(heading, justify="right")
     for key, loss in last.eval.items():
         losses = (f"{value:.4f}" for value in (last.train[key], loss, base_rate[key]))
         gain = f"{1 - loss / base_rate[key]:.1%}"
         task = "all (mean)" if key == "loss" else key.removeprefix("loss/")
-        table.add_row(task, *losses, gain, f"{last.rows_seen:,}", f"{eval_rows:,}")
+        quality = ("" if key == "loss" else f"{last.quality[f'{name}/{task}']:.3f}" for name in ("ne", "calibration"))
+        table.add_row(task, *losses, gain, *quality, f"{last.rows_seen:,}", f"{eval_rows:,}")
     console.print(table)
 
 

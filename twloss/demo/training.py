@@ -18,13 +18,13 @@ from rich.progress import Progress
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
-from twloss import GlobalLoss
+from twloss import GlobalLoss, RankingQuality
 from twloss.demo.movielens import Rows, Split
 from twloss.demo.options import Options
 from twloss.demo.process_group import share
 from twloss.demo.ranker import Ranker
 
-__all__ = ["Losses", "Point", "evaluate", "train"]
+__all__ = ["Losses", "Point", "Quality", "evaluate", "train"]
 
 INTERVALS_PER_EPOCH = 2
 LEARNING_RATE = 1e-3
@@ -33,6 +33,8 @@ FORGOTTEN_SHARE = 0.3
 
 Losses = dict[str, float]
 """``{"loss/<task>": …, "loss": …}``"""
+Quality = dict[str, float]
+"""``{"ne/<task>": …, "calibration/<task>": …, …}``"""
 
 
 class Point(NamedTuple):
@@ -43,6 +45,8 @@ class Point(NamedTuple):
     """Of the rows since the point before."""
     eval: Losses
     """Of all rows to evaluate."""
+    quality: Quality
+    """Of the predictions for all rows to evaluate."""
 
 
 def train(ranker: Ranker, split: Split, options: Options, console: Console) -> list[Point]:
@@ -60,20 +64,21 @@ def train(ranker: Ranker, split: Split, options: Options, console: Console) -> l
             rows_seen += len(batch)
             if step % interval == 0 or step == steps:
                 train_losses = _total(ranker.loss.train_metric)
-                points.append(Point(rows_seen, train_losses, evaluate(ranker, split.eval, options)))
+                points.append(Point(rows_seen, train_losses, *evaluate(ranker, split.eval, options)))
                 console.print(_line(points[-1]))
     return points
 
 
-def evaluate(ranker: Ranker, rows: Rows, options: Options) -> Losses:
-    """The losses of all rows, each seen by one rank; the running sums of the training stay as they are."""
+def evaluate(ranker: Ranker, rows: Rows, options: Options) -> tuple[Losses, Quality]:
+    """The losses and the quality of all rows, each seen by one rank; the running sums of the training stay."""
     ranker.eval()
     with torch.no_grad():
         for batch in _batches(rows, options.batch_size):
             part = share(batch)
             ranker(part.ids, part.genres, part.labels)
     ranker.train()
-    return _total(ranker.loss.eval_metric)
+    assert ranker.loss.eval_quality is not None
+    return _total(ranker.loss.eval_metric), _total(ranker.loss.eval_quality)
 
 
 def _training_step(model: nn.Module, optimizer: torch.optim.Optimizer, part: Rows) -> None:
@@ -83,11 +88,11 @@ def _training_step(model: nn.Module, optimizer: torch.optim.Optimizer, part: Row
     optimizer.step()
 
 
-def _total(metric: GlobalLoss) -> Losses:
+def _total(metric: GlobalLoss | RankingQuality) -> dict[str, float]:
     """What the metric has summed on all ranks since the last time; a collective, so every rank has to ask."""
-    losses = {key: loss.item() for key, loss in metric.compute().items()}
+    results = {key: value.item() for key, value in metric.compute().items()}
     metric.reset()
-    return losses
+    return results
 
 
 def _batches(rows: Rows, batch_size: int) -> Iterator[Rows]:

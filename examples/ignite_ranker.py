@@ -1,0 +1,116 @@
+"""PyTorch-Ignite: a metric of the loss in ``engine.state.metrics``, exact over all rows of all ranks.
+
+``python examples/ignite_ranker.py``, or on two processes
+``torchrun --standalone --nproc-per-node=2 examples/ignite_ranker.py``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import ignite.distributed as idist
+import torch
+import torch.distributed as dist
+from ignite.engine import Engine, Events
+from torch import Tensor, nn
+
+from twloss import GlobalLoss, MultiTaskLoss
+
+TASKS = ["like", "reply", "share"]
+FEATURES, TRAIN_ROWS, EVAL_ROWS, GLOBAL_BATCH = 4, 97, 45, 16
+
+Batch = tuple[Tensor, Tensor, Tensor]
+
+
+class Ranker(nn.Module):
+    """A linear ranker with its loss as a submodule; weighted rows count by their weight."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.heads = nn.Linear(FEATURES, len(TASKS), dtype=torch.float64)
+        self.loss = MultiTaskLoss("bce_with_logits", TASKS, mean_over="weights", global_batch=True)
+
+    def forward(self, features: Tensor, labels: Tensor, weights: Tensor) -> dict[str, Tensor]:
+        """The losses of the rows; adds them to train_metric, or in eval() to eval_metric."""
+        losses: dict[str, Tensor] = self.loss(self.heads(features), labels, weights)
+        return losses
+
+
+def rows(count: int, seed: int) -> Batch:
+    """Features ``(rows, FEATURES)``, labels ``(rows, tasks)`` and weights ``(rows,)``, some of them 0."""
+    generator = torch.Generator().manual_seed(seed)
+    features = torch.randn(count, FEATURES, generator=generator, dtype=torch.float64)
+    labels = (features[:, : len(TASKS)] + torch.randn(count, len(TASKS), generator=generator) > 0).double()
+    return features, labels, (4 * torch.rand(count, generator=generator, dtype=torch.float64) - 1).clamp(min=0)
+
+
+def shares(data: Batch) -> list[Batch]:
+    """This rank's part of each global batch. Of the last one, a single row, the second of two ranks gets none.
+
+    A sampler that gives every rank equally many rows would repeat some, which would then count twice.
+    """
+    batches = zip(*(values.split(GLOBAL_BATCH) for values in data))
+    rank, world_size = idist.get_rank(), idist.get_world_size()
+    return [tuple(values[rank::world_size] for values in batch) for batch in batches]
+
+
+def attach(metric: GlobalLoss, engine: Engine) -> None:
+    """Fill ``engine.state.metrics`` at the end of each epoch, before the handlers that are added later read it.
+
+    Ignite's own metrics take a process function's output; this one has been fed by the model's forward.
+    """
+
+    @engine.on(Events.EPOCH_STARTED)
+    def start_anew() -> None:
+        metric.reset()
+
+    @engine.on(Events.EPOCH_COMPLETED)
+    def compute() -> None:  # one collective: the handler runs on every rank
+        engine.state.metrics.update({key: value.item() for key, value in metric.compute().items()})
+
+
+def main(epochs: int = 2) -> dict[str, float]:
+    """Train, evaluate after each epoch, and return the last values of both."""
+    torch.manual_seed(0)
+    ranker = Ranker()
+    model = idist.auto_model(ranker)  # DDP where there are several ranks
+    optimizer = torch.optim.SGD(ranker.parameters(), lr=0.5)
+
+    def train_step(_: Engine, batch: Sequence[Tensor]) -> float:
+        model.train()
+        optimizer.zero_grad()
+        losses = model(*batch)
+        losses["loss"].backward()
+        optimizer.step()
+        loss: float = losses["loss"].item()
+        return loss
+
+    @torch.no_grad()
+    def eval_step(_: Engine, batch: Sequence[Tensor]) -> None:
+        model.eval()
+        model(*batch)
+
+    trainer, evaluator = Engine(train_step), Engine(eval_step)
+    attach(ranker.loss.train_metric, trainer)
+    attach(ranker.loss.eval_metric, evaluator)
+
+    train_batches, eval_batches = shares(rows(TRAIN_ROWS, seed=1)), shares(rows(EVAL_ROWS, seed=2))
+
+    @trainer.on(Events.EPOCH_COMPLETED)
+    def evaluate() -> None:
+        evaluator.run(eval_batches)
+
+    trainer.run(train_batches, max_epochs=epochs)
+    engines = {"train": trainer, "eval": evaluator}
+    results = {f"{mode}/{key}": x for mode, engine in engines.items() for key, x in engine.state.metrics.items()}
+    if idist.get_rank() == 0:
+        for key, value in results.items():
+            print(f"{key:<18} {value:.6f}")
+    return results
+
+
+if __name__ == "__main__":
+    if dist.is_torchelastic_launched():
+        idist.initialize("gloo")
+    main()
+    idist.finalize()

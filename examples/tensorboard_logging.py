@@ -1,0 +1,98 @@
+"""TensorBoard: the curves of training and evaluation, exact over all rows of all ranks.
+
+``python examples/tensorboard_logging.py runs/ranker``, or on two processes
+``torchrun --standalone --nproc-per-node=2 examples/tensorboard_logging.py runs/ranker``; then
+``tensorboard --logdir runs``.
+"""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+from torch.utils.tensorboard import SummaryWriter
+
+from twloss import GlobalLoss, MultiTaskLoss
+
+TASKS = ["like", "reply", "share"]
+FEATURES, TRAIN_ROWS, EVAL_ROWS, GLOBAL_BATCH, MISSING = 4, 97, 45, 16, -1
+
+
+class Ranker(nn.Module):
+    """A linear ranker with its loss as a submodule."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.heads = nn.Linear(FEATURES, len(TASKS), dtype=torch.float64)
+        self.loss = MultiTaskLoss("bce_with_logits", TASKS, ignore_index=MISSING, global_batch=True)
+
+    def forward(self, features: Tensor, labels: Tensor) -> dict[str, Tensor]:
+        """The losses of the rows."""
+        losses: dict[str, Tensor] = self.loss(self.heads(features), labels)
+        return losses
+
+
+def rows(count: int, seed: int) -> tuple[Tensor, Tensor]:
+    """Features ``(rows, FEATURES)`` and labels ``(rows, tasks)``, of which three in ten are missing."""
+    generator = torch.Generator().manual_seed(seed)
+    features = torch.randn(count, FEATURES, generator=generator, dtype=torch.float64)
+    labels = (features[:, : len(TASKS)] + torch.randn(count, len(TASKS), generator=generator) > 0).double()
+    labels[torch.rand(labels.shape, generator=generator) < 0.3] = MISSING
+    return features, labels
+
+
+def write(writer: SummaryWriter | None, metric: GlobalLoss, step: int) -> None:
+    """One point of each curve, and the sums start anew. Every rank computes, since that is a collective; one writes."""
+    values = metric.compute()
+    metric.reset()
+    if writer is not None:
+        for key, value in values.items():
+            # "loss/like" and "loss/reply" come in one group, "loss". In float64, as they were computed.
+            writer.add_scalar(key, value, step, new_style=True, double_precision=True)
+
+
+def main(log_dir: Path, epochs: int = 3) -> None:
+    """Train, and write a point after each epoch."""
+    torch.manual_seed(0)
+    rank, world_size = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+    ranker = Ranker()
+    model = DistributedDataParallel(ranker) if world_size > 1 else ranker
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.5)
+    # A directory each: TensorBoard draws the curves of one name over each other, in the colours of their directories.
+    modes = ("train", "eval")
+    writers = {mode: SummaryWriter(log_dir / mode) if rank == 0 else None for mode in modes}
+    train_batches, eval_batches = (
+        [(x[rank::world_size], y[rank::world_size]) for x, y in zip(*(part.split(GLOBAL_BATCH) for part in data))]
+        for data in (rows(TRAIN_ROWS, seed=1), rows(EVAL_ROWS, seed=2))
+    )
+    step = 0
+    for _ in range(epochs):
+        model.train()
+        for features, labels in train_batches:
+            optimizer.zero_grad()
+            model(features, labels)["loss"].backward()
+            optimizer.step()
+            step += 1
+        model.eval()
+        with torch.no_grad():
+            for features, labels in eval_batches:
+                model(features, labels)
+        write(writers["train"], ranker.loss.train_metric, step)
+        write(writers["eval"], ranker.loss.eval_metric, step)
+    for writer in writers.values():
+        if writer is not None:
+            writer.close()
+    if rank == 0:
+        print(f"tensorboard --logdir {log_dir}")
+
+
+if __name__ == "__main__":
+    if dist.is_torchelastic_launched():
+        dist.init_process_group("gloo")
+    main(Path(sys.argv[1]) if len(sys.argv) > 1 else Path("runs/ranker"))
+    if dist.is_initialized():
+        dist.destroy_process_group()
