@@ -6,6 +6,7 @@
 
 from __future__ import annotations
 
+import gc
 from collections.abc import Sequence
 
 import ignite.distributed as idist
@@ -113,4 +114,6 @@ if __name__ == "__main__":
     if dist.is_torchelastic_launched():
         idist.initialize("gloo")
     main()
+    # A collector's run, because DDP is in reference cycles: gloo aborts a process that ends with a group in use.
+    gc.collect()
     idist.finalize()

@@ -7,6 +7,7 @@
 
 from __future__ import annotations
 
+import gc
 import sys
 from pathlib import Path
 
@@ -95,4 +96,6 @@ if __name__ == "__main__":
         dist.init_process_group("gloo")
     main(Path(sys.argv[1]) if len(sys.argv) > 1 else Path("runs/ranker"))
     if dist.is_initialized():
+        # A collector's run, because DDP is in reference cycles: gloo aborts a process that ends with a group in use.
+        gc.collect()
         dist.destroy_process_group()

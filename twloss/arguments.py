@@ -29,6 +29,7 @@ __all__ = [
     "check_process_group",
     "check_tasks",
     "check_window",
+    "is_same_label",
     "per_task_numbers",
     "warn_unless_mean",
 ]
@@ -141,6 +142,11 @@ def check_ignore_index(ignore_index: object) -> float | None:
     if isinstance(ignore_index, bool) or not isinstance(ignore_index, Real):
         raise TypeError(f"ignore_index: got {type(ignore_index).__name__}, expected a number or None")
     return check_number("ignore_index", ignore_index) if isinstance(ignore_index, int) else float(ignore_index)
+
+
+def is_same_label(a: float | None, b: float | None) -> bool:
+    """Whether two values of ``ignore_index`` are the same label; NaN is NaN."""
+    return a == b or (a is not None and b is not None and math.isnan(a) and math.isnan(b))
 
 
 def check_dense(name: str, values: object, *, verb: str = "got", tensor: str = "a Tensor", kind: str = "real") -> None:

@@ -81,6 +81,17 @@ def unreduced_loss(
     return _checked(loss_type(logits, labels), labels).to(logits.dtype)
 
 
+def log_loss(logits: Tensor, labels: Tensor) -> Tensor:
+    """Binary cross-entropy as a value, not to be differentiated: ``max(x, 0) - x·y + log(1 + exp(-|x|))``.
+
+    torch's ``(1-y)·x - log σ(x)`` is the difference of two large numbers where a negative is predicted with confidence:
+    in float32 an error of 5 % at a probability of 1e-5, the same one for every row with that logit.
+    """
+    # First, because it needs the most memory.
+    log_sigmoid = F.logsigmoid(logits.abs())
+    return torch.addcmul(logits.clamp(min=0.0), logits, labels, value=-1).sub_(log_sigmoid)
+
+
 def _checked(loss: object, labels: Tensor) -> Tensor:
     """What a callable gave."""
     check_dense("loss_type", loss, verb="the callable gave", kind="floating")

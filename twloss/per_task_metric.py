@@ -94,11 +94,12 @@ class PerTaskMetric(RunningSums):
         """
         sums = self._lifetime
         counted, offered = sums[-2:].tolist()
-        if not any(offered):
+        recent = sums if self.window is None else self.summed[1:].sum(0)
+        if not any(offered) and not recent[-1].any():
             name = type(self).__name__
-            rank_zero_warn(f"{name}.compute() was called before update() on any rank; every value is NaN")
+            rank_zero_warn(f"{name}.compute() was called before update() on any rank; without data, values are NaN")
         self._report_non_finite([int(n - k) for n, k in zip(offered, counted)])
-        return self._results(sums, sums if self.window is None else self.summed[1:].sum(0))
+        return self._results(sums, recent)
 
     @torch.no_grad()
     def _results(self, sums: Tensor, recent: Tensor) -> dict[str, Tensor]:
@@ -136,8 +137,9 @@ class PerTaskMetric(RunningSums):
         return self.update_count > 0
 
     def describe(self) -> dict[str, Any]:
-        """The tasks, which sums of other tasks must not be mixed with."""
-        return {"tasks": None if self.tasks is None else list(self.tasks)}
+        """The tasks and the window, for sums of others must not be mixed with these."""
+        tasks = None if self.tasks is None else list(self.tasks)
+        return {"tasks": tasks} if self.window is None else {"tasks": tasks, "window": self.window}
 
     # The window: what is added, shared, merged and remembered of it.
 

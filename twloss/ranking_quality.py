@@ -10,11 +10,11 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from twloss.arguments import check_choice, check_ignore_index
 from twloss.batch import Batch, align, weighted
+from twloss.loss_type import log_loss
 from twloss.per_task_metric import PerTaskMetric
 from twloss.plots import plot_per_task
 from twloss.summed_loss import sum_of_weights, wide_sum_of_rows
@@ -41,8 +41,8 @@ class RankingQuality(PerTaskMetric):
     - ``calibration`` = Σ w·σ(x) / Σ w·y: how many positives were predicted for each one observed
 
     The entropies are from logits, not from clipped probabilities, so that extreme ones count as what they are. A task
-    with labels of one class only has an ne and rce of NaN, and without a positive one a calibration of infinity; one
-    without data has a weight of 0 and NaN for all else.
+    with labels of one class only has an ne and rce of NaN, and without a positive one a calibration of infinity (NaN
+    where none is predicted either); one without data has a weight of 0 and NaN for all else.
 
     Args:
         tasks: the tasks' names, or None for the one-task form, whose keys are "ne", "rce", ….
@@ -158,8 +158,7 @@ class RankingQuality(PerTaskMetric):
         tasks = 1 if self.tasks is None else len(self.tasks)
         logits, labels, weights, _ = batch
         if logloss_sum is None:
-            loss = F.binary_cross_entropy_with_logits(logits, labels, reduction="none")
-            logloss_sum = wide_sum_of_rows(weighted(loss, weights), tasks)
+            logloss_sum = wide_sum_of_rows(weighted(log_loss(logits, labels), weights), tasks)
         return self._counted(
             logloss_sum,
             sum_of_weights(batch, tasks, "weights"),
@@ -170,8 +169,10 @@ class RankingQuality(PerTaskMetric):
     def _values(self, sums: Tensor) -> Sequence[Tensor]:
         loss_sum, weight, positives, predicted = sums[:4]
         logloss, ctr = loss_sum / weight, positives / weight
-        # Sums that are equal but for rounding must not make the rest negative.
-        entropy = torch.special.entr(ctr) + torch.special.entr(((weight - positives) / weight).clamp(min=0.0))
+        # By the rarer class: the other's share may be rounded to 1, whose log is 0. The sums may be equal but for
+        # rounding, which must not make a share negative.
+        rare = torch.minimum(positives, weight - positives).clamp(min=0.0) / weight
+        entropy = torch.special.entr(rare) - torch.special.xlog1py(1.0 - rare, -rare)
         ne = logloss / entropy.where(entropy > 0, torch.nan)
         values = (ne, 100.0 * (1.0 - ne), predicted / positives, ctr, logloss, weight)
         return torch.stack(values).flatten().unbind(0)

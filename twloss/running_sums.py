@@ -70,14 +70,14 @@ class RunningSums(Metric):
 
     def snapshot(self) -> Tensor:
         """A copy of this rank's sums in float64, which compute_since() takes."""
-        self._refuse_between_syncs("snapshot", "is of this rank's own sums")
+        self.refuse_between_syncs("snapshot")
         return self.summed.clone()
 
     def compute_since(self, snapshot: Tensor | None) -> Any:
         """What compute() gives for the rows that came after a snapshot, on each rank its own; None: after reset()."""
         if snapshot is None:
             return self.compute()
-        self._refuse_between_syncs("compute_since", "is of this rank's own sums")
+        self.refuse_between_syncs("compute_since")
         totals = self.totals
         try:
             self.totals = moved_sum(self.summed - snapshot.to(self.summed.device), totals.device)
@@ -87,7 +87,7 @@ class RunningSums(Metric):
 
     def _add(self, batch: Tensor) -> None:
         """Add a batch's detached sums."""
-        self._refuse_between_syncs("update", "would be dropped")
+        self.refuse_between_syncs("update")
         # The transforms of torch.func refuse to update a tensor from outside; meta tensors have no values to add.
         if batch.is_meta or torch._C._are_functorch_transforms_active():
             return
@@ -100,9 +100,11 @@ class RunningSums(Metric):
         # In place, with no attribute written: torch.compile would guard on the attribute and recompile at each step.
         add_once(self.totals, batch)
 
-    def _refuse_between_syncs(self, what: str, why: str) -> None:
+    def refuse_between_syncs(self, what: str) -> None:
+        """Raise between sync() and unsync(), where the sums are not this rank's own, and unsync() drops what is new."""
         if self._is_synced:
-            raise TorchMetricsUserError(f"{type(self).__name__}: {what} between sync() and unsync(), which {why}")
+            name = type(self).__name__
+            raise TorchMetricsUserError(f"{name}: {what} between sync() and unsync(), where the sums are of all ranks")
 
     def _reduce_states(self, incoming_state: dict[str, Any]) -> None:
         incoming = value_of_sum(incoming_state["totals"]).to(self.summed.device)

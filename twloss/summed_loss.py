@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from twloss.batch import Batch, keep_where_nonzero, without_left_out, zero_where_zero_
-from twloss.loss_type import LossFunction, LossType, unreduced_loss
+from twloss.loss_type import LossFunction, LossType, log_loss, unreduced_loss
 from twloss.task_sums import TaskSums
 from twloss.wide_sum import sum_dtype
 
@@ -90,9 +90,12 @@ class _SummedBCE(torch.autograd.Function):
         ctx: Any, logits: Tensor, labels: Tensor, weights: Tensor | None, pos_weight: Tensor | None, tasks: int
     ) -> tuple[Tensor, Tensor]:
         ctx.save_for_backward(logits, labels, weights, pos_weight)
-        loss = F.binary_cross_entropy_with_logits(logits, labels, weights, pos_weight=pos_weight, reduction="none")
+        if pos_weight is None:
+            loss = log_loss(logits, labels)
+        else:
+            loss = F.binary_cross_entropy_with_logits(logits, labels, pos_weight=pos_weight, reduction="none")
         if weights is not None:
-            zero_where_zero_(loss, weights)
+            zero_where_zero_(loss.mul_(weights), weights)
         wide = wide_sum_of_rows(loss, tasks)
         ctx.mark_non_differentiable(wide)
         ctx.set_materialize_grads(False)

@@ -14,7 +14,15 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from twloss.arguments import MEAN_OVER, check_choice, check_dense, check_ignore_index, check_number, check_process_group
+from twloss.arguments import (
+    MEAN_OVER,
+    check_choice,
+    check_dense,
+    check_ignore_index,
+    check_number,
+    check_process_group,
+    is_same_label,
+)
 from twloss.batch import Batch
 from twloss.global_loss import GlobalLoss
 from twloss.loss_type import LossFunction, LossType, resolve_loss_type
@@ -97,11 +105,21 @@ class TrackedLoss(nn.Module):
         task_weights = self._constants("task_weights", losses)
         global_loss = reduce_tasks(losses, has_data(sums), self.global_reduction, task_weights)
         # Last, so that a batch whose loss could not be computed is not in the running sums either.
-        (self.train_metric if self.training else self.eval_metric).add(detached)
-        quality = self.train_quality if self.training else self.eval_quality
-        if quality is not None:
-            quality.add(batch, detached.loss_sum if self.pos_weights is None else None)
+        self._track(batch, detached)
         return losses, global_loss
+
+    def _track(self, batch: Batch, sums: TaskSums) -> None:
+        """Add a batch and its detached sums to the metrics of this mode; to none of them where one refuses it."""
+        metric, quality = self.train_metric, self.train_quality
+        if not self.training:
+            metric, quality = self.eval_metric, self.eval_quality
+        if quality is not None:
+            quality.refuse_between_syncs("update")
+        metric.add(sums)
+        if quality is not None:
+            # A compiler fuses the log loss that is its own; without pos_weights, eager code has it already.
+            is_known = self.pos_weights is None and not torch.compiler.is_compiling()
+            quality.add(batch, sums.loss_sum if is_known else None)
 
     def _own_quality(self, quality: bool | RankingQuality) -> RankingQuality | None:
         """A metric for the quality of this loss's logits, as the argument says; None for False."""
@@ -113,11 +131,13 @@ class TrackedLoss(nn.Module):
             raise ValueError(f"quality: got {quality} with {self.loss_type}, expected it with BCE_WITH_LOGITS only")
         if quality is True:
             return RankingQuality(self.tasks, ignore_index=self.ignore_index, process_group=self.process_group)
-        # By their text, in which NaN equals NaN.
         found, expected = (f"tasks={each.tasks}, ignore_index={each.ignore_index}" for each in (quality, self))
-        if found != expected:
+        if quality.tasks != self.tasks or not is_same_label(quality.ignore_index, self.ignore_index):
             raise ValueError(f"quality: got one with {found}, expected {expected} as for the loss")
+        if quality.process_group not in (None, self.process_group):
+            raise ValueError("quality: got one with another process_group, expected that of the loss, or none")
         own = copy.deepcopy(quality)
+        own.process_group = self.process_group
         own.reset()
         return own
 

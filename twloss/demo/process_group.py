@@ -5,6 +5,7 @@ A kind of device comes in, this rank's own device goes out; and from rows that a
 
 from __future__ import annotations
 
+import gc
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -31,6 +32,8 @@ def process_group(kind: str) -> Iterator[torch.device]:
     try:
         yield device
     finally:
+        # A collector's run, because DDP is in reference cycles: gloo aborts a process that ends with a group in use.
+        gc.collect()
         dist.destroy_process_group()
 
 
