@@ -89,7 +89,9 @@ def log_loss(logits: Tensor, labels: Tensor) -> Tensor:
     """
     # First, because it needs the most memory.
     log_sigmoid = F.logsigmoid(logits.abs())
-    return torch.addcmul(logits.clamp(min=0.0), logits, labels, value=-1).sub_(log_sigmoid)
+    # In place, as new memory is slow, unless vmap may give the labels a dimension that the logits have not.
+    addcmul = torch.addcmul if torch._C._are_functorch_transforms_active() else Tensor.addcmul_
+    return addcmul(logits.clamp(min=0.0), logits, labels, value=-1).sub_(log_sigmoid)
 
 
 def _checked(loss: object, labels: Tensor) -> Tensor:
