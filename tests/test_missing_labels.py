@@ -207,3 +207,28 @@ def test_missing_and_unknown_tasks_are_named() -> None:
     with pytest.raises(ValueError, match=r"labels: .*\['b'\].*\['c'\]"):
         loss(torch.zeros(2, 2), {"a": torch.zeros(2), "c": torch.zeros(2)})
     assert not loss.train_metric.update_called
+
+
+@pytest.mark.parametrize("rows", [1, 8, 16, 17, 33])
+@pytest.mark.parametrize("settings", [{}, {"pos_weight": 2.0}])
+def test_a_weight_of_nan_is_not_taken_for_0(rows: int, settings: dict[str, float]) -> None:
+    """Wherever in a vector it stands: a kernel's blocks of 8 or 16 and its remainder may compare differently."""
+    for place in range(rows):
+        logits = torch.zeros(rows, requires_grad=True)
+        weights = torch.ones(rows)
+        weights[place] = math.nan
+        value = Loss("bce_with_logits", **settings)(logits, torch.ones(rows), weights)  # type: ignore[arg-type]
+        value.backward()
+        assert value.isnan()
+        assert logits.grad is not None
+        assert logits.grad.isnan().nonzero().flatten().tolist() == [place]
+        assert Loss(lambda x, y: (x - y) ** 2)(logits, torch.ones(rows), weights).isnan()
+
+
+def test_a_0_dim_logit_of_one_task_takes_a_pos_weight() -> None:
+    logit = torch.tensor(0.3, dtype=torch.float64, requires_grad=True)
+    value = Loss("bce_with_logits", pos_weight=2.0)(logit, torch.tensor(1.0))
+    value.backward()
+    assert value.item() == pytest.approx(2 * math.log1p(math.exp(-0.3)), rel=1e-14)
+    assert logit.grad is not None
+    assert logit.grad.item() == pytest.approx(-2 / (1 + math.exp(0.3)), rel=1e-14)

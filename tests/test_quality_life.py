@@ -225,6 +225,11 @@ def test_an_update_between_sync_and_unsync_is_an_error_and_loses_nothing(window:
     for call in (metric.update, metric.forward):
         with pytest.raises(TorchMetricsUserError, match="RankingQuality: update between sync"):
             call(*BATCHES[2])
+    other = fed(RankingQuality(TASKS, window=window), [BATCHES[2]])
+    for into, other_sums in ((metric, other), (other, metric)):
+        with pytest.raises(TorchMetricsUserError, match="RankingQuality: merge_state between sync"):
+            into.merge_state(other_sums)
+    assert other.update_count == 1
     # compute() reads the synced sums.
     found = numbers(metric.compute())
     assert_close(recent(found, window=False), expected(BATCHES[:2]))

@@ -79,13 +79,14 @@ def without_left_out(logits: Tensor, labels: Tensor, weights: Tensor | None) -> 
 def keep_where_nonzero(values: Tensor, weights: Tensor) -> Tensor:
     """``values`` where ``weights != 0``, and exactly 0 elsewhere, NaN and infinity included; so too for the gradient.
 
-    A product would not do (0·NaN is NaN), and ``where(weights == 0, 0, values)`` takes two kernels and ten times as
-    long. The gradient of hardshrink with a threshold of 0 is this selection in one kernel, differentiable any number
-    of times. The compiler, which fuses kernels, takes no symbolic shapes for it.
+    A product would not do (0·NaN is NaN), and ``where(weights == 0, 0, values)`` takes several times as long. The
+    gradient of a threshold is this selection in one kernel, differentiable any number of times, and keeps the values at
+    weights of NaN. (That of hardshrink, which needs no ``abs``, does so at some places of a vector and not at others.)
+    The compiler fuses the plain form.
     """
     if torch.compiler.is_compiling():
         return values.where(weights != 0, 0.0)
-    kept: Tensor = torch.ops.aten.hardshrink_backward(values, weights, 0.0)
+    kept: Tensor = torch.ops.aten.threshold_backward(values, weights.abs(), 0.0)
     return kept
 
 
@@ -102,7 +103,7 @@ def weighted(values: Tensor, weights: Tensor | None) -> Tensor:
 
 def zero_where_zero_(values: Tensor, weights: Tensor) -> None:
     """``keep_where_nonzero`` in place, where nothing is differentiated or compiled."""
-    torch.ops.aten.hardshrink_backward.grad_input(values, weights, 0.0, grad_input=values)
+    torch.ops.aten.threshold_backward.grad_input(values, weights.abs(), 0.0, grad_input=values)
 
 
 def compute_dtype(name: str, logits: Tensor) -> torch.dtype:

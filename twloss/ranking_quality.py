@@ -156,12 +156,14 @@ class RankingQuality(PerTaskMetric):
     def _sums(self, batch: Batch, logloss_sum: Tensor | None = None) -> Tensor:
         """Σ w·l, Σ w, Σ w·y and Σ w·σ(x), counted."""
         tasks = 1 if self.tasks is None else len(self.tasks)
-        logits, labels, weights, _ = batch
+        # Forward-mode derivatives too end here; no_grad() does not stop them.
+        logits, labels = batch.logits.detach(), batch.labels.detach()
+        weights = None if batch.weights is None else batch.weights.detach()
         if logloss_sum is None:
             logloss_sum = wide_sum_of_rows(weighted(log_loss(logits, labels), weights), tasks)
         return self._counted(
             logloss_sum,
-            sum_of_weights(batch, tasks, "weights"),
+            sum_of_weights(Batch(logits, labels, weights, batch.valid), tasks, "weights"),
             wide_sum_of_rows(weighted(labels, weights), tasks),
             wide_sum_of_rows(weighted(logits.sigmoid(), weights), tasks),
         )

@@ -124,8 +124,12 @@ class RunningSums(Metric):
         """Add the sums of another metric, or its ``metric_state``, to these.
 
         Raises:
+            TorchMetricsUserError: between sync() and unsync() of either.
             ValueError: for sums of something else.
         """
+        self.refuse_between_syncs("merge_state")
+        if isinstance(incoming_state, RunningSums):
+            incoming_state.refuse_between_syncs("merge_state")
         if isinstance(incoming_state, RunningSums) and incoming_state.describe() != self.describe():
             raise ValueError(f"incoming_state: got sums of {incoming_state.describe()}, expected {self.describe()}")
         super().merge_state(incoming_state)

@@ -17,7 +17,7 @@ from twloss.loss_type import LossFunction, LossType, log_loss, unreduced_loss
 from twloss.task_sums import TaskSums
 from twloss.wide_sum import sum_dtype
 
-__all__ = ["sum_of_weights", "sum_rows", "wide_sum_of_rows"]
+__all__ = ["sum_of_weights", "sum_rows", "takes_one_derivative", "wide_sum_of_rows"]
 
 
 def sum_rows(
@@ -35,7 +35,9 @@ def sum_rows(
     Returns:
         The sums in the logits' dtype, with their gradient; and the same, detached, in the widest dtype.
     """
-    if loss_type is LossType.BCE_WITH_LOGITS and _takes_one_derivative(batch):
+    if pos_weight is not None and batch.logits.ndim == 0:
+        pos_weight = pos_weight.squeeze(0)
+    if loss_type is LossType.BCE_WITH_LOGITS and takes_one_derivative(batch):
         loss_sum, wide = _SummedBCE.apply(*batch[:3], pos_weight, tasks)  # type: ignore[no-untyped-call]
     else:
         loss = _weighted_loss(loss_type, batch, pos_weight)
@@ -69,7 +71,7 @@ def sum_of_weights(batch: Batch, tasks: int, mean_over: str) -> Tensor | float:
     return batch.labels.numel() // tasks
 
 
-def _takes_one_derivative(batch: Batch) -> bool:
+def takes_one_derivative(batch: Batch) -> bool:
     """Whether only the logits' derivative can be asked for, by autograd's backward pass."""
     if torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active():
         return False
@@ -90,12 +92,14 @@ class _SummedBCE(torch.autograd.Function):
         ctx: Any, logits: Tensor, labels: Tensor, weights: Tensor | None, pos_weight: Tensor | None, tasks: int
     ) -> tuple[Tensor, Tensor]:
         ctx.save_for_backward(logits, labels, weights, pos_weight)
-        if pos_weight is None:
-            loss = log_loss(logits, labels)
+        if pos_weight is not None:
+            loss = F.binary_cross_entropy_with_logits(logits, labels, weights, pos_weight=pos_weight, reduction="none")
         else:
-            loss = F.binary_cross_entropy_with_logits(logits, labels, pos_weight=pos_weight, reduction="none")
+            loss = log_loss(logits, labels)
+            if weights is not None:
+                loss.mul_(weights)
         if weights is not None:
-            zero_where_zero_(loss.mul_(weights), weights)
+            zero_where_zero_(loss, weights)
         wide = wide_sum_of_rows(loss, tasks)
         ctx.mark_non_differentiable(wide)
         ctx.set_materialize_grads(False)

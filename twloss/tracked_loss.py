@@ -28,7 +28,7 @@ from twloss.global_loss import GlobalLoss
 from twloss.loss_type import LossFunction, LossType, resolve_loss_type
 from twloss.ranking_quality import RankingQuality
 from twloss.ranks import group_from_state, group_to_state, task_sums_over_ranks
-from twloss.summed_loss import sum_rows
+from twloss.summed_loss import sum_rows, takes_one_derivative
 from twloss.task_sums import GlobalReduction, TaskSums, has_data, reduce_rows, reduce_tasks
 from twloss.wide_sum import sum_dtype
 
@@ -117,8 +117,8 @@ class TrackedLoss(nn.Module):
             quality.refuse_between_syncs("update")
         metric.add(sums)
         if quality is not None:
-            # A compiler fuses the log loss that is its own; without pos_weights, eager code has it already.
-            is_known = self.pos_weights is None and not torch.compiler.is_compiling()
+            # Without pos_weights it is the loss, unless that was torch's operator, which loses digits.
+            is_known = self.pos_weights is None and takes_one_derivative(batch)
             quality.add(batch, sums.loss_sum if is_known else None)
 
     def _own_quality(self, quality: bool | RankingQuality) -> RankingQuality | None:
