@@ -8,8 +8,9 @@ from __future__ import annotations
 import math
 import statistics
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
+import torch
 from torch import Tensor, nn
 
 from tests import reference
@@ -122,3 +123,26 @@ def mean_of_means(parts: Sequence[Columns], rule: reference.Rule) -> dict[str, f
     """What is reported where the losses of steps or ranks are averaged, each over the parts that have some."""
     losses = [reference.losses(part, rule) for part in parts]
     return {key: statistics.fmean(x for loss in losses if not math.isnan(x := loss[key])) for key in losses[0]}
+
+
+class Truth(NamedTuple):
+    """One process by hand."""
+
+    results: dict[str, float]
+    averaged: dict[str, float]
+    """The mean of the last epoch's steps."""
+
+
+def truth_of(example: Any, epochs: int, rule: reference.Rule, missing: float | None = None) -> Truth:
+    """What an example that trains, and then evaluates, has to find after its last epoch."""
+    torch.manual_seed(0)
+    data, held_out = (
+        Rows.of(*example.rows(count, seed)) for count, seed in ((example.TRAIN_ROWS, 1), (example.EVAL_ROWS, 2))
+    )
+    ranker = HandRanker(example.Ranker().heads, example.TASKS, learning_rate=0.5, missing=missing, rule=rule)
+    seen: list[Columns] = []
+    for _ in range(epochs):
+        seen = [ranker.step(batch) for batch in data.batches(example.GLOBAL_BATCH)]
+    modes = {"train": reference.losses(together(seen), rule), "eval": ranker.losses(held_out)}
+    results = {f"{mode}/{key}": value for mode, losses in modes.items() for key, value in losses.items()}
+    return Truth(results, mean_of_means(seen, rule))

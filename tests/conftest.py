@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterator
 
 import hypothesis
@@ -19,6 +20,16 @@ hypothesis.settings.load_profile("twloss")
 def _one_seed() -> None:
     torch.set_num_threads(1)
     torch.manual_seed(0)
+
+
+@pytest.fixture
+def new_compiler() -> Iterator[None]:
+    """A compiler that has seen nothing, and whose own warnings are no errors."""
+    torch._dynamo.reset()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        yield
+    torch._dynamo.reset()
 
 
 @pytest.fixture(scope="session")

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import functools
 import math
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -13,9 +12,9 @@ import torch
 from torch import Tensor, nn
 from torch._dynamo.testing import CompileCounterWithBackend
 from torch.nn.parallel import DistributedDataParallel
-from torch.utils.checkpoint import checkpoint
 from torchmetrics import MeanMetric
 
+from tests.checkpointed import WRAPS, Block, once
 from tests.rank_pool import RankPool
 from twloss import GlobalLoss, MultiTaskLoss
 
@@ -40,15 +39,7 @@ def batch(rows: int = ROWS) -> tuple[Tensor, Tensor, Tensor]:
     return torch.randn(rows, 3), torch.randint(0, 2, (rows, 2)).float(), torch.rand(rows, 2)
 
 
-@pytest.fixture(autouse=True)
-def _new_compiler() -> Iterator[None]:
-    torch._dynamo.reset()
-    with warnings.catch_warnings():
-        # Of torch's own making, in the compiler.
-        warnings.simplefilter("ignore")
-        yield
-    torch._dynamo.reset()
-
+pytestmark = pytest.mark.usefixtures("new_compiler")
 
 OPTIONS: dict[str, dict[str, Any]] = {
     "plain": {},
@@ -170,27 +161,9 @@ def test_ddp_over_a_compiled_model(two_ranks: RankPool) -> None:
 
 # Activation checkpointing.
 
-Block = Callable[..., Tensor]
-
-
-def once(model: Block, reentrant: bool) -> Block:
-    return functools.partial(checkpoint, model, use_reentrant=reentrant)
-
-
-def nested(model: Block, reentrant: bool) -> Block:
-    return once(lambda *inputs: once(model, reentrant)(*inputs) * 2, reentrant)
-
-
-def compiled_inside(model: Block, reentrant: bool) -> Block:
-    return once(torch.compile(model, fullgraph=True, backend="aot_eager"), reentrant)
-
-
-def compiled_outside(model: Block, reentrant: bool) -> Block:
-    return torch.compile(once(model, reentrant), backend="aot_eager")
-
 
 @pytest.mark.parametrize("reentrant", [False, True])
-@pytest.mark.parametrize("wrap", [once, nested, compiled_inside, compiled_outside])
+@pytest.mark.parametrize("wrap", WRAPS)
 def test_rows_of_a_checkpointed_block_are_counted_once(wrap: Callable[..., Block], reentrant: bool) -> None:
     model, twin = Model(), Model()
     twin.load_state_dict(model.state_dict())

@@ -5,15 +5,13 @@ from __future__ import annotations
 import warnings
 from collections.abc import Callable
 from pathlib import Path
-from typing import NamedTuple
 
 import pytest
-import torch
 import torch.distributed as dist
 
 from examples import fsdp2_loop as example
 from tests import reference
-from tests.by_hand import Columns, HandRanker, Rows, mean_of_means, together
+from tests.by_hand import Truth, truth_of
 from tests.launch import script
 from tests.rank_pool import RankPool
 
@@ -47,27 +45,9 @@ def run_alone(directory: Path) -> dict[str, float]:
         dist.destroy_process_group()
 
 
-class Truth(NamedTuple):
-    """One process by hand."""
-
-    results: dict[str, float]
-    averaged: dict[str, float]
-    """The mean of the last epoch's steps."""
-
-
 @pytest.fixture(scope="module")
 def truth() -> Truth:
-    torch.manual_seed(0)
-    data, held_out = (
-        Rows.of(*example.rows(count, seed)) for count, seed in ((example.TRAIN_ROWS, 1), (example.EVAL_ROWS, 2))
-    )
-    ranker = HandRanker(example.Ranker().heads, example.TASKS, learning_rate=0.5, missing=example.MISSING)
-    seen: list[Columns] = []
-    for _ in range(EPOCHS):
-        seen = [ranker.step(batch) for batch in data.batches(example.GLOBAL_BATCH)]
-    modes = {"train": reference.losses(together(seen), RULE), "eval": ranker.losses(held_out)}
-    results = {f"{mode}/{key}": value for mode, losses in modes.items() for key, value in losses.items()}
-    return Truth(results, mean_of_means(seen, RULE))
+    return truth_of(example, EPOCHS, RULE, missing=example.MISSING)
 
 
 def test_the_losses_are_those_of_one_process(run: Callable[[], list[dict[str, float]]], truth: Truth) -> None:

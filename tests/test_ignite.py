@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable
-from typing import NamedTuple
 
 import pytest
 import torch
 
 from tests import reference
-from tests.by_hand import Columns, HandRanker, Rows, mean_of_means, together
+from tests.by_hand import Truth, truth_of
 from tests.launch import as_if_from_torchrun, script
 from tests.rank_pool import RankPool
 
@@ -40,27 +39,9 @@ def run(request: pytest.FixtureRequest) -> Callable[[], list[dict[str, float]]]:
     return lambda: pool.run(run_on_rank)
 
 
-class Truth(NamedTuple):
-    """One process by hand."""
-
-    results: dict[str, float]
-    averaged: dict[str, float]
-    """The mean of the last epoch's steps."""
-
-
 @pytest.fixture(scope="module")
 def truth() -> Truth:
-    torch.manual_seed(0)
-    data, held_out = (
-        Rows.of(*example.rows(count, seed)) for count, seed in ((example.TRAIN_ROWS, 1), (example.EVAL_ROWS, 2))
-    )
-    ranker = HandRanker(example.Ranker().heads, example.TASKS, learning_rate=0.5, rule=RULE)
-    seen: list[Columns] = []
-    for _ in range(EPOCHS):
-        seen = [ranker.step(batch) for batch in data.batches(example.GLOBAL_BATCH)]
-    modes = {"train": reference.losses(together(seen), RULE), "eval": ranker.losses(held_out)}
-    results = {f"{mode}/{key}": value for mode, losses in modes.items() for key, value in losses.items()}
-    return Truth(results, mean_of_means(seen, RULE))
+    return truth_of(example, EPOCHS, RULE)
 
 
 def test_the_metrics_are_those_of_one_process(run: Callable[[], list[dict[str, float]]], truth: Truth) -> None:

@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import copy
-import functools
 import math
-import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -15,23 +13,13 @@ from torch import Tensor, nn
 from torch._dynamo.testing import CompileCounterWithBackend
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.func import grad, vmap
-from torch.utils.checkpoint import checkpoint
 
 from benchmarks.counts import KernelLog
+from tests.checkpointed import WRAPS, Block
 from tests.quality_batches import TASKS, Rows, assert_close, expected, fed, numbers, random_rows, recent
 from twloss import MultiTaskLoss, RankingQuality
 
 WINDOWS = pytest.mark.parametrize("window", [None, 3])
-
-
-@pytest.fixture
-def _new_compiler() -> Iterator[None]:
-    torch._dynamo.reset()
-    with warnings.catch_warnings():
-        # Of torch's own making, in the compiler.
-        warnings.simplefilter("ignore")
-        yield
-    torch._dynamo.reset()
 
 
 class Model(nn.Module):
@@ -82,7 +70,7 @@ def expect_the_oracles(model: Model, batches: list[tuple[Tensor, Tensor, Tensor]
 # torch.compile.
 
 
-@pytest.mark.usefixtures("_new_compiler")
+@pytest.mark.usefixtures("new_compiler")
 @WINDOWS
 @pytest.mark.parametrize("options", [{}, {"pos_weights": [2.0, 1.0, 3.0], "mean_over": "weights"}], ids=str)
 def test_one_graph_and_no_recompilation_over_many_steps_and_row_counts(
@@ -105,7 +93,7 @@ def test_one_graph_and_no_recompilation_over_many_steps_and_row_counts(
 
 
 @pytest.mark.slow
-@pytest.mark.usefixtures("_new_compiler")
+@pytest.mark.usefixtures("new_compiler")
 @WINDOWS
 def test_the_default_backend_gives_the_numbers_of_the_oracle(window: int | None) -> None:
     model = Model(window)
@@ -116,7 +104,7 @@ def test_the_default_backend_gives_the_numbers_of_the_oracle(window: int | None)
     expect_the_oracles(model, batches)
 
 
-@pytest.mark.usefixtures("_new_compiler")
+@pytest.mark.usefixtures("new_compiler")
 def test_extreme_missing_and_left_out_rows_within_a_graph() -> None:
     """The compiled form of the masks is another one."""
     metric = RankingQuality(TASKS, ignore_index=math.nan, nan_strategy="error", window=2)
@@ -131,29 +119,11 @@ def test_extreme_missing_and_left_out_rows_within_a_graph() -> None:
 
 # Activation checkpointing.
 
-Block = Callable[..., Tensor]
 
-
-def once(model: Block, reentrant: bool) -> Block:
-    return functools.partial(checkpoint, model, use_reentrant=reentrant)
-
-
-def nested(model: Block, reentrant: bool) -> Block:
-    return once(lambda *args: once(model, reentrant)(*args) * 2, reentrant)
-
-
-def compiled_inside(model: Block, reentrant: bool) -> Block:
-    return once(torch.compile(model, fullgraph=True, backend="aot_eager"), reentrant)
-
-
-def compiled_outside(model: Block, reentrant: bool) -> Block:
-    return torch.compile(once(model, reentrant), backend="aot_eager")
-
-
-@pytest.mark.usefixtures("_new_compiler")
+@pytest.mark.usefixtures("new_compiler")
 @WINDOWS
 @pytest.mark.parametrize("reentrant", [False, True])
-@pytest.mark.parametrize("wrap", [once, nested, compiled_inside, compiled_outside])
+@pytest.mark.parametrize("wrap", WRAPS)
 def test_rows_of_a_checkpointed_block_are_counted_once(
     wrap: Callable[..., Block], reentrant: bool, window: int | None
 ) -> None:

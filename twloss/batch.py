@@ -1,13 +1,13 @@
 """Where a batch enters: what the caller passes becomes aligned tensors, or a clear error.
 
-Logits, labels and weights come in; a ``Batch`` of one shape, device and
-floating dtype goes out. Checks look at types, shapes, dtypes and devices only, never at values: reading a value would
-wait for the device.
+Logits, labels and weights come in; a ``Batch`` of one shape, device and floating dtype goes out. Checks look at types,
+shapes, dtypes and devices only, never at values: reading a value would wait for the device.
 """
 
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
@@ -29,6 +29,11 @@ class Batch(NamedTuple):
     """``(rows, tasks)`` of the logits' dtype, 0 where the label is missing; None: every row counts once."""
     valid: Tensor | None
     """``(rows, tasks)`` bool, False where the label is missing; None: no label can be missing."""
+
+    def each(self, change: Callable[[Tensor], Tensor]) -> Batch:
+        """The same change of every tensor that there is."""
+        weights, valid = (None if values is None else change(values) for values in (self.weights, self.valid))
+        return Batch(change(self.logits), change(self.labels), weights, valid)
 
 
 def align(

@@ -157,13 +157,13 @@ class RankingQuality(PerTaskMetric):
         """Σ w·l, Σ w, Σ w·y and Σ w·σ(x), counted."""
         tasks = 1 if self.tasks is None else len(self.tasks)
         # Forward-mode derivatives too end here; no_grad() does not stop them.
-        logits, labels = batch.logits.detach(), batch.labels.detach()
-        weights = None if batch.weights is None else batch.weights.detach()
+        batch = batch.each(Tensor.detach)
+        logits, labels, weights, _ = batch
         if logloss_sum is None:
             logloss_sum = wide_sum_of_rows(weighted(log_loss(logits, labels), weights), tasks)
         return self._counted(
             logloss_sum,
-            sum_of_weights(Batch(logits, labels, weights, batch.valid), tasks, "weights"),
+            sum_of_weights(batch, tasks, "weights"),
             wide_sum_of_rows(weighted(labels, weights), tasks),
             wide_sum_of_rows(weighted(logits.sigmoid(), weights), tasks),
         )

@@ -130,8 +130,8 @@ class RunningSums(Metric):
         self.refuse_between_syncs("merge_state")
         if isinstance(incoming_state, RunningSums):
             incoming_state.refuse_between_syncs("merge_state")
-        if isinstance(incoming_state, RunningSums) and incoming_state.describe() != self.describe():
-            raise ValueError(f"incoming_state: got sums of {incoming_state.describe()}, expected {self.describe()}")
+            if incoming_state.describe() != self.describe():
+                raise ValueError(f"incoming_state: got sums of {incoming_state.describe()}, expected {self.describe()}")
         super().merge_state(incoming_state)
 
     # Sync: one collective, where torchmetrics' own gather takes three.

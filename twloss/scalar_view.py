@@ -45,7 +45,7 @@ class ScalarView(Metric):
         # In __dict__, where nn.Module does not look for submodules: its sums would be saved twice.
         self.__dict__.update(owner=owner, higher_is_better=higher_is_better)
         self.key = key
-        self._since: tuple[int, Tensor] | None = None
+        self._since: tuple[int, Tensor | None] = (owner.restarts, None)
 
     def extra_repr(self) -> str:
         """The key, for repr()."""
@@ -75,8 +75,10 @@ class ScalarView(Metric):
         Raises:
             TorchMetricsUserError: after a reset() of the view, within the owner's sync() and unsync().
         """
-        current = self._since is not None and self._since[0] == self.owner.restarts
-        value: Tensor = self.owner.compute_since(self._since[1] if self._since and current else None)[self.key]
+        restarts, snapshot = self._since
+        # The owner has started all of its views anew since then.
+        is_void = restarts != self.owner.restarts
+        value: Tensor = self.owner.compute_since(None if is_void else snapshot)[self.key]
         return value
 
     def reset(self) -> None:

@@ -35,8 +35,9 @@ def sum_rows(
     Returns:
         The sums in the logits' dtype, with their gradient; and the same, detached, in the widest dtype.
     """
-    if pos_weight is not None and batch.logits.ndim == 0:
-        pos_weight = pos_weight.squeeze(0)
+    if loss_type is LossType.BCE_WITH_LOGITS and batch.logits.ndim == 0:
+        # One row of one task, to which pos_weight (1,) and the sums' gradient (1,) can be broadcast.
+        batch = batch.each(lambda values: values.unsqueeze(0))
     if loss_type is LossType.BCE_WITH_LOGITS and takes_one_derivative(batch):
         loss_sum, wide = _SummedBCE.apply(*batch[:3], pos_weight, tasks)  # type: ignore[no-untyped-call]
     else:
@@ -125,8 +126,7 @@ class _SummedBCE(torch.autograd.Function):
             slope.sub_(labels)
         else:
             slope.addcmul_(torch.addcmul(-pos_weight, slope, pos_weight - 1), labels)
-        # Of one task, the logits may be 0-dim, and the gradient is (1,).
-        slope.mul_(grad if slope.ndim else grad.squeeze(0))
+        slope.mul_(grad)
         if weights is not None:
             zero_where_zero_(slope.mul_(weights), weights)
         return slope, None, None, None, None
