@@ -1,1 +1,1 @@
-"""The tests: one file a stage, and one for each promise that takes several stages."""
+"""The tests: a folder for each thing that is promised, and ``support``, what the tests share."""

@@ -9,7 +9,7 @@ import hypothesis
 import pytest
 import torch
 
-from tests.rank_pool import RankPool
+from tests.support.rank_pool import RankPool
 
 # Examples on ranks wait for other processes, so a single slow one says nothing.
 hypothesis.settings.register_profile("twloss", deadline=None, derandomize=True, print_blob=True)

@@ -1,0 +1,120 @@
+"""Faults: what goes wrong on one rank must not hang the others, nor cost anyone's sums."""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import time
+from datetime import timedelta
+from multiprocessing.connection import Connection
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+
+from tests.support.rank_pool import RankPool
+from twloss import GlobalLoss, MultiTaskLoss
+
+TIMEOUT = 5.0
+
+
+def compute_beside_a_dead_rank(rank: int, store: str, connection: Connection) -> None:
+    """Rank 1 dies; rank 0 computes, gets an error in time, and goes on with its own sums."""
+    dist.init_process_group(
+        "gloo", init_method=f"file://{store}", rank=rank, world_size=2, timeout=timedelta(seconds=TIMEOUT)
+    )
+    metric = GlobalLoss(["a"])
+    metric.update(torch.tensor([3.0]), 2)
+    metric.compute()
+    if rank == 1:
+        os._exit(0)
+    start = time.monotonic()
+    try:
+        metric.compute()
+        message = ""
+    except RuntimeError as error:
+        message = str(error)
+    waited = time.monotonic() - start
+    metric.update(torch.tensor([3.0]), 2)
+    metric.sync_on_compute = metric._to_sync = False
+    connection.send((message, waited, metric.compute()["loss"].item(), metric.update_count))
+
+
+def test_a_rank_that_dies_is_an_error_on_the_others_and_costs_no_sums(tmp_path: Path) -> None:
+    context = multiprocessing.get_context("spawn")
+    ours, theirs = context.Pipe()
+    os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
+    processes = [
+        context.Process(target=compute_beside_a_dead_rank, args=(rank, str(tmp_path / "store"), theirs), daemon=True)
+        for rank in range(2)
+    ]
+    for process in processes:
+        process.start()
+    assert ours.poll(120)
+    message, waited, loss, updates = ours.recv()
+    for process in processes:
+        process.kill()
+        process.join()
+    assert message
+    assert waited < TIMEOUT + 10
+    assert (loss, updates) == (1.5, 2)
+
+
+def fail_within_compute(rank: int) -> list[Any]:
+    """A reduction that raises once, on all ranks, after the sums were synced."""
+    calls = []
+
+    def reduction(losses: torch.Tensor) -> torch.Tensor:
+        calls.append(1)
+        if len(calls) == 1:
+            raise ZeroDivisionError("reduction")
+        return losses.sum()
+
+    metric = GlobalLoss(["a"], "mean", reduction)
+    metric.update(torch.tensor([float(rank)]), 1)
+    with pytest.raises(ZeroDivisionError):
+        metric.compute()
+    local = metric.summed[0].item()
+    metric.update(torch.tensor([float(rank)]), 1)
+    return [local, metric.compute()["loss"].item()]
+
+
+def test_an_exception_in_compute_leaves_the_metric_usable(two_ranks: RankPool) -> None:
+    assert two_ranks.run(fail_within_compute) == [[0.0, 0.5], [1.0, 0.5]]
+
+
+def compute_where_only_some_have_computed(rank: int) -> float:
+    """Rank 0 has just computed alone, over a group of its own; nothing of that is reused."""
+    metric = MultiTaskLoss("bce_with_logits", ["a"]).train_metric
+    metric.update(torch.tensor([rank + 1.0]), 1)
+    metric.compute()
+    if rank == 0:
+        metric.sync(distributed_available=lambda: False)
+        metric._to_sync = False
+        metric.compute()
+        metric._to_sync = True
+    return metric.compute()["loss"].item()
+
+
+def test_a_rank_that_has_computed_before_takes_part_again(two_ranks: RankPool) -> None:
+    assert two_ranks.run(compute_where_only_some_have_computed) == [1.5, 1.5]
+
+
+def test_a_failed_forward_leaves_sums_and_counts() -> None:
+    loss = MultiTaskLoss("bce_with_logits", ["a", "b"])
+    loss(torch.zeros(2, 2), torch.ones(2, 2))
+    before = loss.train_metric.totals.clone()
+    wrongs: list[Any] = [torch.ones(2, 3), torch.ones(3, 2), torch.ones(2, 2, dtype=torch.complex64), [[1.0, 1.0]]]
+    for wrong in wrongs:
+        with pytest.raises((TypeError, ValueError)):
+            loss(torch.zeros(2, 2), wrong)
+    assert torch.equal(loss.train_metric.totals, before)
+
+
+def test_a_failed_reduction_leaves_sums_and_counts() -> None:
+    loss = MultiTaskLoss("bce_with_logits", ["a", "b"], "mean", lambda losses: losses, global_batch=True)
+    with pytest.raises(ValueError, match="global_reduction"):
+        loss(torch.zeros(2, 2), torch.ones(2, 2))
+    assert not loss.train_metric.update_called

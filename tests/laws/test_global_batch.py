@@ -1,0 +1,124 @@
+"""``global_batch=True``: a step on uneven ranks is the step of one process, however the model is wrapped."""
+
+from __future__ import annotations
+
+import itertools
+import warnings
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch import nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
+from torch.nn.parallel import DistributedDataParallel
+
+from tests.support.cases import REDUCTIONS, Ranker, Rows, Settings
+from tests.support.gradient_errors import Errors, case_parts, errors_of, flat_gradients, measure
+from tests.support.rank_pool import RankPool
+
+FLOAT64 = Errors(1e-12, 1e-12)
+FLOAT32 = Errors(1e-5, 1e-5)
+COMBINATIONS = list(itertools.product(("mean", "sum"), REDUCTIONS))
+
+
+def expect_at_most(errors: Errors, bound: Errors) -> None:
+    assert errors.loss <= bound.loss
+    assert errors.gradient <= bound.gradient
+
+
+@pytest.mark.parametrize("positive", [None, (0.5, 27.3, 4.0)], ids=["", "pos_weights"])
+@pytest.mark.parametrize("weighted", [False, True], ids=["", "weights"])
+@pytest.mark.parametrize(("task_reduction", "reduction"), COMBINATIONS)
+def test_loss_and_gradient_are_those_of_one_process(
+    ranks: RankPool, task_reduction: str, reduction: str, weighted: bool, positive: tuple[float, ...] | None
+) -> None:
+    case = Settings(3, task_reduction, reduction, positive)
+    expect_at_most(measure(ranks, case, weighted=weighted, global_batch=True), FLOAT64)
+    expect_at_most(measure(ranks, case, torch.float32, weighted=weighted, global_batch=True), FLOAT32)
+
+
+@pytest.mark.parametrize(("task_reduction", "reduction"), COMBINATIONS)
+def test_the_plain_rule_is_far_off(ranks: RankPool, task_reduction: str, reduction: str) -> None:
+    """What is gained: each rank's own loss, its gradient averaged by DDP, on the same rows."""
+    plain = measure(ranks, Settings(3, task_reduction, reduction), global_batch=False)
+    assert plain.gradient > 0.1
+    assert plain.loss > 0.01
+
+
+def backward(model: nn.Module, rows: Rows) -> tuple[dict[str, float], list[list[float]]]:
+    """One rank's losses and gradients of a step."""
+    with warnings.catch_warnings():
+        # The tasks' losses are views of one tensor; what this warns of, an update in place, autograd refuses for them.
+        warnings.filterwarnings("ignore", "FSDP2-wrapped module .* returned a view")
+        # torch.compile of any autograd function.
+        warnings.filterwarnings("ignore", ".*should not be instantiated", DeprecationWarning)
+        losses = model(rows)
+    losses["loss"].backward()
+    return {key: value.item() for key, value in losses.items()}, flat_gradients(model)
+
+
+def wrapped_step(rank: int, case: Settings, parts: list[Rows], wrap: str) -> tuple[dict[str, float], list[list[float]]]:
+    """One rank's step of a model that is wrapped in another way than DDP's default."""
+    ranker = Ranker(case.loss(global_batch=True), case.tasks)
+    model: nn.Module = ranker
+    if wrap == "fsdp2":
+        fully_shard(ranker, mesh=init_device_mesh("cpu", (dist.get_world_size(),)))
+    elif wrap == "compile":
+        model = DistributedDataParallel(torch.compile(ranker, fullgraph=True, backend="aot_eager"))
+    else:
+        model = DistributedDataParallel(ranker, gradient_as_bucket_view=True)
+    return backward(model, parts[rank])
+
+
+@pytest.mark.parametrize("wrap", ["fsdp2", "compile", "bucket views"])
+@pytest.mark.parametrize("reduction", ["mean", "max", "norm"])
+def test_however_the_model_is_wrapped(ranks: RankPool, wrap: str, reduction: str) -> None:
+    case = Settings(3, "mean", reduction, (0.5, 27.3, 4.0))
+    parts = case_parts(case, ranks.world_size, weighted=True)
+    expect_at_most(errors_of(case, parts, ranks.run(wrapped_step, case, parts, wrap)), FLOAT64)
+
+
+def step_in_a_subgroup(rank: int, case: Settings, parts: list[Rows]) -> Any:
+    """Ranks 1 and 2 train together, rank 0 not at all."""
+    group = dist.new_group([1, 2])
+    if rank == 0:
+        return None
+    loss = case.loss(global_batch=True, process_group=group)
+    model = DistributedDataParallel(Ranker(loss, case.tasks), process_group=group)
+    return backward(model, parts[rank - 1])
+
+
+def test_in_a_sub_group(three_ranks: RankPool) -> None:
+    case = Settings(global_reduction="median")
+    parts = case_parts(case, 2, weighted=True)
+    expect_at_most(errors_of(case, parts, three_ranks.run(step_in_a_subgroup, case, parts)[1:]), FLOAT64)
+
+
+def hybrid_step(rank: int, case: Settings, parts: list[Rows]) -> tuple[dict[str, float], list[list[float]]]:
+    """Parameters sharded over pairs of ranks and replicated over the pairs."""
+    mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=("replicate", "shard"))
+    model = Ranker(case.loss(global_batch=True), case.tasks)
+    fully_shard(model, mesh=mesh)
+    return backward(model, parts[rank])
+
+
+def test_under_hybrid_sharding(four_ranks: RankPool) -> None:
+    case = Settings(global_reduction="sum")
+    parts = case_parts(case, 4, weighted=True)
+    expect_at_most(errors_of(case, parts, four_ranks.run(hybrid_step, case, parts)), FLOAT64)
+
+
+def in_a_world_of_one(rank: int, case: Settings, parts: list[Rows]) -> tuple[dict[str, float], list[list[float]]]:
+    group = [dist.new_group([r]) for r in range(dist.get_world_size())][rank]
+    model = Ranker(case.loss(global_batch=True, process_group=group), case.tasks)
+    return backward(model, parts[0])
+
+
+def test_one_rank_and_no_process_group_are_the_plain_loss(two_ranks: RankPool) -> None:
+    case = Settings()
+    parts = case_parts(case, 2, weighted=True)[:1]
+    expect_at_most(errors_of(case, parts, two_ranks.run(in_a_world_of_one, case, parts)), FLOAT64)
+    model = Ranker(case.loss(global_batch=True), case.tasks)
+    expect_at_most(errors_of(case, parts, [backward(model, parts[0])]), FLOAT64)

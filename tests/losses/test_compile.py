@@ -1,0 +1,190 @@
+"""torch.compile and activation checkpointing: one graph, no recompilation, and every row counted once."""
+
+from __future__ import annotations
+
+import math
+import warnings
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch._dynamo.testing import CompileCounterWithBackend
+from torch.nn.parallel import DistributedDataParallel
+from torchmetrics import MeanMetric
+
+from tests.support.checkpointed import WRAPS, Block, once
+from tests.support.rank_pool import RankPool
+from twloss import GlobalLoss, MultiTaskLoss
+
+ROWS, TASKS = 8, ["a", "b"]
+
+
+class Model(nn.Module):
+    """A model with its loss as a submodule."""
+
+    def __init__(self, **kwargs: Any) -> None:
+        super().__init__()
+        self.heads = nn.Linear(3, 2)
+        self.loss = MultiTaskLoss("bce_with_logits", TASKS, pos_weights=[1.5, 2.0], **kwargs)
+
+    def forward(self, features: Tensor, labels: Tensor, weights: Tensor | None = None) -> Tensor:
+        """The global loss."""
+        loss: Tensor = self.loss(self.heads(features), labels, weights)["loss"]
+        return loss
+
+
+def batch(rows: int = ROWS) -> tuple[Tensor, Tensor, Tensor]:
+    return torch.randn(rows, 3), torch.randint(0, 2, (rows, 2)).float(), torch.rand(rows, 2)
+
+
+pytestmark = pytest.mark.usefixtures("new_compiler")
+
+OPTIONS: dict[str, dict[str, Any]] = {
+    "plain": {},
+    "missing labels": {"ignore_index": math.nan, "task_weights": [1.0, 3.0]},
+    "weights and median": {"mean_over": "weights", "global_reduction": "median", "global_batch": True},
+    "callable": {"global_reduction": Tensor.sum, "global_batch": True},
+}
+
+
+@pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS)
+def test_one_graph_in_each_mode_and_no_recompilation_in_20_steps(options: dict[str, Any]) -> None:
+    model, twin = Model(**options), Model(**options)
+    twin.load_state_dict(model.state_dict())
+    counter = CompileCounterWithBackend("aot_eager")
+    compiled = torch.compile(model, fullgraph=True, backend=counter)
+    for training in (True, False):
+        model.train(training)
+        twin.train(training)
+        counter.clear()
+        for step in range(20):
+            inputs = batch()
+            loss, expected = compiled(*inputs), twin(*inputs)
+            assert loss.item() == pytest.approx(expected.item(), rel=1e-6)
+            if training:
+                loss.backward()
+            if training and step == 10:
+                model.loss.train_metric.compute()
+                model.loss.train_metric.reset()
+                twin.loss.train_metric.reset()
+        assert counter.frame_count == 1
+    for name in ("train_metric", "eval_metric"):
+        ours, theirs = getattr(model.loss, name), getattr(twin.loss, name)
+        assert ours.update_count == theirs.update_count > 0
+        assert ours.compute()["loss"].item() == pytest.approx(theirs.compute()["loss"].item(), rel=1e-6)
+
+
+def test_a_metric_of_torchmetrics_recompiles_at_each_step() -> None:
+    """The naive version: Metric.update counts in a Python attribute, on which the compiler guards."""
+
+    class Naive(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.metric = MeanMetric(nan_strategy="disable")
+
+        def forward(self, values: Tensor) -> Tensor:
+            self.metric.update(values)
+            return values.sum()
+
+    counter = CompileCounterWithBackend("aot_eager")
+    compiled = torch.compile(Naive(), backend=counter)
+    for _ in range(5):
+        compiled(torch.ones(3))
+    assert counter.frame_count > 1
+
+
+def test_the_default_backend_gives_the_numbers_of_eager() -> None:
+    model, twin = Model(), Model()
+    twin.load_state_dict(model.state_dict())
+    compiled = torch.compile(model, fullgraph=True)
+    for _ in range(3):
+        inputs = batch()
+        compiled(*inputs).backward()
+        twin(*inputs).backward()
+    ours, theirs = model.loss.train_metric.compute(), twin.loss.train_metric.compute()
+    for key, value in theirs.items():
+        assert ours[key].item() == pytest.approx(value.item(), rel=1e-6)
+    for mine, other in zip(model.parameters(), twin.parameters()):
+        assert mine.grad is not None
+        assert other.grad is not None
+        assert torch.allclose(mine.grad, other.grad, rtol=1e-4, atol=1e-6)
+
+
+def test_reduce_overhead_is_traced() -> None:
+    model = Model()
+    torch.compile(model, fullgraph=True, mode="reduce-overhead")(*batch()).backward()
+    assert model.loss.train_metric.update_count == 1
+
+
+def test_a_change_of_batch_size_keeps_the_sums_right() -> None:
+    model = Model()
+    compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
+    for rows in (8, 5, 1, 0, 8):
+        compiled(*batch(rows))
+    assert model.loss.train_metric.summed[1].tolist() == [22.0, 22.0]
+
+
+def test_a_users_own_metric_may_be_in_the_graph() -> None:
+    metric = GlobalLoss(["a"])
+
+    def step(values: Tensor) -> Tensor:
+        metric.update(values.sum(0, keepdim=True), len(values))
+        return values.sum()
+
+    compiled = torch.compile(step, fullgraph=True, backend="aot_eager")
+    for _ in range(3):
+        compiled(torch.ones(4, requires_grad=True)).backward()
+    assert metric.compute()["loss"].item() == 1.0
+    assert metric.update_count == 3
+
+
+def train_compiled_under_ddp(rank: int) -> list[float]:
+    warnings.simplefilter("ignore")
+    try:
+        model = Model()
+        ddp = DistributedDataParallel(torch.compile(model, fullgraph=True, backend="aot_eager"))
+        for _ in range(3):
+            ddp(*batch(4 + rank)).backward()
+        model.loss.train_metric.sync()
+        rows: list[float] = model.loss.train_metric.summed[1].tolist()
+        model.loss.train_metric.unsync()
+        return rows
+    finally:
+        warnings.simplefilter("error")
+
+
+def test_ddp_over_a_compiled_model(two_ranks: RankPool) -> None:
+    assert two_ranks.run(train_compiled_under_ddp) == [[27.0, 27.0]] * 2
+
+
+# Activation checkpointing.
+
+
+@pytest.mark.parametrize("reentrant", [False, True])
+@pytest.mark.parametrize("wrap", WRAPS)
+def test_rows_of_a_checkpointed_block_are_counted_once(wrap: Callable[..., Block], reentrant: bool) -> None:
+    model, twin = Model(), Model()
+    twin.load_state_dict(model.state_dict())
+    wrapped = wrap(model, reentrant)
+    for _ in range(3):
+        features, labels, weights = batch()
+        wrapped(features.requires_grad_(), labels, weights).backward()
+        twin(features, labels, weights)
+    assert model.loss.train_metric.update_count == 3
+    assert torch.allclose(model.loss.train_metric.summed, twin.loss.train_metric.summed, rtol=1e-6)
+    assert all(p.grad is not None for p in model.parameters())
+
+
+@pytest.mark.parametrize("reentrant", [False, True])
+def test_an_addition_that_does_not_ask_counts_them_twice(reentrant: bool) -> None:
+    """The naive version."""
+    total = torch.zeros(())
+
+    def block(values: Tensor) -> Tensor:
+        total.add_(len(values))
+        return values.sigmoid().sum()
+
+    once(block, reentrant)(torch.ones(4, requires_grad=True)).backward()
+    assert total.item() == 8

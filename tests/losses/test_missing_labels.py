@@ -1,0 +1,234 @@
+"""Labels that are missing: ``ignore_index``, tasks without data, and inputs by task."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+
+from tests.support import reference
+from tests.support.rank_pool import RankPool
+from twloss import Loss, MultiTaskLoss
+
+BAD = [math.nan, math.inf, -math.inf]
+
+
+def shifted(logits: Tensor, labels: Tensor) -> Tensor:
+    """A loss that is not finite at a logit of 0 with a label of 0, which stand for what is left out."""
+    return (logits - labels).abs().log()
+
+
+@pytest.mark.parametrize("ignore_index", [-1.0, math.nan, -100])
+@pytest.mark.parametrize("bad", BAD)
+@pytest.mark.parametrize("loss_type", ["bce_with_logits", shifted])
+def test_a_missing_row_is_as_if_it_were_not_there(loss_type: Any, bad: float, ignore_index: float) -> None:
+    logits, labels = torch.randn(6, 2, dtype=torch.float64), torch.rand(6, 2, dtype=torch.float64)
+    missing = torch.tensor([[1, 0], [0, 0], [0, 1], [0, 0], [0, 0], [1, 1]], dtype=torch.bool)
+    spoilt = logits.masked_fill(missing, bad).requires_grad_()
+    loss = MultiTaskLoss(loss_type, ["a", "b"], ignore_index=ignore_index)
+    result = loss(spoilt, labels.masked_fill(missing, ignore_index))
+    (grad,) = torch.autograd.grad(result["loss"], spoilt)
+    for t, task in enumerate(["a", "b"]):
+        present = logits[:, t][~missing[:, t]].requires_grad_()
+        alone = Loss(loss_type)(present, labels[:, t][~missing[:, t]])
+        assert result[f"loss/{task}"].item() == pytest.approx(alone.item(), rel=1e-12)
+        assert loss.train_metric.compute()[f"loss/{task}"].item() == pytest.approx(alone.item(), rel=1e-12)
+        (expected,) = torch.autograd.grad(alone / 2, present)
+        assert torch.allclose(grad[:, t][~missing[:, t]], expected, rtol=1e-12, atol=0)
+    assert (grad[missing] == 0).all()
+
+
+@pytest.mark.parametrize("label_dtype", [torch.int64, torch.int8, torch.uint8, torch.bool, torch.float32])
+@pytest.mark.parametrize("ignore_index", [-100, 255, 0.5, math.nan])
+def test_ignore_index_is_compared_as_a_number_in_every_label_dtype(
+    label_dtype: torch.dtype, ignore_index: float
+) -> None:
+    """-100 is 156 in uint8: a comparison in the labels' dtype would drop the wrong rows."""
+    labels = torch.tensor([[0], [1], [1]]).to(label_dtype)
+    if label_dtype in (torch.uint8, torch.float32):
+        labels[2] = 156
+    loss = MultiTaskLoss("bce_with_logits", ["a"], ignore_index=ignore_index)
+    loss(torch.zeros(3, 1), labels)
+    assert loss.train_metric.summed[1].item() == 3
+    if label_dtype == torch.uint8 and ignore_index == 255:
+        labels[2] = 255
+        loss(torch.zeros(3, 1), labels)
+        assert loss.train_metric.summed[1].item() == 5
+
+
+def test_missing_class_labels_need_not_be_classes() -> None:
+    logits = torch.randn(5, 2, 3, dtype=torch.float64, requires_grad=True)
+    labels = torch.tensor([[0, -100], [1, 2], [-100, 0], [2, 1], [0, 0]])
+    result = MultiTaskLoss("cross_entropy", ["a", "b"], ignore_index=-100)(logits, labels)
+    for t, task in enumerate(["a", "b"]):
+        expected = F.cross_entropy(logits[:, t], labels[:, t], ignore_index=-100)
+        assert result[f"loss/{task}"].item() == pytest.approx(expected.item(), rel=1e-12)
+    (grad,) = torch.autograd.grad(result["loss"], logits)
+    assert (grad[labels == -100] == 0).all()
+
+
+@pytest.mark.parametrize("reduction", ["mean", "sum", "min", "max", "median"])
+@pytest.mark.parametrize("task_reduction", ["mean", "sum"])
+def test_a_task_without_data_is_0_in_forward_nan_in_compute_and_in_no_reduction(
+    task_reduction: str, reduction: str
+) -> None:
+    logits = torch.tensor([[2.0, math.inf, -1.0], [0.5, math.nan, 3.0]], dtype=torch.float64, requires_grad=True)
+    labels = torch.tensor([[1.0, -1.0, 0.0], [1.0, -1.0, 0.0]])
+    columns = {
+        "a": [reference.Row(reference.softplus(-2.0)), reference.Row(reference.softplus(-0.5))],
+        "b": [],
+        "c": [reference.Row(reference.softplus(-1.0)), reference.Row(reference.softplus(3.0))],
+    }
+    expected = reference.losses(columns, reference.Rule(task_reduction, reduction))
+    loss = MultiTaskLoss(
+        "bce_with_logits", ["a", "b", "c"], task_reduction, reduction, ignore_index=-1, global_batch=True
+    )
+    result = loss(logits, labels)
+    assert {key: value.item() for key, value in result.items()} == pytest.approx({**expected, "loss/b": 0.0}, rel=1e-12)
+    computed = {key: value.item() for key, value in loss.train_metric.compute().items()}
+    assert computed == pytest.approx(expected, rel=1e-12, nan_ok=True)
+    (grad,) = torch.autograd.grad(result["loss"], logits)
+    assert (grad[:, 1] == 0).all()
+    assert grad.isfinite().all()
+
+
+@pytest.mark.parametrize("reduction", ["mean", "min", "median"])
+def test_no_task_has_data(reduction: str) -> None:
+    loss = MultiTaskLoss("bce_with_logits", ["a", "b"], "mean", reduction, ignore_index=-1, global_batch=True)
+    logits = torch.full((3, 2), math.nan, requires_grad=True)
+    result = loss(logits, torch.full((3, 2), -1))
+    assert [value.item() for value in result.values()] == [0.0, 0.0, 0.0]
+    result["loss"].backward()
+    assert logits.grad is not None
+    assert (logits.grad == 0).all()
+    assert all(value.isnan() for value in loss.train_metric.compute().values())
+
+
+def test_task_weights_are_in_the_reduction_alone() -> None:
+    logits = torch.tensor([[0.0, 0.0]], dtype=torch.float64)
+    for weights in ([3.0, 0.5], {"b": 0.5, "a": 3.0}, torch.tensor([3.0, 0.5])):
+        loss = MultiTaskLoss("bce_with_logits", ["a", "b"], task_weights=weights)
+        for result in (loss(logits, torch.ones(1, 2)), loss.train_metric.compute()):
+            values = {key: value.item() for key, value in result.items()}
+            half = math.log(2)
+            assert values == pytest.approx({"loss/a": half, "loss/b": half, "loss": 1.75 * half}, rel=1e-12)
+
+
+def test_mean_over_weights_divides_by_their_sum() -> None:
+    """What torch's own cross-entropy does with class weights."""
+    logits, labels = torch.randn(7, 3, dtype=torch.float64), torch.randint(0, 3, (7,))
+    class_weights = torch.tensor([0.2, 3.0, 1.0], dtype=torch.float64)
+    expected = F.cross_entropy(logits, labels, weight=class_weights)
+    loss = Loss("cross_entropy", mean_over="weights")
+    assert loss(logits, labels, class_weights[labels]).item() == pytest.approx(expected.item(), rel=1e-12)
+    assert loss.train_metric.compute()["loss"].item() == pytest.approx(expected.item(), rel=1e-12)
+
+
+class Heads(nn.Module):
+    """Two heads of their own, whose second has labels on some steps and some ranks only."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b = nn.Linear(2, 1), nn.Linear(2, 1)
+        self.loss = MultiTaskLoss("bce_with_logits", ["a", "b"], ignore_index=-1, global_batch=True)
+
+    def forward(self, features: Tensor, labels: Tensor) -> dict[str, Tensor]:
+        """The losses."""
+        losses: dict[str, Tensor] = self.loss({"a": self.a(features), "b": self.b(features)}, labels)
+        return losses
+
+
+def train_a_head_without_labels(rank: int) -> tuple[bool, list[float]]:
+    model = DistributedDataParallel(Heads(), find_unused_parameters=False)
+    for step in range(4):
+        labels = torch.full((3, 2), -1.0)
+        labels[:, 0] = 1.0
+        if step == 3 and rank == 1:
+            labels[0, 1] = 0.0
+        model.zero_grad()
+        model(torch.ones(3, 2), labels)["loss"].backward()
+        if step == 2:
+            absent = all((p.grad == 0).all().item() for p in model.module.b.parameters() if p.grad is not None)
+    return absent, [p.grad.abs().sum().item() for p in model.module.b.parameters() if p.grad is not None]
+
+
+def test_the_head_of_a_task_without_data_stays_connected_under_ddp(ranks: RankPool) -> None:
+    """DDP waits for every parameter's gradient: a head that is not in the graph makes its next forward raise."""
+    for absent, gradients in ranks.run(train_a_head_without_labels):
+        assert absent
+        assert len(gradients) == 2
+        assert min(gradients) > 0
+
+
+# Inputs by task.
+
+
+@pytest.mark.parametrize("shape", [(6,), (6, 1)])
+def test_mappings_are_the_columns(shape: tuple[int, ...]) -> None:
+    logits = {task: torch.randn(shape, dtype=torch.float64, requires_grad=True) for task in ("b", "a")}
+    labels = {"a": torch.randint(0, 2, shape), "b": torch.rand(shape)}
+    weights = {task: torch.rand(6) for task in ("a", "b")}
+    loss = MultiTaskLoss("bce_with_logits", ["a", "b"])
+    result = loss(logits, labels, weights)
+    for task in ("a", "b"):
+        expected = F.binary_cross_entropy_with_logits(
+            logits[task].flatten(), labels[task].flatten().double(), weight=weights[task]
+        )
+        assert result[f"loss/{task}"].item() == pytest.approx(expected.item(), rel=1e-12)
+    result["loss"].backward()
+    assert all(value.grad is not None for value in logits.values())
+    stacked = torch.stack([labels["a"].double().flatten(), labels["b"].double().flatten()], 1)
+    mixed = loss(logits, stacked, torch.stack([weights["a"], weights["b"]], 1))
+    assert mixed["loss"].item() == result["loss"].item()
+
+
+def test_class_counts_may_differ_between_tasks() -> None:
+    logits = {"few": torch.randn(5, 2, dtype=torch.float64), "many": torch.randn(5, 9, dtype=torch.float64)}
+    for values in logits.values():
+        values.requires_grad_()
+    labels = {"few": torch.randint(0, 2, (5,)), "many": torch.randint(0, 9, (5,))}
+    result = MultiTaskLoss("cross_entropy", ["few", "many"])(logits, labels)
+    result["loss"].backward()
+    for task, values in logits.items():
+        expected = F.cross_entropy(values, labels[task])
+        assert result[f"loss/{task}"].item() == pytest.approx(expected.item(), rel=1e-12)
+        (grad,) = torch.autograd.grad(expected / 2, values)
+        assert values.grad is not None
+        assert torch.allclose(values.grad, grad, rtol=1e-12, atol=1e-15)
+
+
+def test_missing_and_unknown_tasks_are_named() -> None:
+    loss = MultiTaskLoss("bce_with_logits", ["a", "b"])
+    with pytest.raises(ValueError, match=r"labels: .*\['b'\].*\['c'\]"):
+        loss(torch.zeros(2, 2), {"a": torch.zeros(2), "c": torch.zeros(2)})
+    assert not loss.train_metric.update_called
+
+
+@pytest.mark.parametrize("rows", [1, 8, 16, 17, 33])
+@pytest.mark.parametrize("settings", [{}, {"pos_weight": 2.0}])
+def test_a_weight_of_nan_is_not_taken_for_0(rows: int, settings: dict[str, float]) -> None:
+    """Wherever in a vector it stands: a kernel's blocks of 8 or 16 and its remainder may compare differently."""
+    for place in range(rows):
+        logits = torch.zeros(rows, requires_grad=True)
+        weights = torch.ones(rows)
+        weights[place] = math.nan
+        value = Loss("bce_with_logits", **settings)(logits, torch.ones(rows), weights)  # type: ignore[arg-type]
+        value.backward()
+        assert value.isnan()
+        assert logits.grad is not None
+        assert logits.grad.isnan().nonzero().flatten().tolist() == [place]
+        assert Loss(lambda x, y: (x - y) ** 2)(logits, torch.ones(rows), weights).isnan()
+
+
+def test_a_0_dim_logit_of_one_task_takes_a_pos_weight() -> None:
+    logit = torch.tensor(0.3, dtype=torch.float64, requires_grad=True)
+    value = Loss("bce_with_logits", pos_weight=2.0)(logit, torch.tensor(1.0))
+    value.backward()
+    assert value.item() == pytest.approx(2 * math.log1p(math.exp(-0.3)), rel=1e-14)
+    assert logit.grad is not None
+    assert logit.grad.item() == pytest.approx(-2 / (1 + math.exp(0.3)), rel=1e-14)

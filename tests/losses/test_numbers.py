@@ -1,0 +1,259 @@
+"""The losses' values and gradients against the usual code: one call of torch's loss a task, in a loop."""
+
+from __future__ import annotations
+
+import itertools
+import warnings
+from collections.abc import Callable
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from tests.support import reference
+from twloss import Loss, LossType, MultiTaskLoss
+
+TASKS = ["like", "reply", "retweet", "dwell"]
+ROWS = 29
+RTOL = {torch.float32: 1e-6, torch.float64: 1e-12}
+POS_WEIGHTS = {
+    "none": None,
+    "ints": [1, 2, 3, 27],
+    "floats": [0.5, 1.0, 27.3, 3.25],
+    "tensor": torch.tensor([0.5, 1.0, 27.3, 3.25], dtype=torch.float64),
+}
+GLOBAL: dict[str, Callable[[Tensor], Tensor]] = {
+    "mean": torch.mean,
+    "sum": torch.sum,
+    "min": torch.amin,
+    "max": torch.amax,
+    "median": torch.median,
+}
+
+
+def multi_task_loss(*args: object, **kwargs: object) -> MultiTaskLoss:
+    """A loss whose reductions are chosen on purpose."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", UserWarning)
+        return MultiTaskLoss(*args, **kwargs)  # type: ignore[arg-type]
+
+
+def loop(
+    logits: Tensor, labels: Tensor, weights: Tensor | None, pos_weights: object, task_reduction: str, reduction: str
+) -> dict[str, Tensor]:
+    """The task-by-task loop."""
+    losses = {}
+    for t, task in enumerate(TASKS):
+        pos_weight = (
+            None if pos_weights is None else torch.as_tensor(pos_weights, dtype=torch.float64)[t].to(logits.dtype)
+        )
+        losses[f"loss/{task}"] = F.binary_cross_entropy_with_logits(
+            logits[:, t],
+            labels[:, t].to(logits.dtype),
+            weight=None if weights is None else weights[:, t],
+            pos_weight=pos_weight,
+            reduction=task_reduction,
+        )
+    losses["loss"] = GLOBAL[reduction](torch.stack(list(losses.values())))
+    return losses
+
+
+def assert_close(actual: Tensor, expected: Tensor, rtol: float) -> None:
+    """The largest difference is within ``rtol`` of the largest value."""
+    assert actual.dtype == expected.dtype
+    assert actual.shape == expected.shape
+    scale = expected.abs().max()
+    assert (actual - expected).abs().max() <= rtol * scale
+
+
+@pytest.mark.parametrize("weighted", [False, True], ids=["unweighted", "weighted"])
+@pytest.mark.parametrize("label_dtype", [torch.bool, torch.int64, torch.float32, torch.float64])
+@pytest.mark.parametrize("pos_weights", POS_WEIGHTS.values(), ids=POS_WEIGHTS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_values_and_gradients_are_those_of_the_loop_over_tasks(
+    dtype: torch.dtype, pos_weights: object, label_dtype: torch.dtype, weighted: bool
+) -> None:
+    logits = 3 * torch.randn(ROWS, len(TASKS), dtype=dtype)
+    labels = torch.rand(ROWS, len(TASKS), dtype=torch.float64)
+    labels = labels if label_dtype.is_floating_point else labels.round()
+    labels = labels.to(label_dtype)
+    weights = torch.rand(ROWS, len(TASKS), dtype=dtype) if weighted else None
+    for task_reduction, reduction in itertools.product(("mean", "sum"), GLOBAL):
+        ours, theirs = logits.clone().requires_grad_(), logits.clone().requires_grad_()
+        loss = multi_task_loss(LossType.BCE_WITH_LOGITS, TASKS, task_reduction, reduction, pos_weights)
+        result = loss(ours, labels, weights)
+        expected = loop(theirs, labels, weights, pos_weights, task_reduction, reduction)
+        assert list(result) == ["loss/like", "loss/reply", "loss/retweet", "loss/dwell", "loss"]
+        for key, value in expected.items():
+            assert_close(result[key], value, RTOL[dtype])
+        result["loss"].backward()
+        expected["loss"].backward()
+        assert ours.grad is not None
+        assert theirs.grad is not None
+        assert_close(ours.grad, theirs.grad, RTOL[dtype])
+
+
+@pytest.mark.parametrize("logit", [-1e9, -1e4, -100.0, -1e-9, 0.0, 30.0, 1e4, 1e9])
+@pytest.mark.parametrize("label", [0.0, 0.25, 1.0])
+def test_extreme_logits_give_the_closed_form(logit: float, label: float) -> None:
+    logits = torch.tensor([[logit]], dtype=torch.float64, requires_grad=True)
+    loss = MultiTaskLoss("bce_with_logits", ["like"], pos_weights=[3.0])(logits, torch.tensor([[label]]))["loss"]
+    assert loss.item() == pytest.approx(reference.bce_with_logits(logit, label, 3.0), rel=1e-12, abs=1e-15)
+    loss.backward()
+    assert logits.grad is not None
+    assert logits.grad.isfinite().all()
+
+
+def test_cross_entropy_of_several_tasks_is_that_of_the_loop() -> None:
+    logits = torch.randn(ROWS, 4, 5, dtype=torch.float64, requires_grad=True)
+    labels = torch.randint(0, 5, (ROWS, 4))
+    weights = torch.rand(ROWS, 1, dtype=torch.float64)
+    result = MultiTaskLoss(LossType.CROSS_ENTROPY, TASKS)(logits, labels, weights)
+    for t, task in enumerate(TASKS):
+        rows = zip(logits[:, t].tolist(), labels[:, t].tolist(), weights[:, 0].tolist())
+        loss_sum = sum(w * reference.cross_entropy(x, c) for x, c, w in rows)
+        assert result[f"loss/{task}"].item() == pytest.approx(loss_sum / ROWS, rel=1e-12)
+    (grad,) = torch.autograd.grad(result["loss"], logits)
+    expected = [
+        (F.cross_entropy(logits[:, t], labels[:, t], reduction="none") * weights[:, 0]).mean() for t in range(4)
+    ]
+    assert_close(grad, torch.autograd.grad(torch.stack(expected).mean(), logits)[0], 1e-12)
+
+
+@pytest.mark.parametrize("label", [-100, -1, 5])
+def test_a_class_that_does_not_exist_is_an_error_and_never_skipped(label: int) -> None:
+    labels = torch.tensor([[0], [label]])
+    with pytest.raises(IndexError, match="out of bounds"):
+        MultiTaskLoss("cross_entropy", ["topic"])(torch.zeros(2, 1, 5), labels)
+
+
+@pytest.mark.parametrize("shape", [(ROWS,), (ROWS, 3), (2, 3, 4)])
+def test_one_task_takes_any_shape(shape: tuple[int, ...]) -> None:
+    logits = torch.randn(shape, dtype=torch.float64, requires_grad=True)
+    labels = torch.rand(shape, dtype=torch.float64)
+    expected = F.binary_cross_entropy_with_logits(logits, labels, pos_weight=torch.tensor(2.5, dtype=torch.float64))
+    loss = Loss("bce_with_logits", pos_weight=2.5)(logits, labels)
+    assert loss.shape == ()
+    assert_close(loss, expected, 1e-12)
+    assert_close(torch.autograd.grad(loss, logits)[0], torch.autograd.grad(expected, logits)[0], 1e-12)
+
+
+def test_one_task_cross_entropy() -> None:
+    logits = torch.randn(ROWS, 5, dtype=torch.float64, requires_grad=True)
+    labels = torch.randint(0, 5, (ROWS,))
+    loss, expected = Loss("cross_entropy")(logits, labels), F.cross_entropy(logits, labels)
+    assert_close(loss, expected, 1e-12)
+    assert_close(torch.autograd.grad(loss, logits)[0], torch.autograd.grad(expected, logits)[0], 1e-12)
+
+
+def squared_error(logits: Tensor, labels: Tensor) -> Tensor:
+    """A loss that the package does not know."""
+    return F.mse_loss(logits, labels, reduction="none")
+
+
+def smoothed_cross_entropy(logits: Tensor, labels: Tensor) -> Tensor:
+    """A loss over classes that the package does not know."""
+    return F.cross_entropy(logits.movedim(-1, 1), labels, reduction="none", label_smoothing=0.1)
+
+
+@pytest.mark.parametrize("label_dtype", [torch.int64, torch.float32])
+def test_a_callable_takes_the_place_of_a_loss_type(label_dtype: torch.dtype) -> None:
+    logits = torch.randn(ROWS, 4, dtype=torch.float64, requires_grad=True)
+    labels = (4 * torch.rand(ROWS, 4)).round().to(label_dtype)
+    weights = torch.rand(ROWS, dtype=torch.float64)
+    result = MultiTaskLoss(squared_error, TASKS)(logits, labels, weights)
+    expected = ((logits - labels) ** 2 * weights.unsqueeze(1)).mean(0)
+    assert_close(torch.stack(list(result.values())[:-1]), expected, 1e-12)
+    assert_close(torch.autograd.grad(result["loss"], logits)[0], torch.autograd.grad(expected.mean(), logits)[0], 1e-12)
+    one = Loss(squared_error)(logits[:, 0], labels[:, 0], weights)
+    assert_close(one, expected[0], 1e-12)
+
+
+def test_a_callable_may_have_classes() -> None:
+    logits, labels = torch.randn(ROWS, 4, 5), torch.randint(0, 5, (ROWS, 4))
+    result = MultiTaskLoss(smoothed_cross_entropy, TASKS)(logits, labels)
+    for t, task in enumerate(TASKS):
+        expected = F.cross_entropy(logits[:, t], labels[:, t], label_smoothing=0.1)
+        assert_close(result[f"loss/{task}"], expected, 1e-6)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_half_precision_logits_are_computed_in_float32(dtype: torch.dtype) -> None:
+    logits = torch.randn(4096, 2).to(dtype).requires_grad_()
+    labels = torch.randint(0, 2, (4096, 2)).to(dtype)
+    loss = MultiTaskLoss("bce_with_logits", ["like", "reply"])
+    result = loss(logits, labels)["loss"]
+    exact = F.binary_cross_entropy_with_logits(logits.detach().double(), labels.double())
+    assert result.dtype == torch.float32
+    assert result.item() == pytest.approx(exact.item(), rel=1e-6)
+    assert loss.train_metric.compute()["loss"].item() == pytest.approx(exact.item(), rel=1e-7)
+    result.backward()
+    assert logits.grad is not None
+    assert logits.grad.dtype == dtype
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf"), -float("inf")])
+@pytest.mark.parametrize("where", ["logits", "labels", "both"])
+@pytest.mark.parametrize("loss_type", ["bce_with_logits", "cross_entropy", squared_error])
+def test_a_row_of_weight_0_adds_exactly_0(loss_type: str, where: str, bad: float) -> None:
+    """0·NaN is NaN: a product with the weights lets the bad row into the sums and the gradient."""
+    classes = loss_type == "cross_entropy"
+    logits = torch.randn((6, 2, 3) if classes else (6, 2), dtype=torch.float64)
+    labels = torch.randint(0, 2, (6, 2)) if classes else torch.rand(6, 2, dtype=torch.float64)
+    weights = torch.rand(6, 2, dtype=torch.float64)
+    weights[1], weights[4, 0] = 0.0, -0.0
+    out = weights == 0
+    spoilt_logits, spoilt_labels = logits.clone(), labels.clone()
+    if where != "labels":
+        spoilt_logits[out] = bad
+    if where != "logits":
+        spoilt_labels[out] = -100 if classes else bad
+    spoilt_logits.requires_grad_()
+    loss = MultiTaskLoss(loss_type, ["like", "reply"])
+    result = loss(spoilt_logits, spoilt_labels, weights)
+    clean = MultiTaskLoss(loss_type, ["like", "reply"])(logits, labels, weights)
+    for key, value in clean.items():
+        assert_close(result[key], value, 1e-12)
+        assert_close(loss.train_metric.compute()[key], value, 1e-12)
+    (grad,) = torch.autograd.grad(result["loss"], spoilt_logits)
+    assert (grad[out] == 0).all()
+    assert grad.isfinite().all()
+    assert (grad[~out] != 0).all()
+
+
+def test_tiny_and_negative_weights_count() -> None:
+    logits = torch.zeros(3, 1, dtype=torch.float64)
+    weights = torch.tensor([[1e-310], [-1.0], [2.0]], dtype=torch.float64)
+    result = MultiTaskLoss("bce_with_logits", ["like"], pos_weights=1)(logits, torch.ones(3, 1), weights)["loss"]
+    assert result.item() == pytest.approx(weights.sum().item() * reference.softplus(0.0) / 3, rel=1e-15)
+
+
+def test_gradients_reach_learned_weights() -> None:
+    weights = torch.rand(ROWS, 1, dtype=torch.float64, requires_grad=True)
+    logits, labels = torch.randn(ROWS, 4, dtype=torch.float64), torch.rand(ROWS, 4)
+    (grad,) = torch.autograd.grad(MultiTaskLoss("bce_with_logits", TASKS)(logits, labels, weights)["loss"], weights)
+    unweighted = F.binary_cross_entropy_with_logits(logits, labels.double(), reduction="none")
+    assert_close(grad, unweighted.mean(1, keepdim=True) / ROWS, 1e-12)
+
+
+@pytest.mark.parametrize("shape", [(ROWS, 4), (ROWS, 1), (ROWS,)])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.int64, torch.bool])
+def test_weights_broadcast_over_tasks(shape: tuple[int, ...], dtype: torch.dtype) -> None:
+    logits, labels = torch.randn(ROWS, 4, dtype=torch.float64), torch.rand(ROWS, 4)
+    weights = (3 * torch.rand(shape)).to(dtype)
+    full = (weights if weights.ndim == 2 else weights.unsqueeze(1)).expand(ROWS, 4).double()
+    result = MultiTaskLoss("bce_with_logits", TASKS)(logits, labels, weights)
+    expected = loop(logits, labels, full, None, "mean", "mean")
+    for key, value in expected.items():
+        assert_close(result[key], value, 1e-12)
+
+
+def test_an_empty_batch_is_0_with_a_connected_gradient() -> None:
+    logits = torch.zeros(0, 2, requires_grad=True)
+    loss = MultiTaskLoss("bce_with_logits", ["like", "reply"])
+    result = loss(logits, torch.zeros(0, 2), torch.zeros(0))
+    assert {key: value.item() for key, value in result.items()} == {"loss/like": 0.0, "loss/reply": 0.0, "loss": 0.0}
+    result["loss"].backward()
+    assert logits.grad is not None
+    assert Loss("cross_entropy")(torch.zeros(0, 3), torch.zeros(0, dtype=torch.int64)).item() == 0.0

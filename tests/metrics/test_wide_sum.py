@@ -1,0 +1,123 @@
+"""The number format of a sum: float64, or a pair of float32 where a device has no float64."""
+
+from __future__ import annotations
+
+import math
+from fractions import Fraction
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import Tensor
+
+from tests.support import reference
+from tests.support.cases import Ranker, Settings, columns, random_rows
+from tests.support.rank_pool import RankPool
+from twloss import GlobalLoss, MultiTaskLoss, wide_sum
+
+CPU = torch.device("cpu")
+
+
+@pytest.fixture
+def pairs(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The CPU as a device without float64."""
+    monkeypatch.setattr(wide_sum, "DEVICES_WITHOUT_FLOAT64", {"mps", "cpu"})
+
+
+def summed(batches: list[Tensor]) -> Tensor:
+    state = wide_sum.zero_sum(tuple(batches[0].shape), CPU)
+    for batch in batches:
+        wide_sum.add_once(state, batch)
+    return state
+
+
+@pytest.mark.usefixtures("pairs")
+@pytest.mark.slow
+def test_a_million_updates_of_a_pair_are_as_exact_as_float64() -> None:
+    # Sums of 1024 rows at losses of 0.25 to 0.75, as float32 gives them.
+    batches = 256 + 512 * torch.rand(10**6, 2)
+    state = wide_sum.zero_sum((2,), CPU)
+    assert state.dtype == torch.float32
+    for batch in batches:
+        wide_sum._add_once(state, batch)
+    for value, column in zip(wide_sum.value_of_sum(state).tolist(), batches.T.tolist()):
+        assert value == pytest.approx(math.fsum(column), rel=1e-13)
+
+
+@pytest.mark.usefixtures("pairs")
+@given(st.lists(st.floats(-1e6, 1e6, width=32).filter(lambda x: x == 0 or abs(x) > 1e-6), min_size=1, max_size=50))
+def test_a_pair_is_within_48_bits_of_the_exact_sum(values: list[float]) -> None:
+    state = summed([torch.tensor([value]) for value in values])
+    exact = sum(map(Fraction, values))
+    bound = Fraction(2) ** -46 * len(values) * max(abs(Fraction(value)) for value in values) * len(values)
+    assert abs(Fraction(wide_sum.value_of_sum(state).item()) - exact) <= bound
+
+
+@pytest.mark.usefixtures("pairs")
+def test_a_plain_float32_sum_stops_where_a_pair_goes_on() -> None:
+    start, step = torch.tensor([2.0**24]), torch.ones(1)
+    assert wide_sum.value_of_sum(summed([start] + [step] * 1000)).item() == 2**24 + 1000
+    assert sum([step] * 1000, start).item() == 2**24
+
+
+@pytest.mark.usefixtures("pairs")
+@pytest.mark.parametrize("bad", [math.inf, -math.inf, math.nan])
+def test_what_is_not_finite_stays_so(bad: float) -> None:
+    value = wide_sum.value_of_sum(summed([torch.ones(1), torch.tensor([bad]), torch.ones(1)])).item()
+    assert value == pytest.approx(bad, nan_ok=True)
+
+
+@pytest.mark.usefixtures("pairs")
+@pytest.mark.parametrize("reduction", ["mean", "median"])
+def test_losses_are_those_of_the_oracle_to_float32_and_the_sums_exact(reduction: str) -> None:
+    case = Settings(global_reduction=reduction, ignore_index=-1.0, mean_over="weights", task_weights=[1.0, 2.0, 0.5])
+    rows = random_rows(case, 40, 1, weighted=True)
+    loss = case.loss()
+    ranker = Ranker(loss, case.tasks, torch.float32)
+    for part in rows.to(torch.float32).cut([10, 0, 30]):
+        ranker(part)["loss"].backward()
+    assert loss.train_metric.totals.dtype == torch.float32
+    result = loss.train_metric.compute()
+    expected = reference.losses(columns(case, rows), case.rule())
+    assert {key: value.item() for key, value in result.items()} == pytest.approx(expected, rel=1e-5)
+    assert all(value.dtype == torch.float64 for value in result.values())
+
+
+def test_sums_move_between_the_formats(monkeypatch: pytest.MonkeyPatch) -> None:
+    metric = GlobalLoss(["a"])
+    metric.update(torch.tensor([1e8 + 1 / 3], dtype=torch.float64), 3)
+    exact = metric.summed.clone()
+    monkeypatch.setattr(wide_sum, "DEVICES_WITHOUT_FLOAT64", {"cpu"})
+    metric.totals = wide_sum.moved_sum(metric.totals, CPU)
+    assert metric.totals.dtype == torch.float32
+    assert metric.totals.shape == (2, 4, 1)
+    assert torch.allclose(metric.summed, exact, rtol=2**-46, atol=0)
+    metric.reset()
+    metric.persistent(True)
+    metric.update(torch.tensor([0.1]), 3)
+    state = metric.state_dict()
+    assert state["totals"].dtype == torch.float64
+    monkeypatch.setattr(wide_sum, "DEVICES_WITHOUT_FLOAT64", set())
+    fresh = GlobalLoss(["a"])
+    fresh.load_state_dict(state)
+    assert torch.equal(fresh.totals, metric.summed)
+
+
+def sync_pairs(rank: int) -> tuple[float, float]:
+    wide_sum.DEVICES_WITHOUT_FLOAT64.add("cpu")
+    try:
+        loss = MultiTaskLoss("bce_with_logits", ["a"])
+        loss.train_metric.update(torch.tensor([2.0**24 if rank else 1.0]), 1)
+        merged = GlobalLoss(["a"])
+        merged.merge_state(loss.train_metric)
+        merged.merge_state(loss.train_metric)
+        return loss.train_metric.compute()["loss"].item(), merged.summed[0].item()
+    finally:
+        wide_sum.DEVICES_WITHOUT_FLOAT64.discard("cpu")
+
+
+def test_pairs_are_summed_over_ranks_in_float64(two_ranks: RankPool) -> None:
+    values = two_ranks.run(sync_pairs)
+    assert [value for value, _ in values] == [(2**24 + 1) / 2] * 2
+    assert [merged for _, merged in values] == [2.0, 2.0**25]

@@ -1,0 +1,1 @@
+"""The repository itself: the README, documentation, types, archives, benchmarks and the demo."""

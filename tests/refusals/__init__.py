@@ -1,0 +1,1 @@
+"""Wrong calls: each is an error that names the argument, after which nothing has changed."""

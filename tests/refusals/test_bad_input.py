@@ -1,0 +1,193 @@
+"""Wrong batches, one a line: forward() and update() raise a TypeError or ValueError that names the input.
+
+The values of tensors are not looked at, as that would wait for the device. All else about them is, before any use: the
+running sums are those of the batches before.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from tests.support.refusals import EITHER, HUGE, WrongError, expect_refusal, expect_refused_batch, named, sums_of
+from twloss import GlobalLoss, Loss, MultiTaskLoss
+
+TASKS = ["like", "reply"]
+TWO, THREE, LABELS = torch.ones(2), torch.ones(3), torch.ones(3, 2)
+INDICES = torch.zeros(3, 2, dtype=torch.int64)
+COLUMNS = {"like": THREE, "reply": THREE}
+META = THREE.to("meta")
+
+# What makes the loss, and a good batch for it.
+LOSSES: dict[str, tuple[type[Loss | MultiTaskLoss], dict[str, Any], dict[str, Any]]] = {
+    "one": (Loss, {"loss_type": "bce_with_logits"}, {"logits": THREE, "labels": THREE}),
+    "one of classes": (Loss, {"loss_type": "cross_entropy"}, {"logits": torch.ones(3, 4), "labels": INDICES[:, 0]}),
+    "tasks": (MultiTaskLoss, {"loss_type": "bce_with_logits", "tasks": TASKS}, {"logits": LABELS, "labels": LABELS}),
+    "classes": (
+        MultiTaskLoss,
+        {"loss_type": "cross_entropy", "tasks": TASKS},
+        {"logits": torch.ones(3, 2, 4), "labels": INDICES},
+    ),
+    "own": (MultiTaskLoss, {"loss_type": torch.sub, "tasks": TASKS}, {"logits": LABELS, "labels": LABELS}),
+}
+
+# which loss, what is wrong about its batch, error, how the message starts, what was expected.
+BATCHES: list[tuple[str, dict[str, Any], WrongError, str, str]] = [
+    ("tasks", {"logits": None}, TypeError, "logits: got NoneType", "a Tensor"),
+    ("tasks", {"logits": LABELS.tolist()}, TypeError, "logits: got list", "a Tensor"),
+    ("tasks", {"logits": [THREE, THREE]}, TypeError, "logits: got list", "a Tensor"),
+    ("tasks", {"logits": LABELS.numpy()}, TypeError, "logits: got ndarray", "a Tensor"),
+    ("tasks", {"logits": INDICES}, TypeError, "logits: got torch.int64", "float16, bfloat16, float32 or float64"),
+    ("tasks", {"logits": INDICES > 0}, TypeError, "logits: got torch.bool", "float16, bfloat16, float32 or float64"),
+    ("tasks", {"logits": LABELS + 0j}, TypeError, "logits: got torch.complex64", "a real dtype"),
+    ("tasks", {"logits": LABELS.to(torch.float8_e5m2)}, TypeError, "logits: got torch.float8_e5m2", "float32"),
+    ("tasks", {"logits": torch.ones(4, 2)}, ValueError, "logits: got shape (4, 2) with labels (3, 2)", "labels' shape"),
+    ("tasks", {"logits": torch.ones(3, 1)}, ValueError, "logits: got shape (3, 1) with labels (3, 2)", "labels' shape"),
+    ("tasks", {"logits": torch.ones(3, 2, 1)}, ValueError, "logits: got shape (3, 2, 1)", "the labels' shape"),
+    ("tasks", {"logits": THREE}, ValueError, "logits: got shape (3,)", "the labels' shape"),
+    ("tasks", {"logits": LABELS.to("meta")}, ValueError, "labels: got a tensor on cpu", "meta"),
+    ("tasks", {"logits": LABELS.to_sparse()}, EITHER, "logits: got", "expected"),
+    ("tasks", {"logits": LABELS.to_mkldnn()}, EITHER, "logits: got", "expected"),
+    ("tasks", {"labels": None}, TypeError, "labels: got NoneType", "a Tensor"),
+    ("tasks", {"labels": LABELS.tolist()}, TypeError, "labels: got list", "a Tensor"),
+    ("tasks", {"labels": LABELS.numpy()}, TypeError, "labels: got ndarray", "a Tensor"),
+    ("tasks", {"labels": LABELS + 0j}, TypeError, "labels: got torch.complex64", "a real dtype"),
+    ("tasks", {"labels": torch.ones(2, 3)}, ValueError, "labels: got shape (2, 3)", "(rows, 2)"),
+    ("tasks", {"labels": THREE}, ValueError, "labels: got shape (3,)", "(rows, 2)"),
+    ("tasks", {"labels": torch.ones(3, 2, 1)}, ValueError, "labels: got shape (3, 2, 1)", "(rows, 2)"),
+    ("tasks", {"labels": LABELS.to("meta")}, ValueError, "labels: got a tensor on meta", "cpu"),
+    ("tasks", {"labels": LABELS.to_sparse()}, EITHER, "labels: got", "expected"),
+    ("tasks", {"weights": 2.0}, TypeError, "weights: got float", "a Tensor"),
+    ("tasks", {"weights": [1.0] * 3}, TypeError, "weights: got list", "a Tensor"),
+    ("tasks", {"weights": np.ones(3)}, TypeError, "weights: got ndarray", "a Tensor"),
+    ("tasks", {"weights": THREE + 0j}, TypeError, "weights: got torch.complex64", "a real dtype"),
+    ("tasks", {"weights": torch.ones(())}, ValueError, "weights: got shape ()", "(3, 2), (3, 1) or (3,)"),
+    ("tasks", {"weights": TWO}, ValueError, "weights: got shape (2,)", "(3, 2), (3, 1) or (3,)"),
+    ("tasks", {"weights": torch.ones(1, 2)}, ValueError, "weights: got shape (1, 2)", "(3, 2), (3, 1) or (3,)"),
+    ("tasks", {"weights": torch.ones(3, 2, 1)}, ValueError, "weights: got shape (3, 2, 1)", "(3, 2), (3, 1) or (3,)"),
+    ("tasks", {"weights": META}, ValueError, "weights: got a tensor on meta", "cpu"),
+    ("tasks", {"weights": LABELS.to_sparse()}, EITHER, "weights: got", "sparse"),
+    ("tasks", {"normalizer": "3"}, TypeError, "normalizer: got str", "a Tensor or a number"),
+    ("tasks", {"normalizer": [3.0, 3.0]}, TypeError, "normalizer: got list", "a Tensor or a number"),
+    ("tasks", {"normalizer": {"like": 3, "reply": 3}}, TypeError, "normalizer: got dict", "a Tensor or a number"),
+    ("tasks", {"normalizer": True}, TypeError, "normalizer: got bool", "a Tensor or a number"),
+    ("tasks", {"normalizer": 3j}, TypeError, "normalizer: got complex", "a Tensor or a number"),
+    ("tasks", {"normalizer": math.nan}, ValueError, "normalizer: got nan", "finite"),
+    ("tasks", {"normalizer": -math.inf}, ValueError, "normalizer: got -inf", "finite"),
+    ("tasks", {"normalizer": HUGE}, EITHER, "normalizer: got", "expected"),
+    ("tasks", {"normalizer": THREE}, ValueError, "normalizer: got shape (3,)", "() or (2,)"),
+    ("tasks", {"normalizer": torch.ones(1, 2)}, ValueError, "normalizer: got shape (1, 2)", "(2,)"),
+    ("tasks", {"normalizer": TWO + 0j}, TypeError, "normalizer: got torch.complex64", "a real dtype"),
+    ("tasks", {"normalizer": TWO.to("meta")}, ValueError, "normalizer: got a tensor on meta", "cpu"),
+    ("tasks", {"normalizer": TWO.to_sparse()}, EITHER, "normalizer: got", "expected"),
+    ("tasks", {"logits": {}}, ValueError, "logits: got []", "['like', 'reply']: missing tasks ['like', 'reply']"),
+    ("tasks", {"logits": {"like": THREE}}, ValueError, "logits: got ['like']", "missing tasks ['reply']"),
+    (
+        "tasks",
+        {"labels": {**COLUMNS, "x": THREE}},
+        ValueError,
+        "labels: got ['like', 'reply', 'x']",
+        "unknown tasks ['x']",
+    ),
+    ("tasks", {"labels": {0: THREE, 1: THREE}}, ValueError, "labels: got [0, 1]", "unknown tasks [0, 1]"),
+    ("tasks", {"weights": {"like": 1.0, "reply": 2.0}}, TypeError, "weights['like']: got float", "a Tensor"),
+    ("tasks", {"labels": {**COLUMNS, "reply": None}}, TypeError, "labels['reply']: got NoneType", "a Tensor"),
+    ("tasks", {"labels": {**COLUMNS, "like": LABELS}}, ValueError, "labels['like']: got shape (3, 2)", "(rows, 1)"),
+    ("tasks", {"labels": {**COLUMNS, "like": torch.ones(())}}, ValueError, "labels['like']: got shape ()", "(rows,)"),
+    ("tasks", {"labels": {**COLUMNS, "like": TWO}}, ValueError, "labels: got {'like': 2, 'reply': 3} rows", "the same"),
+    ("tasks", {"logits": {"like": TWO, "reply": TWO}}, ValueError, "logits: got shape (2, 2)", "the labels' shape"),
+    ("tasks", {"weights": {"like": TWO, "reply": TWO}}, ValueError, "weights: got shape (2, 2)", "(3, 2)"),
+    ("tasks", {"weights": {**COLUMNS, "reply": META}}, ValueError, "weights: got {'like': 'cpu'", "the same device"),
+    ("tasks", {"weights": {**COLUMNS, "like": META}}, ValueError, "weights: got {'like': 'meta'", "the same device"),
+    ("tasks", {"logits": {**COLUMNS, "like": THREE + 0j}}, TypeError, "logits", "torch.complex64"),
+    ("tasks", {"logits": {**COLUMNS, "like": THREE.to_sparse()}}, EITHER, "logits", "sparse"),
+    ("classes", {"logits": LABELS}, ValueError, "logits: got shape (3, 2)", "a last dimension of classes"),
+    ("classes", {"logits": torch.ones(3, 2, 0)}, ValueError, "logits: got shape (3, 2, 0)", "at least one class"),
+    ("classes", {"logits": torch.ones(3, 4, 2)}, ValueError, "logits: got shape (3, 4, 2)", "classes"),
+    ("classes", {"logits": torch.ones(3, 2, 4).long()}, TypeError, "logits: got torch.int64", "float32"),
+    ("classes", {"labels": torch.ones(3, 2, 4)}, ValueError, "labels: got shape (3, 2, 4)", "(rows, 2)"),
+    ("classes", {"labels": LABELS}, TypeError, "labels: got torch.float32", "class indices of an integer dtype"),
+    ("classes", {"weights": torch.ones(3, 2, 4)}, ValueError, "weights: got shape (3, 2, 4)", "(3, 2)"),
+    ("classes", {"logits": COLUMNS}, ValueError, "logits['like']: got shape (3,)", "(rows, classes)"),
+    (
+        "classes",
+        {"logits": {"like": torch.ones(3, 0), "reply": LABELS}},
+        ValueError,
+        "logits",
+        "at least one class",
+    ),
+    (
+        "classes",
+        {"logits": {"like": INDICES, "reply": torch.ones(3, 4).long()}},
+        TypeError,
+        "logits",
+        "torch.int64",
+    ),
+    ("one", {"logits": {"loss": THREE}}, TypeError, "logits: got dict", "a Tensor"),
+    ("one", {"labels": None}, TypeError, "labels: got NoneType", "a Tensor"),
+    ("one", {"labels": torch.ones(3, 1)}, ValueError, "logits: got shape (3,) with labels (3, 1)", "the labels' shape"),
+    ("one", {"weights": {"loss": THREE}}, TypeError, "weights: got dict", "a Tensor"),
+    ("one", {"weights": TWO}, ValueError, "weights: got shape (2,)", "broadcasts to the labels' (3,)"),
+    ("one", {"weights": torch.ones(1, 3)}, ValueError, "weights: got shape (1, 3)", "broadcasts to the labels' (3,)"),
+    ("one", {"normalizer": TWO}, ValueError, "normalizer: got shape (2,)", "(1,)"),
+    ("one of classes", {"logits": THREE}, ValueError, "logits: got shape (3,)", "a last dimension of classes"),
+    ("one of classes", {"labels": torch.ones(3, 4)}, ValueError, "logits: got shape (3, 4)", "classes"),
+    ("one of classes", {"labels": torch.ones(3)}, TypeError, "labels: got torch.float32", "class indices"),
+    (
+        "one of classes",
+        {"logits": torch.ones(4), "labels": torch.tensor(0)},
+        ValueError,
+        "logits: got shape (4,)",
+        "classes",
+    ),
+    ("own", {"logits": torch.ones(3, 2, 4, 5)}, ValueError, "logits: got shape (3, 2, 4, 5)", "labels' shape"),
+]
+
+# which tasks, what is wrong about the sums, error, how the message starts, what was expected.
+SUMS: list[tuple[list[str] | None, dict[str, Any], WrongError, str, str]] = [
+    (TASKS, {"loss_sum": None}, TypeError, "loss_sum: got NoneType", "a Tensor"),
+    (TASKS, {"loss_sum": np.ones(2)}, TypeError, "loss_sum: got ndarray", "a Tensor"),
+    (TASKS, {"loss_sum": {"like": 1.0, "reply": 1.0}}, TypeError, "loss_sum: got dict", "a Tensor"),
+    (TASKS, {"loss_sum": torch.ones(1)}, ValueError, "loss_sum: got shape (1,)", "(2,)"),
+    (TASKS, {"loss_sum": torch.ones(1, 2)}, ValueError, "loss_sum: got shape (1, 2)", "(2,)"),
+    (TASKS, {"loss_sum": TWO.to_sparse()}, EITHER, "loss_sum: got", "sparse"),
+    (TASKS, {"weight": None}, TypeError, "weight: got NoneType", "a Tensor or a number"),
+    (TASKS, {"weight": np.ones(2)}, TypeError, "weight: got ndarray", "a Tensor or a number"),
+    (TASKS, {"weight": {"like": 1.0, "reply": 1.0}}, TypeError, "weight: got dict", "a Tensor or a number"),
+    (TASKS, {"weight": 1j}, TypeError, "weight: got complex", "a Tensor or a number"),
+    (TASKS, {"weight": math.nan}, ValueError, "weight: got nan", "a finite number"),
+    (TASKS, {"weight": math.inf}, ValueError, "weight: got inf", "a finite number"),
+    (TASKS, {"weight": HUGE}, EITHER, "weight: got", "expected"),
+    (TASKS, {"weight": torch.ones(1)}, ValueError, "weight: got shape (1,)", "(2,) or ()"),
+    (TASKS, {"weight": torch.ones(2, 1)}, ValueError, "weight: got shape (2, 1)", "(2,) or ()"),
+    (TASKS, {"weight": TWO + 0j}, TypeError, "weight: got torch.complex64", "a real dtype"),
+    (TASKS, {"weight": TWO.to_sparse()}, EITHER, "weight: got", "sparse"),
+    (None, {"loss_sum": 1.0}, TypeError, "loss_sum: got float", "a Tensor"),
+    (None, {"loss_sum": torch.ones(1, 1)}, ValueError, "loss_sum: got shape (1, 1)", "(1,)"),
+    (None, {"weight": TWO}, ValueError, "weight: got shape (2,)", "(1,) or ()"),
+]
+
+
+@pytest.mark.parametrize(("name", "wrong", "error", "starts", "expected"), named(BATCHES))
+def test_a_wrong_batch(name: str, wrong: dict[str, Any], error: WrongError, starts: str, expected: str) -> None:
+    make, settings, good = LOSSES[name]
+    loss = make(**settings)
+    loss(**good)
+    expect_refused_batch(loss, good, wrong, error, starts, expected)
+
+
+@pytest.mark.parametrize("method", ["update", "forward"])
+@pytest.mark.parametrize(("tasks", "wrong", "error", "starts", "expected"), named(SUMS))
+def test_wrong_sums(
+    tasks: list[str] | None, wrong: dict[str, Any], error: WrongError, starts: str, expected: str, method: str
+) -> None:
+    metric = GlobalLoss(tasks)
+    good: dict[str, Any] = {"loss_sum": torch.ones(() if tasks is None else 2), "weight": 1}
+    metric.update(**good)
+    before, sums = sums_of(metric), {**good, **wrong}
+    expect_refusal(lambda: getattr(metric, method)(**sums), error, starts, expected, sums)
+    assert sums_of(metric) == before

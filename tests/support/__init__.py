@@ -1,0 +1,1 @@
+"""What tests share: the oracles, which know nothing of the package, batches, real ranks and launchers."""

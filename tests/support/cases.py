@@ -1,0 +1,203 @@
+"""Random settings and rows for the two laws, and what the oracle makes of them."""
+
+from __future__ import annotations
+
+import math
+import warnings
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from hypothesis import strategies as st
+from torch import Tensor, nn
+
+from tests.support import reference
+from twloss import MultiTaskLoss
+
+FEATURES = 3
+REDUCTIONS = ("mean", "sum", "min", "max", "median", "norm")
+
+
+def norm(losses: Tensor) -> Tensor:
+    """A global reduction that the package does not know."""
+    return (1 + losses.square().sum()).sqrt()
+
+
+@dataclass(frozen=True)
+class Settings:
+    """The arguments of a ``MultiTaskLoss``, as values that travel to other processes."""
+
+    tasks: int = 3
+    task_loss_reduction: str = "mean"
+    global_reduction: str = "mean"
+    pos_weights: Sequence[float] | None = None
+    task_weights: Sequence[float] | None = None
+    mean_over: str = "rows"
+    ignore_index: float | None = None
+
+    def names(self) -> list[str]:
+        """The tasks' names."""
+        return [f"task{t}" for t in range(self.tasks)]
+
+    def loss(self, **kwargs: Any) -> MultiTaskLoss:
+        """The loss, without the warning of reductions that are chosen on purpose."""
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", UserWarning)
+            return MultiTaskLoss(
+                "bce_with_logits",
+                self.names(),
+                self.task_loss_reduction,
+                norm if self.global_reduction == "norm" else self.global_reduction,
+                self.pos_weights,
+                task_weights=self.task_weights,
+                mean_over=self.mean_over,
+                ignore_index=self.ignore_index,
+                **kwargs,
+            )
+
+    def rule(self) -> reference.Rule:
+        """The oracle's settings."""
+        return reference.Rule(self.task_loss_reduction, self.global_reduction, self.mean_over, self.task_weights)
+
+
+@dataclass(frozen=True)
+class Rows:
+    """Rows of a batch: features ``(rows, FEATURES)``, labels ``(rows, tasks)`` and weights ``(rows, tasks)``."""
+
+    features: Tensor
+    labels: Tensor
+    weights: Tensor | None
+
+    def cut(self, sizes: Sequence[int]) -> list[Rows]:
+        """Consecutive parts of these sizes."""
+        weights = [None] * len(sizes) if self.weights is None else list(self.weights.split(list(sizes)))
+        return [
+            Rows(f.clone(), y.clone(), w if w is None else w.clone())
+            for f, y, w in zip(self.features.split(list(sizes)), self.labels.split(list(sizes)), weights)
+        ]
+
+    def to(self, dtype: torch.dtype) -> Rows:
+        """The rows in another floating dtype."""
+        return Rows(
+            self.features.to(dtype), self.labels.to(dtype), None if self.weights is None else self.weights.to(dtype)
+        )
+
+
+def split(rows: Rows, sizes: Sequence[Sequence[int]]) -> list[list[Rows]]:
+    """All rows in parts, by step, by rank."""
+    parts = iter(rows.cut([size for step in sizes for size in step]))
+    return [[next(parts) for _ in step] for step in sizes]
+
+
+def joined(parts: Sequence[Rows]) -> Rows:
+    """The rows of several parts."""
+    weights = [part.weights for part in parts if part.weights is not None]
+    return Rows(
+        torch.cat([part.features for part in parts]),
+        torch.cat([part.labels for part in parts]),
+        torch.cat(weights) if weights else None,
+    )
+
+
+class Ranker(nn.Module):
+    """A linear model with its loss as a submodule, of known parameters."""
+
+    def __init__(self, loss: MultiTaskLoss, tasks: int, dtype: torch.dtype = torch.float64) -> None:
+        super().__init__()
+        self.heads = nn.Linear(FEATURES, tasks, dtype=dtype)
+        with torch.no_grad():
+            values = torch.arange(tasks * (FEATURES + 1), dtype=dtype).sin().view(tasks, FEATURES + 1)
+            self.heads.weight.copy_(values[:, :-1])
+            self.heads.bias.copy_(values[:, -1])
+        self.loss = loss
+
+    def forward(self, rows: Rows, normalizer: Tensor | float | None = None) -> dict[str, Tensor]:
+        """The losses of the rows."""
+        losses: dict[str, Tensor] = self.loss(
+            self.heads(rows.features), rows.labels, rows.weights, normalizer=normalizer
+        )
+        return losses
+
+
+def columns(settings: Settings, rows: Rows) -> dict[str, list[reference.Row]]:
+    """The oracle's view of rows that a ``Ranker`` has seen: logits by Python floats too."""
+    heads = Ranker(settings.loss(), settings.tasks).heads
+    matrix, bias = heads.weight.tolist(), heads.bias.tolist()
+    result: dict[str, list[reference.Row]] = {}
+    for t, name in enumerate(settings.names()):
+        positive = 1.0 if settings.pos_weights is None else settings.pos_weights[t]
+        result[name] = []
+        for n, x in enumerate(rows.features.tolist()):
+            logit = math.fsum([bias[t], *(a * b for a, b in zip(matrix[t], x))])
+            label = rows.labels[n, t].item()
+            valid = not _is(label, settings.ignore_index)
+            weight = 1.0 if rows.weights is None else rows.weights[n, t].item()
+            loss = reference.bce_with_logits(logit, label, positive) if valid else math.nan
+            slope = reference.bce_slope(logit, label, positive) if valid else math.nan
+            result[name].append(reference.Row(loss, slope, weight, valid))
+    return result
+
+
+def parameter_gradients(
+    settings: Settings, rows: Rows, normalizer: float | None = None
+) -> tuple[list[list[float]], list[float]]:
+    """The oracle's gradients of the ``Ranker``'s matrix ``(tasks, FEATURES)`` and bias ``(tasks,)``."""
+    rule = replace(settings.rule(), normalizer=normalizer)
+    slopes = reference.gradients(columns(settings, rows), rule)
+    features = rows.features.tolist()
+    matrix = [
+        [math.fsum(g * x[f] for g, x in zip(grads, features)) for f in range(FEATURES)] for grads in slopes.values()
+    ]
+    return matrix, [math.fsum(grads) for grads in slopes.values()]
+
+
+def _is(label: float, ignore_index: float | None) -> bool:
+    if ignore_index is None:
+        return False
+    return math.isnan(label) if math.isnan(ignore_index) else label == ignore_index
+
+
+def random_rows(settings: Settings, rows: int, seed: int, *, weighted: bool) -> Rows:
+    """Rows with soft labels, weights of 0 among the weights, and missing labels where they may be missing."""
+    generator = torch.Generator().manual_seed(seed)
+
+    def rand(*shape: int) -> Tensor:
+        return torch.rand(*shape, generator=generator, dtype=torch.float64)
+
+    features, labels = 2 * rand(rows, FEATURES) - 1, rand(rows, settings.tasks)
+    if settings.ignore_index is not None:
+        missing = (rand(rows, settings.tasks) < 0.3) | (rand(1, settings.tasks) < 0.2)
+        labels[missing] = settings.ignore_index
+    weights = rand(rows, settings.tasks) * (rand(rows, settings.tasks) < 0.8) if weighted else None
+    return Rows(features, labels, weights)
+
+
+def numbers(tasks: int) -> st.SearchStrategy[list[float] | None]:
+    """A number for each task, or None."""
+    return st.none() | st.lists(st.floats(0.1, 30.0), min_size=tasks, max_size=tasks)
+
+
+@st.composite
+def settings_of_all_kinds(draw: st.DrawFn) -> Settings:
+    """Every option at random."""
+    tasks = draw(st.integers(1, 5))
+    return Settings(
+        tasks,
+        draw(st.sampled_from(("mean", "sum"))),
+        draw(st.sampled_from(REDUCTIONS)),
+        draw(numbers(tasks)),
+        draw(numbers(tasks)),
+        draw(st.sampled_from(("rows", "weights"))),
+        draw(st.sampled_from((None, -1.0, math.nan))),
+    )
+
+
+@st.composite
+def cases(draw: st.DrawFn, world_size: int) -> tuple[Settings, Rows, list[list[int]]]:
+    """Settings, all rows, and the sizes of the parts: by step, by rank."""
+    settings = draw(settings_of_all_kinds())
+    steps = draw(st.integers(1, 4))
+    sizes = [[draw(st.integers(0, 7)) for _ in range(world_size)] for _ in range(steps)]
+    rows = random_rows(settings, sum(map(sum, sizes)), draw(st.integers(0, 2**31)), weighted=draw(st.booleans()))
+    return settings, rows, sizes
