@@ -1,9 +1,10 @@
-"""What all tests share: one thread, a fixed seed, deterministic property tests, and the ranks."""
+"""What all tests share: two workers, one thread, a fixed seed, deterministic property tests, and the ranks."""
 
 from __future__ import annotations
 
 import warnings
 from collections.abc import Iterator
+from pathlib import Path
 
 import hypothesis
 import pytest
@@ -14,6 +15,17 @@ from tests.support.rank_pool import RankPool
 # Examples on ranks wait for other processes, so a single slow one says nothing.
 hypothesis.settings.register_profile("twloss", deadline=None, derandomize=True, print_blob=True)
 hypothesis.settings.load_profile("twloss")
+
+
+def pytest_xdist_auto_num_workers(config: pytest.Config) -> int:
+    """Two, on any machine, since each has ranks of its own; none for files by name, which start sooner without."""
+    return 0 if all(Path(arg.partition("::")[0]).is_file() for arg in config.args) else 2
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Files with slow tests go first, so that none is left to one worker while the other has nothing to do."""
+    slow = {item.path for item in items if item.get_closest_marker("slow")}
+    items.sort(key=lambda item: item.path not in slow)
 
 
 @pytest.fixture(autouse=True)
