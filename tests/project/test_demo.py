@@ -195,7 +195,7 @@ def test_quality_is_that_of_the_predictions_for_all_eval_rows(split: Split, quic
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("world_size", "seed"), [(1, 0), (1, 1), (2, 0), (2, 2)])
+@pytest.mark.parametrize(("world_size", "seed"), [(2, 0), (1, 1), (1, 2)])
 def test_defaults_learn_every_task(world_size: int, seed: int, expected_base_rate: dict[str, float]) -> None:
     """Each task's loss is below the base rate's by 4 % and more; a training that goes wrong stays at it or above."""
     printed = succeed(world_size, "--seed", str(seed))
