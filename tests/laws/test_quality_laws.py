@@ -14,8 +14,9 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 from benchmarks.counts import CollectiveLog
-from tests.support.quality_batches import Rows, assert_close, expected, fed, numbers, random_rows, recent
+from tests.support.quality_batches import Rows, expected, random_rows, recent
 from tests.support.rank_pool import RankPool
+from tests.support.results import assert_close, fed, numbers
 from twloss import RankingQuality
 
 on_ranks = settings(max_examples=25, suppress_health_check=[HealthCheck.function_scoped_fixture])

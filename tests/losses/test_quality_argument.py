@@ -10,16 +10,8 @@ import torch
 import torch.nn.functional as F
 from torch.autograd import forward_ad
 
-from tests.support.quality_batches import (
-    TASKS,
-    assert_close,
-    attached,
-    expected,
-    fed,
-    numbers,
-    random_rows,
-    train_and_eval,
-)
+from tests.support.quality_batches import TASKS, attached, expected, random_rows, train_and_eval
+from tests.support.results import assert_close, fed, numbers
 from twloss import Loss, LossType, MultiTaskLoss, RankingQuality
 
 

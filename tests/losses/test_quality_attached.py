@@ -15,20 +15,9 @@ from torch.nn.parallel import DistributedDataParallel
 from torchmetrics.utilities.exceptions import TorchMetricsUserError
 
 from tests.support import quality_reference
-from tests.support.quality_batches import (
-    TASKS,
-    Rows,
-    assert_close,
-    attached,
-    columns,
-    expected,
-    fed,
-    numbers,
-    random_rows,
-    recent,
-    train_and_eval,
-)
+from tests.support.quality_batches import TASKS, Rows, attached, columns, expected, random_rows, recent, train_and_eval
 from tests.support.rank_pool import RankPool
+from tests.support.results import assert_close, fed, numbers
 from twloss import Loss, LossType, MultiTaskLoss, RankingQuality
 
 OPTIONS: dict[str, dict[str, Any]] = {

@@ -16,7 +16,8 @@ from torch.func import grad, vmap
 
 from benchmarks.counts import KernelLog
 from tests.support.checkpointed import WRAPS, Block
-from tests.support.quality_batches import TASKS, Rows, assert_close, expected, fed, numbers, random_rows, recent
+from tests.support.quality_batches import TASKS, Rows, expected, random_rows, recent
+from tests.support.results import assert_close, fed, numbers
 from twloss import MultiTaskLoss, RankingQuality
 
 WINDOWS = pytest.mark.parametrize("window", [None, 3])

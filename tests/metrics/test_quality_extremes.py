@@ -10,7 +10,8 @@ from sklearn.metrics import log_loss  # type: ignore[import-untyped]
 from torch import Tensor
 
 from tests.support import quality_reference
-from tests.support.quality_batches import TASKS, Rows, assert_close, expected, fed, numbers, one_task, random_rows
+from tests.support.quality_batches import TASKS, Rows, expected, one_task, random_rows
+from tests.support.results import assert_close, fed, numbers
 from twloss import RankingQuality
 
 # Extreme logits.

@@ -13,8 +13,9 @@ import torch
 from torch import nn
 from torchmetrics.utilities.exceptions import TorchMetricsUserError
 
-from tests.support.quality_batches import TASKS, assert_close, expected, fed, numbers, random_rows, recent
+from tests.support.quality_batches import TASKS, expected, random_rows, recent
 from tests.support.rank_pool import RankPool
+from tests.support.results import assert_close, fed, numbers
 from twloss import GlobalLoss, RankingQuality
 
 BATCHES = [random_rows(5 + step, step, weighted=True) for step in range(6)]

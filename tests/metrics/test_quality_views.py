@@ -7,7 +7,8 @@ from collections.abc import Callable
 import pytest
 from torchmetrics import MetricCollection, MetricTracker
 
-from tests.support.quality_batches import TASKS, assert_close, expected, fed, numbers, random_rows, recent
+from tests.support.quality_batches import TASKS, expected, random_rows, recent
+from tests.support.results import assert_close, fed, numbers
 from twloss import RankingQuality
 from twloss.scalar_view import ScalarView
 

@@ -10,8 +10,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from tests.support.quality_batches import TASKS, Rows, assert_close, expected, fed, numbers, random_rows, recent
+from tests.support.quality_batches import TASKS, Rows, expected, random_rows, recent
 from tests.support.rank_pool import RankPool
+from tests.support.results import assert_close, fed, numbers
 from twloss import RankingQuality, wide_sum
 
 # A sum of N float64 numbers in another order differs by at most N roundings of 1.1e-16 each.

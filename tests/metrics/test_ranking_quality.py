@@ -9,17 +9,8 @@ import torch
 from sklearn.metrics import log_loss  # type: ignore[import-untyped]
 
 from tests.support import quality_reference
-from tests.support.quality_batches import (
-    TASKS,
-    Rows,
-    assert_close,
-    columns,
-    expected,
-    fed,
-    numbers,
-    one_task,
-    random_rows,
-)
+from tests.support.quality_batches import TASKS, Rows, columns, expected, one_task, random_rows
+from tests.support.results import assert_close, fed, numbers
 from twloss import RankingQuality
 
 

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from tests.support import quality_reference
 from tests.support.quality_reference import Impression
+from tests.support.results import numbers
 from twloss import Loss, MultiTaskLoss, RankingQuality
 
 TASKS = ["like", "reply", "share"]
@@ -71,26 +72,9 @@ def expected(batches: Iterable[Rows], tasks: Sequence[str] = TASKS, missing: flo
     return quality_reference.result(columns(batches, tasks, missing))
 
 
-def fed(metric: RankingQuality, batches: Iterable[Rows]) -> RankingQuality:
-    """The metric, after these updates."""
-    for batch in batches:
-        metric.update(*batch)
-    return metric
-
-
-def numbers(values: Mapping[str, Tensor]) -> dict[str, float]:
-    """A result in Python floats."""
-    return {key: value.item() for key, value in values.items()}
-
-
 def recent(values: Mapping[str, float], *, window: bool) -> dict[str, float]:
     """Of a result with a window, the part of the window with its keys as for all updates, or the part of these."""
     return {k.removeprefix("window_"): v for k, v in values.items() if k.startswith("window_") == window}
-
-
-def assert_close(found: Mapping[str, float], oracle: Mapping[str, float], tolerance: float = 1e-12) -> None:
-    """Fail with both results where they differ."""
-    assert quality_reference.close(found, oracle, tolerance), f"got {found}, expected {dict(oracle)}"
 
 
 def one_task(logits: Any, labels: Any, weights: Any = None) -> dict[str, float]:

@@ -1,0 +1,292 @@
+"""What every metric promises over ranks: the result of the rows of all of them, in one collective."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Sequence
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+
+from benchmarks.counts import CollectiveLog
+from tests.support.metrics import Batch, Kind, numbers_of_this_rank, of_every_kind
+from tests.support.rank_pool import RankPool
+from tests.support.results import assert_close, fed, numbers
+
+ONE_COLLECTIVE = ["c10d.allreduce_.default"]
+# How many batches each rank has.
+UNEVEN = {2: [3, 1], 3: [2, 4, 1]}
+ONE_WITHOUT = {2: [0, 3], 3: [3, 1, 0]}
+SPLITS = pytest.mark.parametrize("counts", [UNEVEN, ONE_WITHOUT], ids=["uneven", "a rank without a batch"])
+
+Result = dict[str, float]
+ByRank = list[list[Batch]]
+
+
+def batches_of(kind: Kind, counts: Sequence[int]) -> ByRank:
+    """The batches of each rank."""
+    return [kind.batches(count, seed=100 * rank) for rank, count in enumerate(counts)]
+
+
+def expect_on_every_rank(found: Sequence[Result], oracle: Result) -> None:
+    """The oracle's result, to the last bit the same on all ranks."""
+    for each in found:
+        assert_close(each, oracle)
+        assert repr(each) == repr(found[0])
+
+
+def compute_twice(rank: int, kind: Kind, batches: ByRank) -> dict[str, Any]:
+    metric = kind.make()
+    logs = [CollectiveLog() for _ in range(3)]
+    with logs[0]:
+        fed(metric, batches[rank])
+    before = metric.totals.clone()
+    results = []
+    for log in logs[1:]:
+        with log:
+            results.append(numbers(metric.compute()))
+    return {
+        "collectives": [log.names for log in logs],
+        "results": results,
+        "kept": torch.equal(metric.totals, before) and metric.update_count == len(batches[rank]),
+        "own": numbers_of_this_rank(metric) if batches[rank] else None,
+    }
+
+
+@of_every_kind
+@SPLITS
+def test_compute_is_of_all_ranks_in_one_collective_and_keeps_the_local_sums(
+    ranks: RankPool, kind: Kind, counts: dict[int, list[int]]
+) -> None:
+    batches = batches_of(kind, counts[ranks.world_size])
+    answers = ranks.run(compute_twice, kind, batches)
+    for answer, own in zip(answers, batches):
+        assert answer["collectives"] == [[], ONE_COLLECTIVE, ONE_COLLECTIVE]
+        assert answer["kept"]
+        if own:
+            assert_close(answer["own"], kind.expected(own))
+    for which in range(2):
+        expect_on_every_rank([answer["results"][which] for answer in answers], kind.expected(*batches))
+
+
+def compute_without_data(rank: int, kind: Kind) -> tuple[Result, list[str]]:
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        return numbers(kind.make().compute()), [str(warning.message) for warning in caught]
+
+
+@of_every_kind
+def test_without_data_on_any_rank_compute_says_so(two_ranks: RankPool, kind: Kind) -> None:
+    answers = two_ranks.run(compute_without_data, kind)
+    expect_on_every_rank([found for found, _ in answers], kind.expected())
+    # A launcher's variables tell torchmetrics which rank is the one to speak; here there are none.
+    for _, messages in answers:
+        assert len(messages) == 1
+        assert "before update() on any rank" in messages[0]
+
+
+def sync_by_hand(rank: int, kind: Kind, batches: ByRank) -> dict[str, Any]:
+    metric = fed(kind.make(), batches[rank])
+    before = metric.totals.clone()
+    with CollectiveLog() as of_sync:
+        metric.sync()
+    with CollectiveLog() as of_compute:
+        synced = numbers(metric.compute())
+    metric.unsync()
+    with CollectiveLog() as of_context, metric.sync_context():
+        within = numbers(metric.compute())
+    return {
+        "collectives": [log.names for log in (of_sync, of_compute, of_context)],
+        "results": [synced, within],
+        "kept": torch.equal(metric.totals, before) and metric.update_count == len(batches[rank]),
+    }
+
+
+@of_every_kind
+@SPLITS
+def test_what_is_synced_by_hand_is_of_all_ranks_until_it_is_unsynced(
+    ranks: RankPool, kind: Kind, counts: dict[int, list[int]]
+) -> None:
+    batches = batches_of(kind, counts[ranks.world_size])
+    answers = ranks.run(sync_by_hand, kind, batches)
+    for answer in answers:
+        assert answer["collectives"] == [ONE_COLLECTIVE, [], ONE_COLLECTIVE]
+        assert answer["kept"]
+    for which in range(2):
+        expect_on_every_rank([answer["results"][which] for answer in answers], kind.expected(*batches))
+
+
+def leave_a_context_by_an_error(rank: int, kind: Kind, batches: ByRank) -> tuple[bool, Result]:
+    metric = fed(kind.make(), batches[rank])
+    before = metric.totals.clone()
+    with pytest.raises(ZeroDivisionError), metric.sync_context():
+        raise ZeroDivisionError
+    return torch.equal(metric.totals, before), numbers(metric.compute())
+
+
+@of_every_kind
+def test_an_error_within_a_sync_context_brings_the_local_sums_back(two_ranks: RankPool, kind: Kind) -> None:
+    batches = batches_of(kind, UNEVEN[2])
+    answers = two_ranks.run(leave_a_context_by_an_error, kind, batches)
+    assert [kept for kept, _ in answers] == [True, True]
+    expect_on_every_rank([found for _, found in answers], kind.expected(*batches))
+
+
+def forward_over_ranks(rank: int, kind: Kind, batches: ByRank) -> tuple[list[Result], Result]:
+    metric = kind.make(dist_sync_on_step=True)
+    return [numbers(metric(*batch)) for batch in batches[rank]], numbers(metric.compute())
+
+
+@of_every_kind
+def test_with_dist_sync_on_step_forward_gives_the_batch_of_all_ranks(ranks: RankPool, kind: Kind) -> None:
+    batches = batches_of(kind, [2] * ranks.world_size)
+    answers = ranks.run(forward_over_ranks, kind, batches)
+    for step in range(2):
+        oracle = kind.expected(*([rank[step]] for rank in batches))
+        expect_on_every_rank([steps[step] for steps, _ in answers], oracle)
+    expect_on_every_rank([found for _, found in answers], kind.expected(*batches))
+
+
+def compute_in_a_group(rank: int, kind: Kind, batches: ByRank) -> Result | None:
+    group = dist.new_group([0, 2])
+    if rank == 1:
+        return None
+    return numbers(fed(kind.make(process_group=group), batches[rank]).compute())
+
+
+@of_every_kind
+def test_a_process_group_limits_the_ranks(three_ranks: RankPool, kind: Kind) -> None:
+    batches = batches_of(kind, UNEVEN[3])
+    first, none, last = three_ranks.run(compute_in_a_group, kind, batches)
+    assert none is None
+    expect_on_every_rank([first, last], kind.expected(batches[0], batches[2]))
+
+
+def gather_in_order(values: Tensor, group: Any = None) -> list[Tensor]:
+    """A sync function of one's own."""
+    parts = [torch.empty_like(values) for _ in range(dist.get_world_size(group))]
+    dist.all_gather(parts, values, group=group)
+    return parts
+
+
+def compute_with_own_sync(rank: int, kind: Kind, batches: ByRank) -> tuple[list[str], Result]:
+    metric = fed(kind.make(dist_sync_fn=gather_in_order), batches[rank])
+    with CollectiveLog() as log:
+        result = numbers(metric.compute())
+    return log.names, result
+
+
+@of_every_kind
+def test_a_dist_sync_fn_of_the_users_is_honoured(two_ranks: RankPool, kind: Kind) -> None:
+    batches = batches_of(kind, UNEVEN[2])
+    answers = two_ranks.run(compute_with_own_sync, kind, batches)
+    assert [names for names, _ in answers] == [["c10d.allgather_.default"]] * 2
+    expect_on_every_rank([found for _, found in answers], kind.expected(*batches))
+
+
+def compute_alone_first(rank: int, kind: Kind, batches: ByRank) -> Result:
+    """Rank 0 has asked for its own result twice; the other has not."""
+    metric = fed(kind.make(), batches[rank])
+    for _ in range(2 if rank == 0 else 0):
+        numbers_of_this_rank(metric)
+    return numbers(metric.compute())
+
+
+@of_every_kind
+def test_no_rank_waits_because_another_has_computed_before(two_ranks: RankPool, kind: Kind) -> None:
+    """Nothing is cached."""
+    batches = batches_of(kind, UNEVEN[2])
+    expect_on_every_rank(two_ranks.run(compute_alone_first, kind, batches), kind.expected(*batches))
+
+
+# What goes wrong.
+
+
+def compute_what_is_not_finite(rank: int, kind: Kind, batches: ByRank) -> tuple[str, bool, Result]:
+    """An error on all ranks, after which the metric can be used."""
+    metric = fed(kind.make(nan_strategy="error"), batches[rank])
+    before = metric.totals.clone()
+    with pytest.raises(RuntimeError, match="not finite") as caught:
+        metric.compute()
+    metric.nan_strategy = "ignore"
+    return str(caught.value), torch.equal(metric.totals, before), numbers(metric.compute())
+
+
+@of_every_kind
+def test_a_batch_that_is_not_finite_on_one_rank_is_an_error_on_all(two_ranks: RankPool, kind: Kind) -> None:
+    given = batches_of(kind, UNEVEN[2])
+    clean = [given[0], [*given[1], kind.without_last_task(given[1][0])]]
+    given[1].append(kind.changed(given[1][0], 0, float("nan")))
+    answers = two_ranks.run(compute_what_is_not_finite, kind, given)
+    for message, kept, _ in answers:
+        assert f"{{'{kind.names()[-1]}': 1}}" in message
+        assert kept
+    expect_on_every_rank([found for *_, found in answers], kind.expected(*clean))
+
+
+def fail_in_the_collective(rank: int, kind: Kind, batches: ByRank) -> tuple[bool, Result]:
+    metric = fed(kind.make(), batches[rank])
+    before = metric.totals.clone()
+    whole = dist.all_reduce
+
+    def broken(*args: Any, **kwargs: Any) -> None:
+        raise RuntimeError("the network is down")
+
+    dist.all_reduce = broken
+    try:
+        with pytest.raises(RuntimeError, match="the network is down"):
+            metric.compute()
+        with pytest.raises(RuntimeError, match="the network is down"):
+            metric.sync()
+    finally:
+        dist.all_reduce = whole
+    kept = torch.equal(metric.totals, before)
+    metric.update(*batches[rank][0])
+    return kept, numbers(metric.compute())
+
+
+@of_every_kind
+def test_a_collective_that_fails_leaves_the_local_sums(two_ranks: RankPool, kind: Kind) -> None:
+    batches = batches_of(kind, UNEVEN[2])
+    answers = two_ranks.run(fail_in_the_collective, kind, batches)
+    assert [kept for kept, _ in answers] == [True, True]
+    expect_on_every_rank([found for _, found in answers], kind.expected(*([*rank, rank[0]] for rank in batches)))
+
+
+# In a model that DDP wraps.
+
+
+class Model(nn.Module):
+    """A model with a metric as a submodule, and a buffer, so that DDP broadcasts buffers at every forward."""
+
+    def __init__(self, kind: Kind) -> None:
+        super().__init__()
+        self.scale = nn.Parameter(torch.ones((), dtype=torch.float64))
+        self.register_buffer("steps", torch.zeros(()))
+        self.metric = kind.make()
+
+    def forward(self, batch: Batch) -> Tensor:
+        """The sum of the batch's first part, which the metric sees attached to the graph."""
+        first, *others = batch
+        self.metric.update(self.scale * first, *others)
+        return (self.scale * first).sum()
+
+
+def train_with_ddp(rank: int, kind: Kind, batches: ByRank) -> tuple[int, Result]:
+    model = Model(kind)
+    ddp = DistributedDataParallel(model)
+    for batch in batches[rank]:
+        ddp(batch).backward()
+    return model.metric.update_count, numbers(model.metric.compute())
+
+
+@of_every_kind
+def test_ddp_does_not_overwrite_the_sums(two_ranks: RankPool, kind: Kind) -> None:
+    batches = batches_of(kind, [3, 3])
+    answers = two_ranks.run(train_with_ddp, kind, batches)
+    assert [count for count, _ in answers] == [3, 3]
+    expect_on_every_rank([found for _, found in answers], kind.expected(*batches))

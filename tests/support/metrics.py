@@ -1,0 +1,140 @@
+"""Every kind of metric, for what all of them promise: how to make one, what to feed it, and the oracle's result.
+
+A ``Kind`` is made of plain values, so that it travels to ranks; a batch is what update() takes, as a tuple of tensors.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from tests.support import quality_reference, reference
+from tests.support.quality_batches import Rows, columns, random_rows
+from tests.support.results import assert_close, numbers
+from twloss import GlobalLoss, RankingQuality
+
+Batch = tuple[Tensor, ...]
+Summing = GlobalLoss | RankingQuality
+
+
+@dataclass(frozen=True)
+class Kind:
+    """A class of metric with the arguments that decide what its sums are of."""
+
+    of: type[GlobalLoss] | type[RankingQuality]
+    tasks: tuple[str, ...] | None = ("like", "reply", "share")
+    window: int | None = None
+
+    def make(self, **options: Any) -> Summing:
+        """A new metric, with further arguments."""
+        return self.of(self.tasks, **options if self.window is None else {"window": self.window, **options})
+
+    def names(self) -> tuple[str, ...]:
+        """The tasks' names in a warning."""
+        return self.tasks or ("loss",)
+
+    def batch(self, seed: int, rows: int | None = None) -> Batch:
+        """A float64 batch from a seed, weighted; where it has no rows, all of its sums are 0."""
+        rows = 1 + seed % 7 if rows is None else rows
+        if self.of is GlobalLoss:
+            return self._sums(seed, rows)
+        parts = random_rows(rows, seed, tasks=len(self.names()), weighted=True)
+        return tuple(part if self.tasks else part[:, 0] for part in parts if part is not None)
+
+    def batches(self, count: int, seed: int = 0) -> list[Batch]:
+        """So many batches, each of another size."""
+        return [self.batch(seed + step) for step in range(count)]
+
+    def _sums(self, seed: int, rows: int) -> Batch:
+        generator = torch.Generator().manual_seed(seed)
+        loss_sum, weight, present = torch.rand(3, len(self.names()), dtype=torch.float64, generator=generator)
+        # Of several tasks, one in four has no data.
+        weight = rows * (weight + 0.1) * (present > 0.25 if self.tasks else 1.0)
+        loss_sum = weight * 4 * loss_sum
+        return (loss_sum, weight) if self.tasks else (loss_sum[0], weight[0])
+
+    def changed(self, batch: Batch, part: int, value: float) -> Batch:
+        """The batch with a value in one of update()'s arguments, in the first row of the last task; the row counts."""
+        parts = [part.clone() for part in batch]
+        parts[-1].view(-1, len(self.names()))[0, -1] = 1.0
+        parts[part].view(-1, len(self.names()))[0, -1] = value
+        return tuple(parts)
+
+    def without_last_task(self, batch: Batch) -> Batch:
+        """The batch with no data of the last task."""
+        parts = [part.clone() for part in batch]
+        for part in parts if self.of is GlobalLoss else parts[-1:]:
+            part.view(-1, len(self.names()))[:, -1] = 0.0
+        return tuple(parts)
+
+    def expected(self, *ranks: Sequence[Batch]) -> dict[str, float]:
+        """The oracle's result of the batches of one rank, or of each of several."""
+        result = self._oracle(batch for rank in ranks for batch in rank)
+        if self.window is None:
+            return result
+        recent = self._oracle(batch for rank in ranks for batch in rank[-self.window :])
+        return {**result, **{f"window_{key}": value for key, value in recent.items()}}
+
+    def _oracle(self, batches: Iterable[Batch]) -> dict[str, float]:
+        if self.of is GlobalLoss:
+            return self._losses(list(batches))
+        rows = columns((Rows(*batch) for batch in batches), self.names())
+        return quality_reference.result(rows) if self.tasks else quality_reference.quality(rows["loss"])
+
+    def _losses(self, batches: list[Batch]) -> dict[str, float]:
+        """Of given sums: a row of weight n and loss s/n has the sums s and n."""
+        rows: dict[str, list[reference.Row]] = {name: [] for name in self.names()}
+        for batch in batches:
+            for name, s, n in zip(rows, *(part.reshape(-1).tolist() for part in batch)):
+                rows[name] += [reference.Row(s / n, weight=n)] if n else []
+        losses = reference.losses(rows, reference.Rule(mean_over="weights"))
+        return losses if self.tasks else {"loss": losses["loss"]}
+
+    def strangers(self) -> dict[str, Kind]:
+        """Kinds whose sums are of something else."""
+        others = {name: kind for name, kind in KINDS.items() if kind != self}
+        if self.tasks:
+            others["other names"] = replace(self, tasks=("a", "b", "c"))
+            others["another order"] = replace(self, tasks=self.tasks[::-1])
+            others["fewer tasks"] = replace(self, tasks=self.tasks[:2])
+        if self.window:
+            others["another window"] = replace(self, window=self.window + 1)
+        return others
+
+
+KINDS = {
+    "losses": Kind(GlobalLoss),
+    "loss of one task": Kind(GlobalLoss, None),
+    "qualities": Kind(RankingQuality),
+    "quality of one task": Kind(RankingQuality, None),
+    "qualities with a window": Kind(RankingQuality, window=2),
+}
+
+of_every_kind: Callable[[Any], Any] = pytest.mark.parametrize("kind", KINDS.values(), ids=KINDS)
+
+
+def expect_result_of(kind: Kind, metric: Summing, *ranks: Sequence[Batch]) -> None:
+    """What a metric gives is the oracle's of all of these batches."""
+    assert_close(numbers(metric.compute()), kind.expected(*ranks))
+
+
+def numbers_of_this_rank(metric: Summing) -> dict[str, float]:
+    """The result of this rank's own sums, without a collective."""
+    is_distributed, metric.distributed_available_fn = metric.distributed_available_fn, lambda: False
+    try:
+        return numbers(metric.compute())
+    finally:
+        metric.distributed_available_fn = is_distributed
+
+
+def weights_of(metric: GlobalLoss) -> list[float]:
+    """The weights that its sums have, task by task, where no loss is 0: the sum of a task's losses over their mean."""
+    total = GlobalLoss(metric.tasks, "sum")
+    total.merge_state(metric)
+    sums, means = numbers(total.compute()), numbers(metric.compute())
+    return [sums[key] / means[key] for key in sums if key != "loss" or metric.tasks is None]
