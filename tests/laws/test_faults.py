@@ -14,6 +14,7 @@ import pytest
 import torch
 import torch.distributed as dist
 
+from tests.support.metrics import numbers_of_this_rank
 from tests.support.rank_pool import RankPool
 from twloss import GlobalLoss, MultiTaskLoss
 
@@ -38,7 +39,7 @@ def compute_beside_a_dead_rank(rank: int, store: str, connection: Connection) ->
         message = str(error)
     waited = time.monotonic() - start
     metric.update(torch.tensor([3.0]), 2)
-    metric.sync_on_compute = metric._to_sync = False
+    metric.distributed_available_fn = lambda: False
     connection.send((message, waited, metric.compute()["loss"].item(), metric.update_count))
 
 
@@ -76,30 +77,13 @@ def fail_within_compute(rank: int) -> list[Any]:
     metric.update(torch.tensor([float(rank)]), 1)
     with pytest.raises(ZeroDivisionError):
         metric.compute()
-    local = metric.summed[0].item()
+    local = numbers_of_this_rank(metric)["loss"]
     metric.update(torch.tensor([float(rank)]), 1)
     return [local, metric.compute()["loss"].item()]
 
 
 def test_an_exception_in_compute_leaves_the_metric_usable(two_ranks: RankPool) -> None:
     assert two_ranks.run(fail_within_compute) == [[0.0, 0.5], [1.0, 0.5]]
-
-
-def compute_where_only_some_have_computed(rank: int) -> float:
-    """Rank 0 has just computed alone, over a group of its own; nothing of that is reused."""
-    metric = MultiTaskLoss("bce_with_logits", ["a"]).train_metric
-    metric.update(torch.tensor([rank + 1.0]), 1)
-    metric.compute()
-    if rank == 0:
-        metric.sync(distributed_available=lambda: False)
-        metric._to_sync = False
-        metric.compute()
-        metric._to_sync = True
-    return metric.compute()["loss"].item()
-
-
-def test_a_rank_that_has_computed_before_takes_part_again(two_ranks: RankPool) -> None:
-    assert two_ranks.run(compute_where_only_some_have_computed) == [1.5, 1.5]
 
 
 def test_a_failed_forward_leaves_sums_and_counts() -> None:

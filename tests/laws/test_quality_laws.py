@@ -6,14 +6,9 @@ import math
 from typing import Any
 
 import pytest
-import torch
-import torch.distributed as dist
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from torch import nn
-from torch.nn.parallel import DistributedDataParallel
 
-from benchmarks.counts import CollectiveLog
 from tests.support.quality_batches import Rows, expected, random_rows, recent
 from tests.support.rank_pool import RankPool
 from tests.support.results import assert_close, fed, numbers
@@ -100,101 +95,3 @@ def test_four_ranks_of_which_one_has_no_update_and_one_no_row(four_ranks: RankPo
     ]
     case = {"tasks": ["a", "b", "c"], "ignore_index": None, "window": window}, batches
     expect_the_oracles(case, four_ranks.run(life_of, case))
-
-
-def two_of_three_ranks(rank: int) -> dict[str, float] | None:
-    """Ranks 0 and 2 are a group."""
-    group = dist.new_group([0, 2])
-    if rank == 1:
-        return None
-    batches = [random_rows(10, rank), random_rows(3, 5 + rank)]
-    return numbers(fed(RankingQuality(["a", "b", "c"], window=1, process_group=group), batches).compute())
-
-
-def test_a_process_group_of_some_ranks(three_ranks: RankPool) -> None:
-    batches = [[random_rows(10, rank), random_rows(3, 5 + rank)] for rank in (0, 2)]
-    case = {"tasks": ["a", "b", "c"], "ignore_index": None, "window": 1}, batches
-    first, none, last = three_ranks.run(two_of_three_ranks)
-    assert none is None
-    expect_the_oracles(case, [first, last])
-
-
-def collectives(rank: int, window: int | None) -> tuple[list[str], list[int], list[str]]:
-    """Those of compute(), with their bytes, and those of an update()."""
-    metric = RankingQuality(["a", "b", "c"], window=window)
-    with CollectiveLog() as of_update:
-        metric.update(*random_rows(5, rank))
-    with CollectiveLog() as of_compute:
-        metric.compute()
-    return of_compute.names, of_compute.bytes, of_update.names
-
-
-@pytest.mark.parametrize("window", [None, 1, 50])
-def test_one_collective_a_compute_of_a_size_that_the_window_does_not_change(
-    two_ranks: RankPool, window: int | None
-) -> None:
-    for names, sizes, of_update in two_ranks.run(collectives, window):
-        assert len(names) == 1
-        # Six float64 sums of three tasks, and as many of the whole window.
-        assert sizes[0] <= 6 * 3 * 8 * (1 if window is None else 2)
-        assert of_update == []
-
-
-class Model(nn.Module):
-    """A model with a quality metric as a submodule."""
-
-    def __init__(self, window: int | None) -> None:
-        super().__init__()
-        self.scale = nn.Parameter(torch.ones((), dtype=torch.float64))
-        self.register_buffer("steps", torch.zeros(()))  # so that DDP broadcasts buffers, at every forward
-        self.quality = RankingQuality(["a", "b", "c"], window=window)
-
-    def forward(self, rows: Rows) -> torch.Tensor:
-        """The sum of the logits, whose quality is noted."""
-        self.quality.update(self.scale.detach() * rows.logits, rows.labels, rows.weights)
-        return (self.scale * rows.logits).sum()
-
-
-def train_with_ddp(rank: int, batches: list[list[Rows]], window: int | None) -> tuple[int, dict[str, float]]:
-    model = Model(window)
-    ddp = DistributedDataParallel(model)
-    for batch in batches[rank]:
-        ddp(batch).backward()
-    return model.quality.update_count, numbers(model.quality.compute())
-
-
-@pytest.mark.parametrize("window", [None, 2])
-def test_ddp_does_not_overwrite_the_sums_of_a_submodule(two_ranks: RankPool, window: int | None) -> None:
-    batches = [[random_rows(3 + 5 * rank, 10 * rank + step) for step in range(3)] for rank in range(2)]
-    answers = two_ranks.run(train_with_ddp, batches, window)
-    assert [count for count, _ in answers] == [3, 3]
-    case = {"tasks": ["a", "b", "c"], "ignore_index": None, "window": window}, batches
-    expect_the_oracles(case, [found for _, found in answers])
-
-
-def fail_in_the_collective(rank: int) -> list[bool]:
-    """A collective that fails, of a window and without, leaves the local sums."""
-    answers = []
-    for window in (None, 2):
-        metric = fed(RankingQuality(["a", "b", "c"], window=window), [random_rows(5, rank), random_rows(2, 9)])
-        before = metric.totals.clone()
-        whole = dist.all_reduce
-
-        def broken(*args: Any, **kwargs: Any) -> None:
-            raise RuntimeError("the network is down")
-
-        dist.all_reduce = broken
-        try:
-            with pytest.raises(RuntimeError, match="the network is down"):
-                metric.compute()
-        finally:
-            dist.all_reduce = whole
-        answers.append(torch.equal(metric.totals, before))
-        metric.update(*random_rows(4, rank))
-        answers.append(metric.update_count == 3)
-        metric.compute()
-    return answers
-
-
-def test_a_collective_that_fails_leaves_the_local_sums(two_ranks: RankPool) -> None:
-    assert two_ranks.run(fail_in_the_collective) == [[True] * 4] * 2

@@ -15,6 +15,7 @@ from torch.nn.parallel import DistributedDataParallel
 from torchmetrics.utilities.exceptions import TorchMetricsUserError
 
 from tests.support import quality_reference
+from tests.support.metrics import numbers_of_this_rank
 from tests.support.quality_batches import TASKS, Rows, attached, columns, expected, random_rows, recent, train_and_eval
 from tests.support.rank_pool import RankPool
 from tests.support.results import assert_close, fed, numbers
@@ -232,7 +233,7 @@ def train_on_ranks(rank: int, batches: list[list[Rows]], options: dict[str, Any]
     for batch in batches[rank]:
         ddp(batch).backward()
     quality = train_and_eval(model.loss)[0]
-    return int(quality.summed[0, 1, 0].item()), numbers(quality.compute())
+    return int(numbers_of_this_rank(quality)["weight/like"]), numbers(quality.compute())
 
 
 @pytest.mark.parametrize("options", [{}, {"global_batch": True}, {"global_batch": True, "pos_weights": 3.0}], ids=str)

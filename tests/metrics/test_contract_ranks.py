@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+import pickle
 import warnings
 from collections.abc import Sequence
 from typing import Any
@@ -164,6 +166,27 @@ def test_a_process_group_limits_the_ranks(three_ranks: RankPool, kind: Kind) -> 
     first, none, last = three_ranks.run(compute_in_a_group, kind, batches)
     assert none is None
     expect_on_every_rank([first, last], kind.expected(batches[0], batches[2]))
+
+
+def copies_with_a_group(rank: int, kind: Kind) -> tuple[list[bool], list[Result], bytes]:
+    group = dist.new_group([0, 1])
+    metric = fed(kind.make(process_group=group), kind.batches(2))
+    twins = [copy.deepcopy(metric), pickle.loads(pickle.dumps(metric)), metric.clone()]
+    return (
+        [twin.process_group is group for twin in twins],
+        [numbers(twin.compute()) for twin in twins],
+        pickle.dumps(metric),
+    )
+
+
+@of_every_kind
+def test_copies_keep_the_process_group_and_a_process_without_it_is_told_so(two_ranks: RankPool, kind: Kind) -> None:
+    for same, results, pickled in two_ranks.run(copies_with_a_group, kind):
+        assert same == [True] * 3
+        expect_on_every_rank(results, kind.expected(kind.batches(2), kind.batches(2)))
+        with pytest.warns(UserWarning, match="process_group"):
+            elsewhere = pickle.loads(pickled)
+        assert (elsewhere.process_group, elsewhere.update_count) == (None, 2)
 
 
 def gather_in_order(values: Tensor, group: Any = None) -> list[Tensor]:

@@ -6,6 +6,7 @@ import copy
 
 import pytest
 from torchmetrics import MetricCollection, MetricTracker
+from torchmetrics.utilities.exceptions import TorchMetricsUserError
 
 from tests.support.metrics import Batch, Kind, of_every_kind
 from tests.support.results import assert_close, fed, numbers
@@ -117,6 +118,25 @@ def test_a_view_feeds_its_metric_and_forward_gives_the_value_of_the_batch(kind: 
         assert view(*batch).item() == pytest.approx(kind.expected([batch])[key], rel=1e-12)
     assert_close(numbers(metric.compute()), kind.expected(batches))
     assert (view.update_count, view.update_called, view.device) == (3, True, metric.device)
+
+
+@of_every_kind
+def test_between_sync_and_unsync_no_view_starts_anew_and_one_that_did_is_not_read(kind: Kind) -> None:
+    """Without a reset it reads what is synced; there, this rank's own sums are not at hand."""
+    batches = kind.batches(3)
+    metric = fed(kind.make(distributed_available_fn=lambda: True), batches[:2])
+    key = metric.keys()[0]
+    whole, late = metric.scalar(key), metric.scalar(key)
+    late.reset()
+    metric.sync()
+    assert whole.compute().item() == pytest.approx(kind.expected(batches[:2])[key], rel=1e-12)
+    for call in (late.compute, late.reset, whole.reset):
+        with pytest.raises(TorchMetricsUserError, match=r"between sync\(\) and unsync\(\)"):
+            call()
+    metric.unsync()
+    metric.update(*batches[2])
+    assert late.compute().item() == pytest.approx(kind.expected(batches[2:])[key], rel=OF_A_DIFFERENCE)
+    assert metric.update_count == 3
 
 
 @of_every_kind

@@ -24,16 +24,6 @@ def test_every_key_is_the_oracles(weighted: bool, soft: bool, missing: float | N
     assert metric.update_count == len(batches)
 
 
-def test_results_are_detached_float64_by_quantity_and_then_by_task() -> None:
-    rows = random_rows(20)
-    metric = fed(RankingQuality(TASKS), [Rows(rows.logits.requires_grad_(), rows.labels)])
-    result = metric.compute()
-    names = ("ne", "rce", "calibration", "ctr", "logloss", "weight")
-    assert list(result) == metric.keys() == [f"{name}/{task}" for name in names for task in TASKS]
-    assert all(v.shape == () and v.dtype == torch.float64 and not v.requires_grad for v in result.values())
-    assert not metric.totals.requires_grad
-
-
 def test_normalised_entropy_of_the_papers_definition_by_hand() -> None:
     """He et al. 2014, equation 1: average log loss per impression / entropy of the background CTR.
 

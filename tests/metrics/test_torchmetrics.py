@@ -59,21 +59,6 @@ def views(owner: GlobalLoss) -> dict[str, Metric | MetricCollection]:
 # MetricCollection.
 
 
-def test_a_collection_flattens_the_losses_under_its_prefix_and_postfix() -> None:
-    collection = MetricCollection(GlobalLoss(TASKS), prefix="val/", postfix="/all")
-    oracle = expected(BATCHES)
-    assert numbers(feed(collection).compute()) == pytest.approx(
-        {f"val/{key}/all": value for key, value in oracle.items()}, rel=1e-15
-    )
-    clone = collection.clone(prefix="test/")
-    collection.reset()
-    assert numbers(clone.compute()) == pytest.approx(
-        {f"test/{key}/all": value for key, value in oracle.items()}, rel=1e-15
-    )
-    batch = numbers(collection(*map(torch.tensor, BATCHES[0])))
-    assert batch == pytest.approx({f"val/{key}/all": value for key, value in expected(BATCHES[:1]).items()}, rel=1e-15)
-
-
 def test_a_collection_within_a_collection_keeps_the_names_apart() -> None:
     inner: dict[str, Metric | MetricCollection] = {
         name: MetricCollection(GlobalLoss(TASKS, "mean", name), prefix=f"{name}/", postfix="")
@@ -109,15 +94,6 @@ def test_a_collection_of_losses_and_others_gives_each_its_own(compute_groups: bo
         assert isinstance(collection["sum"], GlobalLoss)
         collection.reset()
     assert any(set(group) == {"mean", "sum"} for group in collection.compute_groups.values()) == compute_groups
-
-
-def test_forward_after_update_counts_the_rows_of_a_compute_group_once() -> None:
-    collection = MetricCollection({"mean": GlobalLoss(TASKS), "sum": GlobalLoss(TASKS, "sum", "sum")})
-    feed(collection, BATCHES[:2])
-    collection(*map(torch.tensor, BATCHES[2]))
-    found = numbers(collection.compute())
-    for key, value in expected(BATCHES, task_loss_reduction="sum", global_reduction="sum").items():
-        assert found[f"sum_{key}"] == pytest.approx(value, rel=1e-15)
 
 
 def test_views_of_one_loss_are_one_compute_group_if_told_so() -> None:
@@ -160,36 +136,6 @@ def test_a_view_beside_other_metrics_is_fed_with_them() -> None:
 
 
 # MetricTracker.
-
-
-def tracked(metric: Any) -> MetricTracker:
-    tracker = MetricTracker(metric)
-    for batch in BATCHES:
-        tracker.increment()
-        feed(tracker, [batch])
-    return tracker
-
-
-@pytest.mark.parametrize(("key", "step"), [("loss/like", 1), ("loss/reply", 0)])
-def test_a_tracker_finds_the_lowest_loss_through_a_view(key: str, step: int) -> None:
-    by_step = [expected([batch])[key] for batch in BATCHES]
-    # No data at the second step is NaN, which torch.min() takes for the least.
-    batches = BATCHES if key == "loss/like" else [BATCHES[0], BATCHES[2]]
-    tracker = MetricTracker(GlobalLoss(TASKS).scalar(key))
-    for batch in batches:
-        tracker.increment()
-        feed(tracker, [batch])
-    assert tracker.maximize is False
-    values = [value for value in by_step if not math.isnan(value)]
-    assert tracker.compute_all().tolist() == pytest.approx(values, rel=1e-15)
-    assert tracker.best_metric(return_step=True) == (pytest.approx(min(values), rel=1e-15), step)
-    assert list(tracker.state_dict()) == []
-
-
-def test_a_tracker_of_a_loss_stacks_every_key() -> None:
-    stacked = tracked(GlobalLoss(TASKS)).compute_all()
-    for key, values in stacked.items():
-        assert values.tolist() == pytest.approx([expected([batch])[key] for batch in BATCHES], rel=1e-15, nan_ok=True)
 
 
 def test_a_tracker_of_views_in_a_collection_finds_the_best_of_each() -> None:

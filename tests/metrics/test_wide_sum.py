@@ -13,6 +13,7 @@ from torch import Tensor
 
 from tests.support import reference
 from tests.support.cases import Ranker, Settings, columns, random_rows
+from tests.support.metrics import numbers_of_this_rank
 from tests.support.rank_pool import RankPool
 from twloss import GlobalLoss, MultiTaskLoss, wide_sum
 
@@ -93,12 +94,11 @@ def test_losses_are_those_of_the_oracle_to_float32_and_the_sums_exact(reduction:
 def test_sums_move_between_the_formats(monkeypatch: pytest.MonkeyPatch) -> None:
     metric = GlobalLoss(["a"])
     metric.update(torch.tensor([1e8 + 1 / 3], dtype=torch.float64), 3)
-    exact = metric.summed.clone()
+    exact = metric.compute()["loss"].item()
     monkeypatch.setattr(wide_sum, "DEVICES_WITHOUT_FLOAT64", {"cpu"})
     metric.totals = wide_sum.moved_sum(metric.totals, CPU)
     assert metric.totals.dtype == torch.float32
-    assert metric.totals.shape == (2, 4, 1)
-    assert torch.allclose(metric.summed, exact, rtol=2**-46, atol=0)
+    assert metric.compute()["loss"].item() == pytest.approx(exact, rel=2**-46)
     metric.reset()
     metric.persistent(True)
     metric.update(torch.tensor([0.1]), 3)
@@ -107,7 +107,8 @@ def test_sums_move_between_the_formats(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(wide_sum, "DEVICES_WITHOUT_FLOAT64", set())
     fresh = GlobalLoss(["a"])
     fresh.load_state_dict(state)
-    assert torch.equal(fresh.totals, metric.summed)
+    assert torch.equal(fresh.totals, wide_sum.value_of_sum(metric.totals))
+    assert fresh.compute()["loss"].item() == metric.compute()["loss"].item()
 
 
 def sync_pairs(rank: int) -> tuple[float, float]:
@@ -115,10 +116,10 @@ def sync_pairs(rank: int) -> tuple[float, float]:
     try:
         loss = MultiTaskLoss("bce_with_logits", ["a"])
         loss.train_metric.update(torch.tensor([2.0**24 if rank else 1.0]), 1)
-        merged = GlobalLoss(["a"])
+        merged = GlobalLoss(["a"], "sum")
         merged.merge_state(loss.train_metric)
         merged.merge_state(loss.train_metric)
-        return loss.train_metric.compute()["loss"].item(), merged.summed[0].item()
+        return loss.train_metric.compute()["loss"].item(), numbers_of_this_rank(merged)["loss"]
     finally:
         wide_sum.DEVICES_WITHOUT_FLOAT64.discard("cpu")
 

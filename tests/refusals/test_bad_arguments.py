@@ -14,7 +14,15 @@ import torch.nn.functional as F
 from torch import nn
 
 from tests.support.refusals import EITHER, HUGE, WrongError, expect_refusal
-from twloss import GlobalLoss, Loss, MultiTaskLoss, build_loss, build_multi_task_loss, get_global_loss_detached
+from twloss import (
+    GlobalLoss,
+    Loss,
+    MultiTaskLoss,
+    RankingQuality,
+    build_loss,
+    build_multi_task_loss,
+    get_global_loss_detached,
+)
 
 TASKS = ["like", "reply"]
 TWO = torch.ones(2)
@@ -93,9 +101,20 @@ ARGUMENTS: list[tuple[str, Any, WrongError, str, str]] = [
     ("global_batch", "yes", TypeError, "str", "a bool"),
     ("nan_strategy", "impute", ValueError, "'impute'", "one of ['warn', 'error', 'ignore', 'disable']"),
     ("nan_strategy", None, TypeError, "NoneType", "one of ['warn', 'error', 'ignore', 'disable']"),
+    ("nan_strategy", 0.0, TypeError, "float", "one of ['warn', 'error', 'ignore', 'disable']"),
+    ("window", 0, ValueError, "0", "at least one update"),
+    ("window", -1, ValueError, "-1", "at least one update"),
+    ("window", 1.5, TypeError, "float", "a number of updates or None"),
+    ("window", math.nan, TypeError, "float", "a number of updates or None"),
+    ("window", True, TypeError, "bool", "a number of updates or None"),
+    ("window", False, TypeError, "bool", "a number of updates or None"),
+    ("window", "5", TypeError, "str", "a number of updates or None"),
+    ("window", [5], TypeError, "list", "a number of updates or None"),
+    ("window", torch.tensor(5), TypeError, "Tensor", "a number of updates or None"),
     ("compute_with_cache", True, ValueError, "True", "False"),
     ("process_group", "gloo", TypeError, "", "expected"),
     ("process_group", 3, TypeError, "", "expected"),
+    ("process_group", [0, 1], TypeError, "list", "a ProcessGroup or None"),
     ("local_loss", 4.0, TypeError, "float", "a Tensor"),
     ("local_loss", None, TypeError, "NoneType", "a Tensor"),
     ("local_loss", np.ones(2), TypeError, "ndarray", "a Tensor"),
@@ -124,11 +143,12 @@ TAKERS: dict[str, tuple[Callable[..., object], dict[str, Any]]] = {
     "Loss": (Loss, {"loss_type": "bce_with_logits"}),
     "MultiTaskLoss": (MultiTaskLoss, {"loss_type": "bce_with_logits", "tasks": TASKS}),
     "GlobalLoss": (GlobalLoss, {"tasks": TASKS}),
+    "RankingQuality": (RankingQuality, {"tasks": TASKS}),
     "build_loss": (build_loss, {"loss_type": "bce_with_logits"}),
     "build_multi_task_loss": (build_multi_task_loss, {"loss_type": "bce_with_logits", "tasks": TASKS}),
     "get_global_loss_detached": (get_global_loss_detached, {"local_loss": TWO}),
 }
-KEYWORDS = {"GlobalLoss": ("process_group", "compute_with_cache")}
+KEYWORDS = dict.fromkeys(("GlobalLoss", "RankingQuality"), ("process_group", "compute_with_cache"))
 """What goes through **kwargs."""
 
 
@@ -190,6 +210,14 @@ def test_wrong_arguments_together(
     ("argument", "value"),
     [("dist_sync_on_step", "yes"), ("sync_on_compute", 1), ("compute_on_cpu", "x"), ("dist_sync_fn", 3), ("sync", 1)],
 )
-def test_a_wrong_argument_of_torchmetrics_own(argument: str, value: Any) -> None:
+@pytest.mark.parametrize("metric", [GlobalLoss, RankingQuality])
+def test_a_wrong_argument_of_torchmetrics_own(metric: Callable[..., object], argument: str, value: Any) -> None:
     with pytest.raises(ValueError, match=f"`{argument}`"):
-        GlobalLoss(TASKS, **{argument: value})
+        metric(TASKS, **{argument: value})
+
+
+@pytest.mark.parametrize("unknown", ["pos_weights", "mean_over", "windows", "quality"])
+@pytest.mark.parametrize("metric", [GlobalLoss, RankingQuality])
+def test_an_unknown_argument_is_named(metric: Callable[..., object], unknown: str) -> None:
+    with pytest.raises(ValueError, match=unknown):
+        metric(TASKS, **{unknown: 1})

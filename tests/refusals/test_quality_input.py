@@ -1,17 +1,15 @@
-"""Wrong calls of RankingQuality, one a line: an error that names the argument, after which the sums are as before."""
+"""Wrong batches of RankingQuality, one a line: an error that names the input, after which the sums are as before."""
 
 from __future__ import annotations
 
 import functools
-import math
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from torchmetrics.utilities.exceptions import TorchMetricsUserError
 
-from tests.support.refusals import EITHER, HUGE, WrongError, expect_refusal, named
+from tests.support.refusals import EITHER, WrongError, expect_refusal
 from twloss import RankingQuality
 
 TASKS = ["like", "reply"]
@@ -107,75 +105,3 @@ def test_a_wrong_batch(
 @pytest.mark.parametrize(("wrong", "error", "starts", "expected"), ONE)
 def test_a_wrong_batch_of_one_task(wrong: dict[str, Any], error: WrongError, starts: str, expected: str) -> None:
     expect_refused_update(RankingQuality(None), GOOD[False], wrong, error, starts, expected)
-
-
-# argument, value, error, how the message starts, what was expected.
-ARGUMENTS: list[tuple[str, Any, WrongError, str, str]] = [
-    ("tasks", "like", TypeError, "tasks: got str", "a sequence of names"),
-    ("tasks", 3, TypeError, "tasks: got int", "a sequence of names"),
-    ("tasks", {"like", "reply"}, TypeError, "tasks: got set", "a sequence of names"),
-    ("tasks", [1, 2], TypeError, "tasks: got a name of type int", "str"),
-    ("tasks", [], ValueError, "tasks: got []", "one or more names"),
-    ("tasks", ["a", "a"], ValueError, "tasks: got ['a', 'a']", "each once"),
-    ("tasks", ["a", ""], ValueError, "tasks: got ['a', '']", "not empty"),
-    ("window", 0, ValueError, "window: got 0", "at least one update"),
-    ("window", -1, ValueError, "window: got -1", "at least one update"),
-    ("window", 1.5, TypeError, "window: got float", "a number of updates or None"),
-    ("window", 3.0, TypeError, "window: got float", "a number of updates or None"),
-    ("window", math.nan, TypeError, "window: got float", "a number of updates or None"),
-    ("window", True, TypeError, "window: got bool", "a number of updates or None"),
-    ("window", False, TypeError, "window: got bool", "a number of updates or None"),
-    ("window", "5", TypeError, "window: got str", "a number of updates or None"),
-    ("window", [5], TypeError, "window: got list", "a number of updates or None"),
-    ("window", torch.tensor(5), TypeError, "window: got Tensor", "a number of updates or None"),
-    ("ignore_index", "-1", TypeError, "ignore_index: got str", "a number or None"),
-    ("ignore_index", True, TypeError, "ignore_index: got bool", "a number or None"),
-    ("ignore_index", 1j, TypeError, "ignore_index: got complex", "a number or None"),
-    ("ignore_index", [-1], TypeError, "ignore_index: got list", "a number or None"),
-    ("ignore_index", torch.tensor(-1), TypeError, "ignore_index: got Tensor", "a number or None"),
-    ("ignore_index", HUGE, ValueError, "ignore_index: got 1", "a finite number"),
-    ("nan_strategy", "impute", ValueError, "nan_strategy: got 'impute'", "'warn', 'error', 'ignore', 'disable'"),
-    ("nan_strategy", 0.0, TypeError, "nan_strategy: got float", "'warn', 'error', 'ignore', 'disable'"),
-    ("nan_strategy", None, TypeError, "nan_strategy: got NoneType", "'warn', 'error', 'ignore', 'disable'"),
-    ("process_group", "ranks", TypeError, "process_group: got str", "a ProcessGroup or None"),
-    ("process_group", [0, 1], TypeError, "process_group: got list", "a ProcessGroup or None"),
-    ("compute_with_cache", True, ValueError, "compute_with_cache: got True", "False"),
-]
-
-
-@pytest.mark.parametrize(("argument", "value", "error", "starts", "expected"), named(ARGUMENTS))
-def test_a_wrong_argument(argument: str, value: Any, error: WrongError, starts: str, expected: str) -> None:
-    kwargs = {"tasks": TASKS, argument: value}
-    expect_refusal(lambda: RankingQuality(**kwargs), error, starts, expected, kwargs)
-
-
-@pytest.mark.parametrize(
-    ("argument", "value"),
-    [("dist_sync_on_step", "yes"), ("sync_on_compute", 1), ("compute_on_cpu", "x"), ("dist_sync_fn", 3)],
-)
-def test_a_wrong_argument_of_torchmetrics_own(argument: str, value: Any) -> None:
-    with pytest.raises(ValueError, match=f"`{argument}`"):
-        RankingQuality(TASKS, **{argument: value})
-
-
-@pytest.mark.parametrize("unknown", ["pos_weights", "mean_over", "windows", "task_weights"])
-def test_an_unknown_argument_is_named(unknown: str) -> None:
-    with pytest.raises(ValueError, match=unknown):
-        RankingQuality(TASKS, **{unknown: 1})  # type: ignore[arg-type]
-
-
-@pytest.mark.parametrize("key", ["ne", "ne/x", "loss/like", "window_ne/like", "", "like"])
-def test_a_view_of_an_unknown_key_is_refused_with_the_known_ones(key: str) -> None:
-    with pytest.raises(ValueError, match=r"key: got .*expected one of \['ne/like'"):
-        RankingQuality(TASKS).scalar(key)
-
-
-def test_sums_cannot_be_taken_apart_while_they_are_synced() -> None:
-    metric = RankingQuality(TASKS, window=2, distributed_available_fn=lambda: True)
-    metric.update(LABELS, LABELS)
-    view = metric.scalar("ne/like")
-    metric.sync()
-    with pytest.raises(TorchMetricsUserError, match="snapshot between sync"):
-        view.reset()
-    metric.unsync()
-    assert metric.update_count == 1

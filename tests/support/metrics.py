@@ -40,7 +40,7 @@ class Kind:
 
     def batch(self, seed: int, rows: int | None = None) -> Batch:
         """A float64 batch from a seed, weighted; where it has no rows, all of its sums are 0."""
-        rows = 1 + seed % 7 if rows is None else rows
+        rows = 12 + seed % 7 if rows is None else rows
         if self.of is GlobalLoss:
             return self._sums(seed, rows)
         parts = random_rows(rows, seed, tasks=len(self.names()), weighted=True)
@@ -52,9 +52,11 @@ class Kind:
 
     def _sums(self, seed: int, rows: int) -> Batch:
         generator = torch.Generator().manual_seed(seed)
-        loss_sum, weight, present = torch.rand(3, len(self.names()), dtype=torch.float64, generator=generator)
-        # Of several tasks, one in four has no data.
-        weight = rows * (weight + 0.1) * (present > 0.25 if self.tasks else 1.0)
+        loss_sum, weight = torch.rand(2, len(self.names()), dtype=torch.float64, generator=generator)
+        weight = rows * (weight + 0.1)
+        if self.tasks:
+            # In three batches of five, one of the tasks has no data.
+            weight[(torch.arange(len(self.tasks)) + seed) % 5 == 0] = 0.0
         loss_sum = weight * 4 * loss_sum
         return (loss_sum, weight) if self.tasks else (loss_sum[0], weight[0])
 

@@ -1,0 +1,173 @@
+"""What a loss goes through with its metrics and constants: modes, casts, the meta device, copies and checkpoints."""
+
+from __future__ import annotations
+
+import copy
+import io
+import math
+import pickle
+import warnings
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from tests.support.rank_pool import RankPool
+from twloss import Loss, MultiTaskLoss
+
+TASKS = ["a", "b"]
+
+
+def test_forward_feeds_the_metric_of_the_mode() -> None:
+    loss = Loss("bce_with_logits")
+    loss(torch.zeros(3), torch.ones(3))
+    loss.eval()
+    loss(torch.full((2,), 100.0), torch.zeros(2))
+    assert loss.train_metric.compute()["loss"].item() == pytest.approx(math.log(2))
+    assert loss.eval_metric.compute()["loss"].item() == pytest.approx(100.0)
+    loss.eval_metric.reset()
+    assert loss.train_metric.update_called
+
+
+def test_a_loss_that_is_not_finite_stays_so_while_its_sums_are_left_out() -> None:
+    """A gradient scaler has to see it."""
+    loss = MultiTaskLoss("bce_with_logits", ["like", "reply"])
+    result = loss(torch.tensor([[0.0, math.nan]]), torch.ones(1, 2))
+    assert result["loss/like"].isfinite()
+    assert result["loss"].isnan()
+    with pytest.warns(UserWarning, match="'reply': 1"):
+        assert loss.train_metric.compute()["loss"].item() == pytest.approx(math.log(2))
+
+
+# Not in the state dict, and so not of a model's dtype either.
+
+
+def test_nothing_is_a_registered_buffer_or_in_the_state_dict() -> None:
+    loss = MultiTaskLoss("bce_with_logits", TASKS, pos_weights=[1, 2], task_weights=[1, 2], quality=True)
+    assert [*loss.buffers(), *loss.parameters(), *loss.state_dict()] == []
+
+
+CASTS = {
+    "half": lambda m: m.half(),
+    "bfloat16": lambda m: m.bfloat16(),
+    "float": lambda m: m.float(),
+    "double": lambda m: m.double(),
+    "to dtype": lambda m: m.to(torch.bfloat16),
+    "to tensor": lambda m: m.to(torch.zeros(1, dtype=torch.float16)),
+    "type": lambda m: m.type(torch.float16),
+    "_apply": lambda m: m._apply(lambda t: t.to(torch.float16)),
+}
+
+
+@pytest.mark.parametrize("cast", CASTS.values(), ids=CASTS)
+def test_casts_of_a_model_leave_sums_and_constants_alone(cast: Any) -> None:
+    model = nn.ModuleDict(
+        {"head": nn.Linear(2, 1), "loss": MultiTaskLoss("bce_with_logits", ["x"], pos_weights=[27.3])}
+    )
+    loss = model["loss"]
+    assert isinstance(loss, MultiTaskLoss)
+    exact = 1e8 + 1 / 3
+    for _ in range(2):
+        cast(model)
+        loss.train_metric.update(torch.tensor([exact], dtype=torch.float64), 1)
+    assert loss.train_metric.compute()["loss"].item() == exact
+    loss.train_metric.reset()
+    assert loss.train_metric.totals.dtype == torch.float64
+    loss(torch.zeros(1, 1, dtype=torch.float64), torch.ones(1, 1))
+    assert loss.train_metric.compute()["loss"].item() == pytest.approx(27.3 * math.log(2), rel=1e-15)
+
+
+def test_the_meta_device_ends_in_zeros_and_keeps_constants() -> None:
+    with torch.device("meta"):
+        loss = MultiTaskLoss("bce_with_logits", ["x"], pos_weights=[27.3], task_weights=[2.0])
+    loss.to_empty(device="cpu")
+    assert loss.train_metric.update_count == 0
+    result = loss(torch.zeros(1, 1, dtype=torch.float64), torch.ones(1, 1))
+    assert result["loss"].item() == pytest.approx(2 * 27.3 * math.log(2), rel=1e-15)
+    assert loss.train_metric.compute()["loss"].item() == result["loss"].item()
+    loss.to("meta")
+    loss.to_empty(device="cpu")
+    assert loss.train_metric.update_count == 0
+    loss.train_metric.reset()
+    assert (loss.train_metric.totals == 0).all()
+
+
+# Copies and checkpoints of a model.
+
+
+class Model(nn.Module):
+    """A model with a loss whose sums are saved with it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.heads = nn.Linear(3, 2)
+        self.loss = MultiTaskLoss("bce_with_logits", TASKS, pos_weights=[2.0, 3.0])
+        for metric in (self.loss.train_metric, self.loss.eval_metric):
+            metric.persistent(True)
+
+    def forward(self, features: Tensor) -> Tensor:
+        """The global loss."""
+        loss: Tensor = self.loss(self.heads(features), features[:, :2].sigmoid())["loss"]
+        return loss
+
+
+@pytest.mark.parametrize("duplicate", [copy.deepcopy, copy.copy, lambda x: pickle.loads(pickle.dumps(x))])
+def test_a_copy_in_the_middle_of_a_step_goes_on_alone(duplicate: Any) -> None:
+    model = Model()
+    features = torch.randn(5, 3)
+    value = model(features)
+    twin = duplicate(model)
+    value.backward()
+    if duplicate is not copy.copy:
+        twin(features)
+        assert twin.loss.train_metric.update_count == 2
+    assert model.loss.train_metric.update_count == 1
+    assert twin(features).item() == pytest.approx(value.item(), rel=1e-6)
+
+
+def test_a_resumed_model_is_bit_equal_to_one_that_never_stopped() -> None:
+    batches = [torch.randn(7, 3) for _ in range(6)]
+    steady, stopped = Model(), Model()
+    stopped.load_state_dict(steady.state_dict())
+    for features in batches[:3]:
+        steady(features)
+        stopped(features)
+    file = io.BytesIO()
+    torch.save(stopped.state_dict(), file)
+    file.seek(0)
+    resumed = Model()
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        resumed.load_state_dict(torch.load(file, weights_only=True))
+        resumed.loss.train_metric.compute()
+    for features in batches[3:]:
+        steady(features)
+        resumed(features)
+    assert torch.equal(steady.loss.train_metric.totals, resumed.loss.train_metric.totals)
+    ours, theirs = resumed.loss.train_metric.compute(), steady.loss.train_metric.compute()
+    assert {key: value.item() for key, value in ours.items()} == {key: value.item() for key, value in theirs.items()}
+
+
+def copies_with_a_group(rank: int) -> list[Any]:
+    group = dist.new_group([0, 1])
+    loss = MultiTaskLoss("bce_with_logits", TASKS, global_batch=True, process_group=group)
+    loss(torch.zeros(2, 2), torch.ones(2, 2))
+    twins = [copy.deepcopy(loss), pickle.loads(pickle.dumps(loss))]
+    same = [
+        twin.process_group is group and twin.train_metric.process_group is group and twin.train_metric.update_called
+        for twin in twins
+    ]
+    sums = [twin.train_metric.compute()["loss"].item() for twin in twins]
+    return [same, sums, pickle.dumps(loss)]
+
+
+def test_copies_keep_the_process_group(two_ranks: RankPool) -> None:
+    for same, sums, pickled in two_ranks.run(copies_with_a_group):
+        assert same == [True, True]
+        assert sums[0] == sums[1]
+        with pytest.warns(UserWarning, match="process_group"):
+            elsewhere = pickle.loads(pickled)
+        assert elsewhere.process_group is None
+        assert elsewhere.train_metric.update_count == 1
