@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import multiprocessing
 import os
 import time
 from datetime import timedelta
@@ -15,7 +14,7 @@ import torch
 import torch.distributed as dist
 
 from tests.support.metrics import numbers_of_this_rank
-from tests.support.rank_pool import RankPool
+from tests.support.rank_pool import CONTEXT, RankPool
 from twloss import GlobalLoss, MultiTaskLoss
 
 TIMEOUT = 5.0
@@ -44,11 +43,10 @@ def compute_beside_a_dead_rank(rank: int, store: str, connection: Connection) ->
 
 
 def test_a_rank_that_dies_is_an_error_on_the_others_and_costs_no_sums(tmp_path: Path) -> None:
-    context = multiprocessing.get_context("spawn")
-    ours, theirs = context.Pipe()
+    ours, theirs = CONTEXT.Pipe()
     os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
     processes = [
-        context.Process(target=compute_beside_a_dead_rank, args=(rank, str(tmp_path / "store"), theirs), daemon=True)
+        CONTEXT.Process(target=compute_beside_a_dead_rank, args=(rank, str(tmp_path / "store"), theirs), daemon=True)
         for rank in range(2)
     ]
     for process in processes:

@@ -138,12 +138,14 @@ def fuzz(data: st.DataObject, case: Settings, *, one: bool) -> None:
         expect_error_that_names("normalizer", loss, loss, {**batch, "normalizer": normalizer})
 
 
+@pytest.mark.slow
 @given(data=st.data(), case=settings_of_all_kinds())
 @settings(max_examples=1000)
 def test_multi_task_loss(data: st.DataObject, case: Settings) -> None:
     fuzz(data, case, one=False)
 
 
+@pytest.mark.slow
 @given(data=st.data(), case=settings_of_all_kinds())
 @settings(max_examples=500)
 def test_loss(data: st.DataObject, case: Settings) -> None:
