@@ -13,6 +13,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 
 from benchmarks.bandwidth import bandwidth
+from benchmarks.calls import calls
 from benchmarks.chart import write_chart
 from benchmarks.compiled import compile_cost
 from benchmarks.global_batch_cost import global_batch_cost
@@ -38,6 +39,7 @@ BENCHMARKS: dict[str, Benchmark] = {
     "quality_cost": quality_cost,
     "limit": limit,
     "kernels": kernels,
+    "calls": calls,
     "memory": memory,
     "sync_cost": sync_cost,
     "global_batch_cost": global_batch_cost,

@@ -22,6 +22,7 @@ BENCHMARKS = [
     "quality_cost",
     "limit",
     "kernels",
+    "calls",
     "memory",
     "sync_cost",
     "global_batch_cost",

@@ -1,0 +1,115 @@
+"""calls: how far one call wanders through the package, counted by ``sys.setprofile`` after a first, uncounted call.
+
+A call is an event "call" of a frame whose code lies in ``twloss/*.py``, subpackages left out: functions, methods and
+properties, and also comprehensions, and generators each time that they are entered again, so that a generator
+expression over the tasks counts once a task and once more for its end. That is why the number of tasks is fixed here,
+and why Python from 3.12 on, which runs list, set and dict comprehensions without a frame, counts fewer. Returns don't
+count, nor do frames of torch, torchmetrics (``nn.Module.__call__`` is one) or the standard library. A change of file is
+a pair of consecutive calls that lie in different files of the package.
+
+Alone: ``python -m benchmarks.calls``; with ``--show`` the calls themselves, file:function, indented by depth.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Callable, Iterator
+from itertools import pairwise
+from pathlib import Path
+from types import FrameType
+from typing import Any, NamedTuple
+
+import torch
+
+import twloss
+from benchmarks.row import Row, at_most, counted, shown
+from benchmarks.workload import Setting, make_loss, make_workload
+
+__all__ = ["calls"]
+
+PACKAGE = Path(twloss.__file__).parent
+ROWS, TASKS = 256, 3
+FORWARD, QUALITY, COMPUTE = "forward", "forward, quality=True", "compute() of train_metric"
+GOALS = {FORWARD: (32, 9, 14), QUALITY: (50, 10, 24), COMPUTE: (16, 6, 8)}
+LINES_GOAL = at_most(2600)
+
+
+class Call(NamedTuple):
+    """One call of a function of the package."""
+
+    depth: int
+    """How many of the package's own calls it is made within."""
+    file: str
+    function: str
+
+
+def calls(setting: Setting) -> Iterator[Row]:
+    """The package's own Python calls in one call of it, their files and changes of file; the package's lines."""
+    for name, call in _cases(setting.device).items():
+        trace = trace_calls(call)
+        files = [made.file for made in trace]
+        counts = len(trace), len(set(files)), sum(before != after for before, after in pairwise(files))
+        for unit, count, bound in zip(("calls", "files", "changes of file"), counts, GOALS[name]):
+            yield counted(f"{TASKS} tasks, weights, pos_weights, {name}", unit, count, at_most(bound))
+    lines = sum(len(path.read_text(encoding="utf-8").splitlines()) for path in PACKAGE.glob("*.py"))
+    yield counted("twloss/*.py", "lines", lines, LINES_GOAL)
+
+
+def trace_calls(call: Callable[[], object]) -> list[Call]:
+    """The calls of the package's functions within ``call``, in their order, when it is called a second time."""
+    trace: list[Call] = []
+    depth = 0
+
+    def note(frame: FrameType, event: str, _: Any) -> None:
+        nonlocal depth
+        path = Path(frame.f_code.co_filename)
+        if path.parent != PACKAGE:
+            return
+        if event == "call":
+            trace.append(Call(depth, path.name, frame.f_code.co_name))
+            depth += 1
+        elif event == "return":  # after an exception and at a generator's yield too
+            depth -= 1
+
+    call()
+    sys.setprofile(note)
+    try:
+        call()
+    finally:
+        sys.setprofile(None)
+    return trace
+
+
+def _cases(device: torch.device) -> dict[str, Callable[[], object]]:
+    """What is called, by name, on one process."""
+    work = make_workload(ROWS, TASKS, device)
+    loss, with_quality = make_loss(work), make_loss(work, quality=True)
+    return {
+        FORWARD: lambda: loss(work.logits, work.labels, work.weights),
+        QUALITY: lambda: with_quality(work.logits, work.labels, work.weights),
+        COMPUTE: loss.train_metric.compute,
+    }
+
+
+def main() -> int:
+    """Print the figures, or the calls themselves; 1 if a goal is missed."""
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.calls", description=calls.__doc__)
+    parser.add_argument("--show", action="store_true", help="print the calls, file:function, indented by depth")
+    setting = Setting(torch.device("cpu"), quick=True)
+    if parser.parse_args().show:
+        for name, call in _cases(setting.device).items():
+            print(
+                f"# {name}",
+                *("  " * depth + f"{file}:{function}" for depth, file, function in trace_calls(call)),
+                sep="\n",
+            )
+        return 0
+    rows = list(calls(setting))
+    for row in rows:
+        print(f"{row.case}: {shown(row.ours, row.unit)}, goal {row.as_json()['goal']}, met: {row.is_met()}")
+    return 0 if all(row.is_met() for row in rows) else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())
