@@ -1,32 +1,42 @@
 """Multi-task losses whose sums travel, so that the split of the rows over ranks and steps changes nothing.
 
-One batch takes this way, a file a stage, each importing only what stands above it::
+A batch takes this way::
 
-    arguments.py      arguments, checked
-    wide_sum.py       the number format of a running sum
-    batch.py          logits, labels, weights -> one aligned Batch                         (rows, tasks)
-    task_columns.py   the same from one column a task, mappings among them -> Batch        (rows, tasks)
-    loss_type.py      the unreduced loss                                                   (rows, tasks)
-    task_sums.py      TaskSums, and the rule that turns sums into losses                   (tasks,)
-    summed_loss.py    Σ w·l over the rows -> TaskSums                                      (tasks,)
-    ranks.py          Σ over ranks, with or without a gradient                             (tasks,)
-    saved_sums.py     running sums in a checkpoint
-    running_sums.py   the life cycle of running sums, a torchmetrics Metric
-    plots.py          results -> a picture
-    scalar_view.py    one value of a metric with many, as a metric
-    per_task_metric.py  what the two metrics below do alike: names, NaN rules, windows, results
-    global_loss.py    GlobalLoss: the losses of all rows of all steps
-    ranking_quality.py  RankingQuality: normalised entropy and calibration of all rows of all steps
-    tracked_loss.py   the stages in a row, with the running sums beside them
-    modules.py        Loss, MultiTaskLoss -> {"loss/<task>": …, "loss": …}
-    builders.py       the signatures of the-algorithm-ml
+    _losses.py         forward, from top to bottom; what it gives is trained on
+    _batch.py          tensors or mappings -> one aligned Batch                            (rows, tasks)
+    _row_sums.py       Σ w·l over the rows -> TaskSums                                     (tasks,)
+    _loss_type.py      the formula of each loss, unreduced                                 (rows, tasks)
+    _ranks.py          TaskSums of all ranks, with their gradient                          (tasks,)
+    _reduction.py      TaskSums -> {"loss/<task>": …, "loss": …}
+    _metric.py         the batch's sums, detached -> added to those of all steps           (1 + window, sums, tasks)
+    _accumulator.py    the number format of those
+    _global_loss.py    compute(): the sums of all steps and ranks -> _reduction.py
+
+Each file imports only what stands above it::
+
+    _torch.py          every private name of torch and torchmetrics in use
+    _arguments.py      constructor arguments, checked
+    _accumulator.py
+    _batch.py
+    _loss_type.py
+    _row_sums.py
+    _ranks.py
+    _reduction.py
+    _checkpoint.py     running sums in a state_dict
+    _scalar_view.py    one key of a metric as a metric
+    _metric.py
+    _global_loss.py
+    _ranking_quality.py  RankingQuality: normalised entropy and calibration of all rows of all steps and ranks
+    _losses.py
+    _the_algorithm_ml.py  the signatures of the-algorithm-ml
 """
 
-from twloss.builders import build_loss, build_multi_task_loss, get_global_loss_detached
-from twloss.global_loss import GlobalLoss
-from twloss.loss_type import LossType
-from twloss.modules import Loss, MultiTaskLoss
-from twloss.ranking_quality import RankingQuality
+from twloss._global_loss import GlobalLoss
+from twloss._loss_type import LossType
+from twloss._losses import Loss, MultiTaskLoss
+from twloss._ranking_quality import RankingQuality
+from twloss._scalar_view import ScalarView
+from twloss._the_algorithm_ml import build_loss, build_multi_task_loss, get_global_loss_detached
 
 __all__ = [
     "GlobalLoss",
@@ -34,6 +44,7 @@ __all__ = [
     "LossType",
     "MultiTaskLoss",
     "RankingQuality",
+    "ScalarView",
     "build_loss",
     "build_multi_task_loss",
     "get_global_loss_detached",

@@ -22,8 +22,7 @@ from tests.support import reference
 from tests.support.by_hand import Columns, HandRanker, Rows, columns_of, mean_of_means, together
 from tests.support.launch import as_if_from_torchrun, command
 from tests.support.rank_pool import RankPool
-from twloss import GlobalLoss
-from twloss.scalar_view import ScalarView
+from twloss import GlobalLoss, ScalarView
 
 RULE = reference.Rule()
 Logged = list[tuple[int, dict[str, float]]]

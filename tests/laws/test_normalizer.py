@@ -128,7 +128,7 @@ def test_the_running_sums_are_of_rows_whatever_the_normalizer() -> None:
 
 
 @pytest.mark.parametrize(("task_reduction", "reduction"), [("mean", "min"), ("mean", "max"), ("sum", "mean")])
-def test_reductions_that_do_not_add_up_over_micro_batches_are_refused(task_reduction: str, reduction: str) -> None:
+def test_reductions_that_do_not_add_up_over_micro_batches_are_refused(task_reduction: Any, reduction: Any) -> None:
     loss = MultiTaskLoss("bce_with_logits", ["a"], task_reduction, reduction, global_batch=True)
     with pytest.raises(ValueError, match="normalizer"):
         loss(torch.zeros(1, 1), torch.ones(1, 1), normalizer=4)
@@ -157,7 +157,7 @@ def train_to_the_end(rank: int, case: Settings, steps: list[list[Rows]]) -> tupl
 
 
 @pytest.mark.parametrize("reduction", ["mean", "min", "max", "median", "sum"])
-def test_three_batches_against_two_stay_exact(two_ranks: RankPool, reduction: str) -> None:
+def test_three_batches_against_two_stay_exact(two_ranks: RankPool, reduction: Any) -> None:
     case = Settings(global_reduction=reduction)
     sizes = [[4, 3], [4, 3], [4, 0]]
     steps = split(random_rows(case, 18, 2, weighted=True), sizes)

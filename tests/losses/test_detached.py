@@ -21,7 +21,7 @@ LOSSES = [4.0, 0.5, -1.25]
 WEIGHTS = [1000.0, 10.0, 3.0]
 
 
-def over_ranks(local_loss: Any, reduction: str = "mean", **kwargs: Any) -> Any:
+def over_ranks(local_loss: Any, reduction: Any = "mean", **kwargs: Any) -> Any:
     """The detached loss, without the warning of a sum."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", UserWarning)

@@ -76,7 +76,7 @@ def test_missing_class_labels_need_not_be_classes() -> None:
 @pytest.mark.parametrize("reduction", ["mean", "sum", "min", "max", "median"])
 @pytest.mark.parametrize("task_reduction", ["mean", "sum"])
 def test_a_task_without_data_is_0_in_forward_nan_in_compute_and_in_no_reduction(
-    task_reduction: str, reduction: str
+    task_reduction: Any, reduction: Any
 ) -> None:
     logits = torch.tensor([[2.0, math.inf, -1.0], [0.5, math.nan, 3.0]], dtype=torch.float64, requires_grad=True)
     labels = torch.tensor([[1.0, -1.0, 0.0], [1.0, -1.0, 0.0]])
@@ -99,7 +99,7 @@ def test_a_task_without_data_is_0_in_forward_nan_in_compute_and_in_no_reduction(
 
 
 @pytest.mark.parametrize("reduction", ["mean", "min", "median"])
-def test_no_task_has_data(reduction: str) -> None:
+def test_no_task_has_data(reduction: Any) -> None:
     loss = MultiTaskLoss("bce_with_logits", ["a", "b"], "mean", reduction, ignore_index=-1, global_batch=True)
     logits = torch.full((3, 2), math.nan, requires_grad=True)
     result = loss(logits, torch.full((3, 2), -1))

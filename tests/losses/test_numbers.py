@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import warnings
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
@@ -40,7 +41,7 @@ def multi_task_loss(*args: object, **kwargs: object) -> MultiTaskLoss:
 
 
 def loop(
-    logits: Tensor, labels: Tensor, weights: Tensor | None, pos_weights: object, task_reduction: str, reduction: str
+    logits: Tensor, labels: Tensor, weights: Tensor | None, pos_weights: object, task_reduction: Any, reduction: Any
 ) -> dict[str, Tensor]:
     """The task-by-task loop."""
     losses = {}
@@ -196,7 +197,7 @@ def test_half_precision_logits_are_computed_in_float32(dtype: torch.dtype) -> No
 @pytest.mark.parametrize("bad", [float("nan"), float("inf"), -float("inf")])
 @pytest.mark.parametrize("where", ["logits", "labels", "both"])
 @pytest.mark.parametrize("loss_type", ["bce_with_logits", "cross_entropy", squared_error])
-def test_a_row_of_weight_0_adds_exactly_0(loss_type: str, where: str, bad: float) -> None:
+def test_a_row_of_weight_0_adds_exactly_0(loss_type: Any, where: str, bad: float) -> None:
     """0·NaN is NaN: a product with the weights lets the bad row into the sums and the gradient."""
     classes = loss_type == "cross_entropy"
     logits = torch.randn((6, 2, 3) if classes else (6, 2), dtype=torch.float64)

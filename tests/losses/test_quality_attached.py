@@ -91,13 +91,14 @@ def test_mappings_and_labels_of_integers() -> None:
 )
 def test_without_it_there_is_none(make: Any) -> None:
     loss = make()
-    assert loss.train_quality is None
-    assert loss.eval_quality is None
+    for name in ("train_quality", "eval_quality"):
+        for each in (loss, Loss("bce_with_logits")):
+            assert not hasattr(each, name)
+            with pytest.raises(AttributeError, match=f"{name}: .*quality=True"):
+                getattr(each, name).compute()
     assert [name for name, _ in loss.named_children()] == ["train_metric", "eval_metric"]
     loss(*random_rows(5))
     assert list(loss.state_dict()) == []
-    one = Loss("bce_with_logits")
-    assert (one.train_quality, one.eval_quality) == (None, None)
 
 
 def test_it_adds_no_buffer_parameter_or_entry_of_the_state_dict() -> None:

@@ -22,7 +22,7 @@ def values(losses: dict[str, Tensor]) -> dict[str, float]:
     return {key: value.item() for key, value in losses.items()}
 
 
-def expected(loss_sums: list[float], weights: list[float], task_reduction: str, reduction: str) -> dict[str, float]:
+def expected(loss_sums: list[float], weights: list[float], task_reduction: Any, reduction: Any) -> dict[str, float]:
     """The oracle's losses of given sums: one row of weight n and loss s/n for each task has exactly these sums."""
     columns = {task: [reference.Row(s / n, weight=n)] if n else [] for task, s, n in zip(TASKS, loss_sums, weights)}
     return reference.losses(columns, reference.Rule(task_reduction, reduction, "weights"))
@@ -31,7 +31,7 @@ def expected(loss_sums: list[float], weights: list[float], task_reduction: str, 
 @pytest.mark.parametrize("task_reduction", ["mean", "sum"])
 @pytest.mark.parametrize("reduction", ["mean", "sum", "min", "max", "median"])
 @pytest.mark.parametrize("present", list(itertools.product([0, 1], repeat=4)))
-def test_reductions_are_over_the_tasks_with_data(task_reduction: str, reduction: str, present: tuple[int, ...]) -> None:
+def test_reductions_are_over_the_tasks_with_data(task_reduction: Any, reduction: Any, present: tuple[int, ...]) -> None:
     loss_sums = [7.0 * n for n in (3.0, 1.0, 4.0, 2.0)]
     weights = [8.0 * n for n in present]
     metric = GlobalLoss(TASKS, task_reduction, reduction)

@@ -18,8 +18,7 @@ from torchmetrics.utilities.exceptions import TorchMetricsUserError
 
 from tests.support import reference
 from tests.support.rank_pool import RankPool
-from twloss import GlobalLoss, Loss, MultiTaskLoss
-from twloss.scalar_view import ScalarView
+from twloss import GlobalLoss, Loss, MultiTaskLoss, ScalarView
 
 TASKS = ["like", "reply"]
 # (loss sums, weights) of each batch.

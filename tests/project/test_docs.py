@@ -184,7 +184,7 @@ def test_every_page_is_built_and_linked_from_the_first(site: Path) -> None:
 
 def test_every_public_name_has_an_entry(site: Path) -> None:
     anchors = Html(built(site, "api.md")).ids
-    expected = {f"twloss.{name}" for name in twloss.__all__} | {"twloss.scalar_view.ScalarView"}
+    expected = {f"twloss.{name}" for name in twloss.__all__} | {"twloss.ScalarView"}
     assert expected <= anchors
     assert {"twloss.GlobalLoss.compute", "twloss.MultiTaskLoss.forward", "twloss.GlobalLoss.scalar"} <= anchors
 

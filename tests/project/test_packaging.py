@@ -122,7 +122,7 @@ def test_the_metadata(archives: Archives) -> None:
 LIST_IMPORTS = """
 import builtins, json, sys
 
-import torch, torchmetrics
+import torch, torch.utils.module_tracker, torchmetrics
 
 before, by_the_package, plain_import = set(sys.modules), set(), builtins.__import__
 

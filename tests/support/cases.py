@@ -29,11 +29,11 @@ class Settings:
     """The arguments of a ``MultiTaskLoss``, as values that travel to other processes."""
 
     tasks: int = 3
-    task_loss_reduction: str = "mean"
-    global_reduction: str = "mean"
+    task_loss_reduction: Any = "mean"
+    global_reduction: Any = "mean"
     pos_weights: Sequence[float] | None = None
     task_weights: Sequence[float] | None = None
-    mean_over: str = "rows"
+    mean_over: Any = "rows"
     ignore_index: float | None = None
 
     def names(self) -> list[str]:

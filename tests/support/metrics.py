@@ -65,6 +65,9 @@ class Kind:
         parts = [part.clone() for part in batch]
         parts[-1].view(-1, len(self.names()))[0, -1] = 1.0
         parts[part].view(-1, len(self.names()))[0, -1] = value
+        if part == 0 and self.of is RankingQuality:
+            # Against the other label: an infinite logit that is right has a log loss of 0.
+            parts[1].view(-1, len(self.names()))[0, -1] = float(value < 0)
         return tuple(parts)
 
     def without_last_task(self, batch: Batch) -> Batch:

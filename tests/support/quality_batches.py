@@ -91,6 +91,4 @@ def attached(quality: bool | RankingQuality = True, **options: Any) -> MultiTask
 
 def train_and_eval(loss: MultiTaskLoss | Loss) -> tuple[RankingQuality, RankingQuality]:
     """The quality metrics of a loss that has them."""
-    assert loss.train_quality is not None
-    assert loss.eval_quality is not None
     return loss.train_quality, loss.eval_quality

@@ -77,7 +77,6 @@ def evaluate(ranker: Ranker, rows: Rows, options: Options) -> tuple[Losses, Qual
             part = share(batch)
             ranker(part.ids, part.genres, part.labels)
     ranker.train()
-    assert ranker.loss.eval_quality is not None
     return _total(ranker.loss.eval_metric), _total(ranker.loss.eval_quality)
 
 

@@ -72,9 +72,8 @@ def train() -> None:
     model.eval()
     assert_type(model.loss.eval_metric, GlobalLoss)
     model.loss.eval_metric.reset()
-    if model.loss.train_quality is not None:
-        assert_type(model.loss.train_quality, RankingQuality)
-        assert_type(model.loss.train_quality.compute(), dict[str, Tensor])
+    assert_type(model.loss.train_quality, RankingQuality)
+    assert_type(model.loss.train_quality.compute(), dict[str, Tensor])
 
 
 def multi_task_losses() -> None:

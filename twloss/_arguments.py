@@ -10,35 +10,19 @@ import sys
 import warnings
 from collections.abc import Mapping, Sequence
 from numbers import Real
-from typing import Any
+from typing import Any, Literal, get_args
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
-__all__ = [
-    "GLOBAL_REDUCTIONS",
-    "MEAN_OVER",
-    "TASK_REDUCTIONS",
-    "PerTask",
-    "check_choice",
-    "check_dense",
-    "check_global_reduction",
-    "check_ignore_index",
-    "check_number",
-    "check_process_group",
-    "check_tasks",
-    "check_window",
-    "is_same_label",
-    "per_task_numbers",
-    "warn_unless_mean",
-]
-
 PerTask = float | Sequence[float] | Mapping[str, float] | Tensor
 
-TASK_REDUCTIONS = ("mean", "sum")
-GLOBAL_REDUCTIONS = ("mean", "sum", "min", "max", "median")
-MEAN_OVER = ("rows", "weights")
+LossName = Literal["bce_with_logits", "cross_entropy"]
+RowReduction = Literal["mean", "sum"]
+TaskReduction = Literal["mean", "sum", "min", "max", "median"]
+MeanOver = Literal["rows", "weights"]
+NanStrategy = Literal["warn", "error", "ignore", "disable"]
 
 _INT64_BITS = 63
 
@@ -59,7 +43,7 @@ def check_choice(name: str, value: object, choices: Sequence[str], otherwise: st
 def check_global_reduction(value: object) -> None:
     """Raise unless ``value`` is a known reduction over tasks or a callable."""
     if not callable(value):
-        check_choice("global_reduction", value, GLOBAL_REDUCTIONS, " or a callable")
+        check_choice("global_reduction", value, get_args(TaskReduction), " or a callable")
 
 
 def check_tasks(tasks: Sequence[str]) -> tuple[str, ...]:
@@ -120,6 +104,35 @@ def per_task_numbers(name: str, values: PerTask | None, tasks: Sequence[str]) ->
     if len(numbers) != len(tasks):
         raise ValueError(f"{name}: got {len(numbers)} values, expected {len(tasks)}, one for each of {list(tasks)}")
     return tuple(float(check_number(name, number)) for number in numbers)
+
+
+class TaskConstants:
+    """Numbers of each task ``(tasks,)``, as tensors of a device in the dtypes that are computed in; or None.
+
+    They are no registered buffers: with one, DDP would broadcast buffers at every forward. No cast and no meta device
+    can harm the Python numbers that the tensors are made of.
+    """
+
+    def __init__(self, numbers: tuple[float, ...] | None) -> None:
+        self.numbers = numbers
+        self._device = torch.device("meta")
+        self._tensors: dict[torch.dtype, Tensor] = {}
+
+    def like(self, values: Tensor) -> Tensor | None:
+        """The numbers on the device and in the dtype of values."""
+        if self.numbers is None:
+            return None
+        if self._device != values.device or values.dtype not in self._tensors:
+            self.place(values.device, values.dtype)
+        return self._tensors[values.dtype]
+
+    def place(self, device: torch.device, *dtypes: torch.dtype) -> None:
+        """Have tensors of a device at hand: a compiled forward that had to make them would be compiled again."""
+        if self.numbers is not None:
+            kept = self._tensors if device == self._device else {}
+            with torch.inference_mode(False):
+                made = {dtype: torch.tensor(self.numbers, dtype=dtype, device=device) for dtype in dtypes}
+            self._device, self._tensors = device, {**kept, **made}
 
 
 def check_number(name: str, value: object) -> float:

@@ -12,9 +12,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from twloss.ranks import rank_in, world_size
-
-__all__ = ["SAVED_NAMES", "load_sums", "save_sums"]
+from twloss._ranks import rank_in, world_size
 
 SAVED_NAMES = ("totals", "sums_of")
 

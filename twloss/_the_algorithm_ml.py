@@ -6,31 +6,30 @@ A loss type and reductions come in, a loss module goes out; and the detached los
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import overload
+from typing import get_args, overload
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from twloss.arguments import (
-    TASK_REDUCTIONS,
+from twloss._accumulator import sum_dtype
+from twloss._arguments import (
+    LossName,
     PerTask,
+    RowReduction,
     check_choice,
     check_dense,
     check_number,
     check_process_group,
     warn_unless_mean,
 )
-from twloss.loss_type import LossFunction, LossType
-from twloss.modules import Loss, MultiTaskLoss
-from twloss.ranks import detached_sum_over_ranks, world_size
-from twloss.task_sums import GlobalReduction
-from twloss.wide_sum import sum_dtype
-
-__all__ = ["build_loss", "build_multi_task_loss", "get_global_loss_detached"]
+from twloss._loss_type import LossFunction, LossType
+from twloss._losses import Loss, MultiTaskLoss
+from twloss._ranks import sum_over_ranks, world_size
+from twloss._reduction import GlobalReduction
 
 
-def build_loss(loss_type: LossType | str | LossFunction, reduction: str = "mean") -> Loss:
+def build_loss(loss_type: LossType | LossName | LossFunction, reduction: RowReduction = "mean") -> Loss:
     """The loss of one task: ``Loss(loss_type, reduction)``.
 
     Args:
@@ -54,9 +53,9 @@ def build_loss(loss_type: LossType | str | LossFunction, reduction: str = "mean"
 
 
 def build_multi_task_loss(
-    loss_type: LossType | str | LossFunction,
+    loss_type: LossType | LossName | LossFunction,
     tasks: Sequence[str],
-    task_loss_reduction: str = "mean",
+    task_loss_reduction: RowReduction = "mean",
     global_reduction: GlobalReduction = "mean",
     pos_weights: PerTask | None = None,
 ) -> MultiTaskLoss:
@@ -89,7 +88,7 @@ def build_multi_task_loss(
 @overload
 def get_global_loss_detached(
     local_loss: Tensor,
-    reduction: str = "mean",
+    reduction: RowReduction = "mean",
     *,
     weight: Tensor | float | None = None,
     process_group: dist.ProcessGroup | None = None,
@@ -99,7 +98,7 @@ def get_global_loss_detached(
 @overload
 def get_global_loss_detached(
     local_loss: Mapping[str, Tensor],
-    reduction: str = "mean",
+    reduction: RowReduction = "mean",
     *,
     weight: Tensor | float | Mapping[str, Tensor | float] | None = None,
     process_group: dist.ProcessGroup | None = None,
@@ -108,7 +107,7 @@ def get_global_loss_detached(
 
 def get_global_loss_detached(
     local_loss: Tensor | Mapping[str, Tensor],
-    reduction: str = "mean",
+    reduction: RowReduction = "mean",
     *,
     weight: Tensor | float | Mapping[str, Tensor | float] | None = None,
     process_group: dist.ProcessGroup | None = None,
@@ -140,7 +139,7 @@ def get_global_loss_detached(
         >>> get_global_loss_detached(loss)
         tensor(4.)
     """
-    check_choice("reduction", reduction, TASK_REDUCTIONS)
+    check_choice("reduction", reduction, get_args(RowReduction))
     if weight is not None and reduction == "sum":
         raise ValueError("weight: got one with reduction='sum', expected none: only a mean is weighted")
     check_process_group(process_group)
@@ -195,18 +194,18 @@ def _weight_like(name: str, weight: object, loss: Tensor) -> Tensor:
 def _over_ranks(
     losses: dict[str, Tensor],
     weights: dict[str, Tensor] | None,
-    reduction: str,
+    reduction: RowReduction,
     process_group: dist.ProcessGroup | None,
 ) -> dict[str, Tensor]:
     """All losses, and their weights, through one collective, in the widest dtype."""
     packed = torch.cat([loss.detach().to(sum_dtype(loss.device)).flatten() for loss in losses.values()])
     if weights is None:
-        total = detached_sum_over_ranks(packed, process_group)
+        total = sum_over_ranks(packed, process_group)
         values = total if reduction == "sum" else total / world_size(process_group)
     else:
         weight = torch.cat([weights[key].flatten() for key in losses])
         loss_sum = torch.where(weight == 0, 0.0, packed * weight)
-        loss_sum, weight = detached_sum_over_ranks(torch.stack((loss_sum, weight)), process_group).unbind(0)
+        loss_sum, weight = sum_over_ranks(torch.stack((loss_sum, weight)), process_group).unbind(0)
         values = loss_sum / weight
     parts = torch.split(values, [loss.numel() for loss in losses.values()])
     return {key: part.view(loss.shape).to(loss.dtype) for (key, loss), part in zip(losses.items(), parts)}

@@ -12,21 +12,18 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from twloss.arguments import check_choice, check_ignore_index
-from twloss.batch import Batch, align, weighted
-from twloss.loss_type import log_loss
-from twloss.per_task_metric import PerTaskMetric
-from twloss.plots import plot_per_task
-from twloss.summed_loss import sum_of_weights, wide_sum_of_rows
-from twloss.task_columns import TaskTensors, align_tasks
-
-__all__ = ["RankingQuality"]
+from twloss._accumulator import sum_wide
+from twloss._arguments import NanStrategy, check_choice, check_ignore_index
+from twloss._batch import Batch, TaskTensors, align
+from twloss._loss_type import LossType, bce_values, row_losses
+from twloss._metric import TaskMetric
+from twloss._torch import is_transformed, weigh
 
 QUANTITIES = {"ne": False, "rce": True, "calibration": None, "ctr": None, "logloss": False, "weight": None}
 """What compute() gives of each task, and whether higher is better."""
 
 
-class RankingQuality(PerTaskMetric):
+class RankingQuality(TaskMetric):
     """Normalised entropy, calibration and what they are made of, from logits, of all rows of all steps and ranks.
 
     With the sums over every row of every rank since reset(), x the logits, y the labels and w the weights (1 without):
@@ -65,20 +62,17 @@ class RankingQuality(PerTaskMetric):
          'weight/like': 4.0}
     """
 
-    is_differentiable = False
-    plot_lower_bound = 0.0
-
     def __init__(
         self,
         tasks: Sequence[str] | None,
         *,
         ignore_index: float | None = None,
         window: int | None = None,
-        nan_strategy: str = "warn",
+        nan_strategy: NanStrategy = "warn",
         **kwargs: Any,
     ) -> None:
         ignore_index = check_ignore_index(ignore_index)
-        super().__init__(tasks, 4, nan_strategy=nan_strategy, window=window, **kwargs)
+        super().__init__(tasks, 4, nan_strategy=nan_strategy, window=window, options=kwargs)
         self.ignore_index = ignore_index
 
     if TYPE_CHECKING:
@@ -103,17 +97,13 @@ class RankingQuality(PerTaskMetric):
             ValueError: for names, shapes or devices that do not fit.
             TorchMetricsUserError: between sync() and unsync(), where the update would be lost.
         """
-        self._add(self._batch_sums(logits, labels, weights))
-
-    def add(self, batch: Batch, logloss_sum: Tensor | None = None) -> None:
-        """Add rows that are aligned already, with Σ w·l ``(tasks,)`` where it is known: what a loss at hand does."""
-        self._add(self._sums(batch, logloss_sum))
+        self._add(self._sum_batch(logits, labels, weights))
 
     def plot(self, val: Any = None, ax: Any = None, quantity: str = "ne") -> Any:
-        """Plot one quantity of a result as a bar for each task, or of a list of results as a line for each task.
+        """Plot one quantity of a result as a point for each task, or of several as a line for each task.
 
         Args:
-            val: what compute() or forward() gave, or a list of such results; None calls compute().
+            val: as for ``GlobalLoss.plot``.
             ax: the matplotlib axes to draw on; None makes a figure.
             quantity: the part of the keys before the task, such as "ne", "calibration" or "window_ne".
 
@@ -125,51 +115,38 @@ class RankingQuality(PerTaskMetric):
             TypeError: for a ``val`` that is no result.
             ValueError: for an unknown quantity, or a ``val`` without it.
         """
-        check_choice("quantity", quantity, list(dict.fromkeys(key.partition("/")[0] for key in self.keys())))
-        return plot_per_task(
-            self.compute() if val is None else val,
-            ax,
-            tasks=self.tasks or (),
-            prefix=quantity,
-            summary=quantity if self.tasks is None else None,
-            ylabel=quantity,
-            lower_bound=None if quantity.endswith("rce") else self.plot_lower_bound,
-        )
+        of_key = {key: key.partition("/")[0] for key in self.keys()}
+        check_choice("quantity", quantity, list(dict.fromkeys(of_key.values())))
+        return self._plot_keys([key for key in of_key if of_key[key] == quantity], val, ax)
 
-    def better(self, key: str) -> bool | None:
-        """Whether higher values of a key are better; None for calibration, whose best value is 1."""
-        return QUANTITIES[key.removeprefix("window_").partition("/")[0]]
-
-    def _keys(self) -> list[str]:
+    def _keys(self) -> dict[str, bool | None]:
         if self.tasks is None:
-            return list(QUANTITIES)
-        return [f"{quantity}/{task}" for quantity in QUANTITIES for task in self.tasks]
+            return dict(QUANTITIES)
+        return {f"{quantity}/{task}": better for quantity, better in QUANTITIES.items() for task in self.tasks}
 
-    def _batch_sums(self, logits: TaskTensors, labels: TaskTensors, weights: TaskTensors | None = None) -> Tensor:
-        rules: dict[str, Any] = {"has_classes": False, "ignore_index": self.ignore_index}
-        if self.tasks is not None:
-            return self._sums(align_tasks(logits, labels, weights, self.tasks, **rules))
-        # The one-task form takes no mapping, and align() says so.
-        return self._sums(align(logits, labels, weights, **rules))  # type: ignore[arg-type]
+    def _sum_batch(
+        self, logits: TaskTensors, labels: TaskTensors, weights: TaskTensors | None = None
+    ) -> Sequence[Tensor | float]:
+        batch = align(logits, labels, weights, self.tasks, has_classes=False, ignore_index=self.ignore_index)
+        return self._sum_aligned(batch, None)
 
     @torch.no_grad()
-    def _sums(self, batch: Batch, logloss_sum: Tensor | None = None) -> Tensor:
-        """Σ w·l, Σ w, Σ w·y and Σ w·σ(x), counted."""
+    def _sum_aligned(self, batch: Batch, loss_sum: Tensor | None) -> Sequence[Tensor | float]:
+        """Σ w·l, where it is known the given one, Σ w, Σ w·y and Σ w·σ(x) of rows that are aligned."""
         tasks = 1 if self.tasks is None else len(self.tasks)
-        # Forward-mode derivatives too end here; no_grad() does not stop them.
-        batch = batch.each(Tensor.detach)
         logits, labels, weights, _ = batch
-        if logloss_sum is None:
-            logloss_sum = wide_sum_of_rows(weighted(log_loss(logits, labels), weights), tasks)
-        return self._counted(
-            logloss_sum,
-            sum_of_weights(batch, tasks, "weights"),
-            wide_sum_of_rows(weighted(labels, weights), tasks),
-            wide_sum_of_rows(weighted(logits.sigmoid(), weights), tasks),
-        )
+        if loss_sum is None:
+            is_plain = not (torch.compiler.is_compiling() or is_transformed(logits, labels, weights))
+            loss = (
+                bce_values(logits, labels, None) if is_plain else row_losses(LossType.BCE_WITH_LOGITS, logits, labels)
+            )
+            loss_sum = sum_wide(weigh(loss, weights), tasks)
+        positives, predicted = weigh(labels, weights), weigh(logits.sigmoid(), weights)
+        weight = labels.numel() // tasks if weights is None else sum_wide(weights, tasks)
+        return loss_sum, weight, sum_wide(positives, tasks), sum_wide(predicted, tasks)
 
-    def _values(self, sums: Tensor) -> Sequence[Tensor]:
-        loss_sum, weight, positives, predicted = sums[:4]
+    def _results(self, sums: Tensor) -> Sequence[Tensor]:
+        loss_sum, weight, positives, predicted = sums
         logloss, ctr = loss_sum / weight, positives / weight
         # By the rarer class: the other's share may be rounded to 1, whose log is 0. The sums may be equal but for
         # rounding, which must not make a share negative.

@@ -13,17 +13,9 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from twloss.task_sums import TaskSums
-from twloss.wide_sum import sum_dtype
-
-__all__ = [
-    "detached_sum_over_ranks",
-    "group_from_state",
-    "group_to_state",
-    "rank_in",
-    "task_sums_over_ranks",
-    "world_size",
-]
+from twloss._accumulator import sum_dtype
+from twloss._row_sums import TaskSums
+from twloss._torch import process_group_named
 
 
 def world_size(process_group: dist.ProcessGroup | None) -> int:
@@ -56,11 +48,8 @@ def group_from_state(state: dict[str, Any]) -> dict[str, Any]:
     name = state["process_group"]
     if not isinstance(name, str):
         return state
-    try:
-        # Private, but what torch's own functional collectives resolve names by.
-        group = dist.distributed_c10d._resolve_process_group(name)  # type: ignore[attr-defined, arg-type]
-    except RuntimeError:
-        group = None
+    group = process_group_named(name)
+    if group is None:
         warnings.warn(
             f"process_group: the group {name!r} does not exist in this process, so sums are over all ranks",
             UserWarning,
@@ -69,7 +58,7 @@ def group_from_state(state: dict[str, Any]) -> dict[str, Any]:
     return {**state, "process_group": group}
 
 
-def detached_sum_over_ranks(values: Tensor, process_group: dist.ProcessGroup | None) -> Tensor:
+def sum_over_ranks(values: Tensor, process_group: dist.ProcessGroup | None) -> Tensor:
     """A detached sum over ranks, in a tensor of its own; one collective where there are ranks to sum over."""
     total = values.detach().clone(memory_format=torch.contiguous_format)
     if world_size(process_group) > 1:
@@ -77,7 +66,7 @@ def detached_sum_over_ranks(values: Tensor, process_group: dist.ProcessGroup | N
     return total
 
 
-def task_sums_over_ranks(sums: TaskSums, process_group: dist.ProcessGroup | None) -> TaskSums:
+def sum_over_ranks_with_gradient(sums: TaskSums, process_group: dist.ProcessGroup | None) -> TaskSums:
     """The sums of this step's rows of all ranks, in the widest dtype; for one rank the sums at hand.
 
     The gradient is such that DDP's or FSDP's average over ranks is the gradient of one process.
@@ -102,7 +91,7 @@ class _SumOverRanks(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, values: Tensor, process_group: dist.ProcessGroup | None, ranks: int) -> Tensor:
         ctx.ranks = ranks
-        return detached_sum_over_ranks(values, process_group)
+        return sum_over_ranks(values, process_group)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:

@@ -13,10 +13,8 @@ import torch
 from torch import Tensor
 from torchmetrics import Metric
 
-from twloss.plots import plot_per_task
-from twloss.running_sums import RunningSums
-
-__all__ = ["ScalarView"]
+if TYPE_CHECKING:
+    from twloss._metric import TaskMetric
 
 
 class ScalarView(Metric):
@@ -38,14 +36,14 @@ class ScalarView(Metric):
     # A view has no state that could be kept or merged: Running and merge_state() refuse it when they see this.
     full_state_update = True
 
-    owner: RunningSums
+    owner: TaskMetric
 
-    def __init__(self, owner: RunningSums, key: str, higher_is_better: bool | None = None) -> None:
+    def __init__(self, owner: TaskMetric, key: str, higher_is_better: bool | None = None) -> None:
         super().__init__(compute_with_cache=False)
         # In __dict__, where nn.Module does not look for submodules: its sums would be saved twice.
         self.__dict__.update(owner=owner, higher_is_better=higher_is_better)
         self.key = key
-        self._since: tuple[int, Tensor | None] = (owner.restarts, None)
+        self._since: tuple[int, Tensor | None] = (owner._restarts, None)
 
     def extra_repr(self) -> str:
         """The key, for repr()."""
@@ -77,17 +75,17 @@ class ScalarView(Metric):
         """
         restarts, snapshot = self._since
         # The owner has started all of its views anew since then.
-        is_void = restarts != self.owner.restarts
-        value: Tensor = self.owner.compute_since(None if is_void else snapshot)[self.key]
+        is_void = restarts != self.owner._restarts
+        value: Tensor = self.owner._compute_since(None if is_void else snapshot)[self.key]
         return value
 
     def reset(self) -> None:
         """Start this view anew; the owner's sums, which other views read, stay."""
         super().reset()
-        self._since = (self.owner.restarts, self.owner.snapshot())
+        self._since = (self.owner._restarts, self.owner._take_snapshot())
 
     def plot(self, val: Any = None, ax: Any = None) -> Any:
-        """Plot a value as a bar, or several as a line.
+        """Plot a value as a point, or several as a line.
 
         Args:
             val: what compute() or forward() gave, or a list or ``(steps,)`` tensor of such values; None calls
@@ -102,16 +100,8 @@ class ScalarView(Metric):
             TypeError: for a ``val`` that is none of them.
         """
         val = self.compute() if val is None else val
-        is_list = isinstance(val, (list, tuple))
-        return plot_per_task(
-            [{self.key: value} for value in val] if is_list else {self.key: val},
-            ax,
-            tasks=(),
-            prefix="",
-            summary=self.key,
-            ylabel=self.key,
-            lower_bound=self.owner.plot_lower_bound,
-        )
+        results = [{self.key: each} for each in val] if isinstance(val, (list, tuple)) else {self.key: val}
+        return self.owner._plot_keys([self.key], results, ax)
 
     def _apply(self, *_: Any, **__: Any) -> ScalarView:
         # There is nothing to move or cast, and Metric's own would refuse nn.Module's ``recurse``.

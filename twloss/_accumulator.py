@@ -1,0 +1,105 @@
+"""The number format of a running sum: float64, or where a device has none, a pair of float32; and how it is added to.
+
+``(…)`` values come in at each update. The state is ``(1 + window, …)``: their sum, then a ring buffer of the latest of
+them, none where the window is 0. It is changed in place and without waiting for the device. A pair (hi, lo), stacked as
+``(2, 1 + window, …)``, is an unevaluated sum hi + lo with ``|lo| <= ulp(hi) / 2`` that holds at least 48 bits; what the
+rounding of an addition loses is computed exactly and kept in lo (two-sum; Knuth, The Art of Computer Programming,
+volume 2, 4.2.2; Dekker 1971, "A floating-point technique for extending the available precision").
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from torch.utils.module_tracker import ModuleTracker
+
+DEVICES_WITHOUT_FLOAT64 = {"mps"}
+"""Device types on which a sum is a pair; a test may add another."""
+
+_TRACKER = ModuleTracker()
+
+
+def sum_dtype(device: torch.device) -> torch.dtype:
+    """The widest floating dtype of a device."""
+    return torch.float32 if device.type in DEVICES_WITHOUT_FLOAT64 else torch.float64
+
+
+def sum_wide(values: Tensor, tasks: int) -> Tensor:
+    """The sum over rows ``(tasks,)`` of ``(rows, tasks)``, in the widest dtype."""
+    return values.reshape(-1, tasks).sum(0, dtype=sum_dtype(values.device))
+
+
+def zero_state(shape: tuple[int, ...], device: torch.device) -> Tensor:
+    """The state of a sum of nothing, of the shape ``(1 + window, …)``."""
+    dtype = sum_dtype(device)
+    # An inference tensor could not be updated in place by the training that follows.
+    with torch.inference_mode(False):
+        return torch.zeros(shape if dtype == torch.float64 else (2, *shape), dtype=dtype, device=device)
+
+
+def value_of(state: Tensor) -> Tensor:
+    """The sums in float64, ``(1 + window, …)``; of a pair on the CPU, since its device has none."""
+    return state.to("cpu", torch.float64).sum(0) if state.dtype == torch.float32 else state
+
+
+def state_on(device: torch.device, value: Tensor) -> Tensor:
+    """A new state of a device that has this value; of 0 from or to the meta device, where nothing can be copied."""
+    with torch.inference_mode(False):
+        state = zero_state(tuple(value.shape), device)
+        if not (value.is_meta or state.is_meta):
+            state.copy_(torch.stack(_halves(value)) if state.dtype == torch.float32 else value)
+        return state
+
+
+def add_once(state: Tensor, values: Tensor) -> None:
+    """Add values ``(…)``, unless this call recomputes a checkpointed forward, whose rows are in the state already.
+
+    Where there is a window, ``state[0, -1, 0]`` counts the additions, so that ``values[-1]`` are ones. It is an
+    operator too, ``torch.ops.twloss.add_once``, so that a compiled graph asks when it runs: a recomputation runs inside
+    of a backward pass.
+    """
+    if _TRACKER.is_bw:
+        return
+    is_pair = state.dtype == torch.float32
+    if state.shape[is_pair] > 1:
+        _overwrite_oldest(state if is_pair else state.unsqueeze(0), values)
+    if is_pair:
+        _add_to_pair(state[:, 0], values)
+    else:
+        state[0].add_(values)
+
+
+def _overwrite_oldest(parts: Tensor, values: Tensor) -> None:
+    """Put values in the place of the oldest in the ring buffer of ``(1 or 2, 1 + window, …)``."""
+    size = parts.shape[1] - 1
+    # Each part of a pair by itself: float32 may not hold the whole counter.
+    oldest = parts[:, 0, -1, 0].remainder(size).sum(0, keepdim=True).remainder(size)
+    addend = torch.stack(_halves(values)) if len(parts) > 1 else values.unsqueeze(0)
+    parts[:, 1:].index_copy_(1, oldest.long(), addend.unsqueeze(1))
+
+
+def _add_to_pair(state: Tensor, values: Tensor) -> None:
+    for part in _halves(values) if values.dtype == torch.float64 else (values,):
+        hi, lo = state
+        total = hi + part
+        virtual = total - hi
+        # Of an infinite sum nothing is lost, but inf - inf would make it NaN.
+        lo = lo + _finite((hi - (total - virtual)) + (part - virtual))
+        hi = total + lo
+        state.copy_(torch.stack((hi, _finite(lo - (hi - total)))))
+
+
+def _halves(value: Tensor) -> tuple[Tensor, Tensor]:
+    """A float64 value as float32 hi and lo, 48 of its 53 bits."""
+    hi = value.to(torch.float32)
+    return hi, _finite(value - hi).to(torch.float32)
+
+
+def _finite(values: Tensor) -> Tensor:
+    return values.nan_to_num(0.0, 0.0, 0.0)
+
+
+# Not torch.library.custom_op: its checks at run time cost a compiled step 60 µs.
+_LIBRARY = torch.library.Library("twloss", "DEF")
+_LIBRARY.define("add_once(Tensor(a!) state, Tensor values) -> ()")
+_LIBRARY.impl("add_once", add_once, "CompositeExplicitAutograd")

@@ -1,0 +1,211 @@
+"""Where a batch enters: what the caller passes becomes aligned tensors, or a clear error.
+
+Logits, labels and weights come in, tensors or mappings task -> tensor; a ``Batch`` of one shape, device and floating
+dtype goes out. Checks look at types, shapes, dtypes and devices only, never at values: reading a value would wait for
+the device.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from twloss._accumulator import sum_dtype
+from twloss._arguments import check_dense
+from twloss._torch import keep_where_nonzero
+
+TaskTensors = Tensor | Mapping[str, Tensor]
+
+_FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+
+
+class Batch(NamedTuple):
+    """Aligned inputs; ``(rows, tasks)`` stands for the labels' shape, which is any shape for a one-task loss."""
+
+    logits: Tensor
+    """``(rows, tasks)`` or ``(rows, tasks, classes)``, float32 or float64."""
+    labels: Tensor
+    """``(rows, tasks)``: of the logits' dtype, or int64 class indices."""
+    weights: Tensor | None
+    """``(rows, tasks)`` of the logits' dtype, 0 where the label is missing; None: every row counts once."""
+    valid: Tensor | None
+    """``(rows, tasks)`` bool, False where the label is missing; None: no label can be missing."""
+
+
+def align(
+    logits: TaskTensors,
+    labels: TaskTensors,
+    weights: TaskTensors | None,
+    tasks: tuple[str, ...] | None,
+    *,
+    has_classes: bool | None,
+    ignore_index: float | None,
+) -> Batch:
+    """Check the inputs, against each other too, and bring them to one shape and dtype.
+
+    Args:
+        logits: ``(rows, tasks)`` or ``(rows, tasks, classes)``, floating; with tasks also a mapping task ->
+            ``(rows,)``, ``(rows, 1)`` or ``(rows, classes)``, and so for the others.
+        labels: ``(rows, tasks)``, any real dtype; of one task any shape.
+        weights: ``(rows, tasks)``, ``(rows, 1)`` or ``(rows,)``; of one task what broadcasts to the labels.
+        tasks: the names of the columns; None: one task, and no mappings.
+        has_classes: whether the logits have a dimension of classes; None: as their number of dimensions says.
+        ignore_index: the label that says "missing"; NaN is allowed.
+
+    Raises:
+        TypeError: for something that is no tensor, or of a dtype that can't be used.
+        ValueError: for names, shapes or devices that do not fit.
+    """
+    if tasks is not None:
+        if isinstance(logits, Mapping):
+            logits = _stack_columns("logits", logits, tasks, has_classes=has_classes is True)
+        if isinstance(labels, Mapping):
+            labels = _stack_columns("labels", labels, tasks, has_classes=False)
+        if isinstance(weights, Mapping):
+            weights = _stack_columns("weights", weights, tasks, has_classes=False)
+    logits, labels, weights = _check_tensors(logits, labels, weights)
+    if has_classes is None:
+        has_classes = logits.ndim == labels.ndim + 1
+    _check_shapes(logits, labels, has_classes, None if tasks is None else len(tasks))
+    # A bfloat16 sum of 1025 ones is 1024.
+    dtype = torch.float64 if logits.dtype == torch.float64 else torch.float32
+    if weights is not None:
+        weights = weights.to(dtype)
+        if weights.shape != labels.shape:
+            weights = _expand_weights(weights, labels, by_row=tasks is not None)
+    valid = None if ignore_index is None else _is_valid(labels, ignore_index)
+    if valid is not None:
+        weights = valid.to(dtype) if weights is None else weights.where(valid, 0.0)
+    return Batch(logits.to(dtype), labels.to(torch.int64 if has_classes else dtype), weights, valid)
+
+
+def without_left_out(logits: Tensor, labels: Tensor, weights: Tensor | None) -> tuple[Tensor, Tensor]:
+    """Logits and labels with zeros, at which a loss is finite, where the weight is 0; so too for their gradients."""
+    if weights is None:
+        return logits, labels
+    if labels.is_floating_point():
+        return keep_where_nonzero(logits, weights), keep_where_nonzero(labels, weights)
+    # A label that is left out need not be a class: 0 always is.
+    return keep_where_nonzero(logits, weights.unsqueeze(-1).expand_as(logits)), labels * (weights != 0)
+
+
+def _check_tensors(logits: Any, labels: Any, weights: Any) -> tuple[Tensor, Tensor, Tensor | None]:
+    for name, values in (("logits", logits), ("labels", labels), ("weights", weights)):
+        if name == "weights" and values is None:
+            break
+        if not isinstance(values, Tensor) or values.layout != torch.strided or values.is_nested or values.is_complex():
+            check_dense(name, values)
+        if name == "logits" and values.dtype not in _FLOATS:
+            raise TypeError(f"logits: got {values.dtype}, expected float16, bfloat16, float32 or float64")
+        if values.device != logits.device:
+            raise ValueError(f"{name}: got a tensor on {values.device}, expected {logits.device}, where the logits are")
+    return logits, labels, weights
+
+
+def _check_shapes(logits: Tensor, labels: Tensor, has_classes: bool, tasks: int | None) -> None:
+    if tasks is not None and (labels.ndim != 2 or labels.shape[1] != tasks):
+        raise ValueError(f"labels: got shape {tuple(labels.shape)}, expected (rows, {tasks})")
+    shape = logits.shape[:-1] if has_classes else logits.shape
+    if labels.shape != shape or (has_classes and logits.ndim < 2):
+        expected = "the labels' shape and a last dimension of classes" if has_classes else "the labels' shape"
+        raise ValueError(
+            f"logits: got shape {tuple(logits.shape)} with labels {tuple(labels.shape)}, expected {expected}"
+        )
+    if has_classes and logits.shape[-1] == 0:
+        raise ValueError(f"logits: got shape {tuple(logits.shape)}, expected at least one class")
+    if has_classes and labels.is_floating_point():
+        raise TypeError(f"labels: got {labels.dtype}, expected class indices of an integer dtype")
+
+
+def _expand_weights(weights: Tensor, labels: Tensor, *, by_row: bool) -> Tensor:
+    """Weights in the labels' shape."""
+    expected = f"one that broadcasts to the labels' {tuple(labels.shape)}"
+    if by_row:
+        rows, tasks = labels.shape
+        expected = f"({rows}, {tasks}), ({rows}, 1) or ({rows},)"
+        weights = weights.unsqueeze(1) if weights.shape == (rows,) else weights
+    if not by_row or weights.shape == (rows, 1):
+        try:
+            # Contiguous, because elementwise kernels take the slow path on an expanded operand.
+            return weights.expand(labels.shape).contiguous()
+        except RuntimeError:
+            pass
+    raise ValueError(f"weights: got shape {tuple(weights.shape)}, expected {expected}")
+
+
+def _is_valid(labels: Tensor, ignore_index: float) -> Tensor:
+    if math.isnan(ignore_index):
+        return ~labels.isnan()
+    if not labels.is_floating_point():
+        # A comparison wraps the number into the labels' dtype (156 == -100 in uint8); int64 holds every label.
+        labels = labels.to(torch.int64)
+    return labels != ignore_index
+
+
+# Mappings.
+
+
+def _stack_columns(name: str, values: Mapping[str, Tensor], tasks: tuple[str, ...], *, has_classes: bool) -> Tensor:
+    """One ``(rows, tasks)`` or ``(rows, tasks, classes)`` tensor from a mapping.
+
+    Where the class counts differ, the missing classes get a logit of -inf: probability 0, gradient 0, and a loss of
+    infinity for a label that is one of them.
+    """
+    if set(values) != set(tasks):
+        missing = [task for task in tasks if task not in values]
+        unknown = [task for task in values if task not in tasks]
+        raise ValueError(
+            f"{name}: got {list(values)}, expected {list(tasks)}: missing tasks {missing}, unknown tasks {unknown}"
+        )
+    columns = {task: _column(f"{name}[{task!r}]", values[task], has_classes) for task in tasks}
+    rows = {task: column.shape[0] for task, column in columns.items()}
+    if len(set(rows.values())) > 1:
+        raise ValueError(f"{name}: got {rows} rows, expected the same number for every task")
+    devices = {task: str(column.device) for task, column in columns.items()}
+    if len(set(devices.values())) > 1:
+        raise ValueError(f"{name}: got {devices}, expected the same device for every task")
+    if name == "logits":
+        for task, column in columns.items():
+            if column.dtype not in _FLOATS:
+                raise TypeError(f"logits[{task!r}]: got {column.dtype}, expected float16, bfloat16, float32 or float64")
+    return torch.stack(_of_one_shape(_of_one_dtype(name, list(columns.values())), has_classes), dim=1)
+
+
+def _column(name: str, values: Tensor, has_classes: bool) -> Tensor:
+    """One task's ``(rows,)`` values, or ``(rows, classes)`` logits."""
+    check_dense(name, values)
+    if has_classes:
+        if values.ndim != 2 or values.shape[1] == 0:
+            raise ValueError(f"{name}: got shape {tuple(values.shape)}, expected (rows, classes), at least one class")
+        return values
+    if values.ndim == 2 and values.shape[1] == 1:
+        return values.squeeze(1)
+    if values.ndim != 1:
+        raise ValueError(f"{name}: got shape {tuple(values.shape)}, expected (rows,) or (rows, 1)")
+    return values
+
+
+def _of_one_dtype(name: str, columns: list[Tensor]) -> list[Tensor]:
+    """Columns whose dtypes differ, in one that holds their values: torch.stack would round 2^24 + 1 to float32."""
+    dtypes = {column.dtype for column in columns}
+    if len(dtypes) == 1:
+        return columns
+    if not any(dtype.is_floating_point for dtype in dtypes):
+        wide = torch.int64
+    elif name == "logits":
+        wide = torch.float64 if torch.float64 in dtypes else torch.float32
+    else:
+        wide = sum_dtype(columns[0].device)
+    return [column.to(wide) for column in columns]
+
+
+def _of_one_shape(columns: list[Tensor], has_classes: bool) -> list[Tensor]:
+    if not has_classes:
+        return columns
+    classes = max(column.shape[1] for column in columns)
+    return [F.pad(column, (0, classes - column.shape[1]), value=-math.inf) for column in columns]

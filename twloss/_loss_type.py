@@ -1,0 +1,135 @@
+"""The loss of each row and task, unreduced: the formula of each loss.
+
+Logits ``(rows, tasks)`` or ``(rows, tasks, classes)`` and labels ``(rows, tasks)`` come in; a loss of the labels' shape
+goes out. No weights, no sums, no state.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from enum import Enum
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from twloss._arguments import LossName, check_dense
+
+LossFunction = Callable[[Tensor, Tensor], Tensor]
+
+# F.cross_entropy silently drops labels equal to its ignore_index, -100 by default. No label may vanish unasked, so it
+# is given a value that no label can have.
+_NO_LABEL = torch.iinfo(torch.int64).min
+
+# Beyond it, softplus(x) is x to the last bit of a float64.
+_THRESHOLD = 50.0
+
+
+class LossType(str, Enum):
+    """The losses that are known by name; a string equal to a value is accepted wherever a ``LossType`` is.
+
+    Examples:
+        >>> from twloss import LossType
+        >>> LossType("bce_with_logits") is LossType.BCE_WITH_LOGITS
+        True
+    """
+
+    BCE_WITH_LOGITS = "bce_with_logits"
+    """Binary cross-entropy of a logit x against a label y in [0, 1]: ``-p·y·log σ(x) - (1-y)·log(1 - σ(x))``."""
+
+    CROSS_ENTROPY = "cross_entropy"
+    """Cross-entropy of the classes' logits against a class index c: ``-log softmax(x)[c]``."""
+
+
+def resolve_loss_type(loss_type: LossType | LossName | LossFunction) -> LossType | LossFunction:
+    """The ``LossType`` of a name; a callable stays what it is."""
+    if isinstance(loss_type, str):
+        try:
+            return LossType(loss_type)
+        except ValueError:
+            names = [member.value for member in LossType]
+            raise ValueError(f"loss_type: got {loss_type!r}, expected one of {names} or a callable") from None
+    # A class is callable too, but what it makes is no loss: nn.BCEWithLogitsLoss without its parentheses.
+    if callable(loss_type) and not isinstance(loss_type, type):
+        return loss_type
+    raise TypeError(f"loss_type: got {type(loss_type).__name__}, expected a LossType, its name or a callable")
+
+
+def row_losses(
+    loss_type: LossType | LossFunction, logits: Tensor, labels: Tensor, pos_weight: Tensor | None = None
+) -> Tensor:
+    """The loss of each row and task, for autograd to differentiate.
+
+    Args:
+        loss_type: what to compute.
+        logits: ``(rows, tasks)``, or ``(rows, tasks, classes)`` against class indices.
+        labels: ``(rows, tasks)``.
+        pos_weight: ``(tasks,)``, the factor p of the positive term; BCE_WITH_LOGITS only.
+
+    Returns:
+        A tensor of the labels' shape and the logits' dtype.
+
+    Raises:
+        TypeError: if a callable gives no floating tensor.
+        ValueError: if a callable gives another shape than the labels', or another device.
+    """
+    if loss_type is LossType.BCE_WITH_LOGITS:
+        return _bce(logits, labels, pos_weight)
+    if loss_type is LossType.CROSS_ENTROPY:
+        rows = F.cross_entropy(logits.flatten(0, -2), labels.flatten(), reduction="none", ignore_index=_NO_LABEL)
+        return rows.view(labels.shape)
+    assert not isinstance(loss_type, LossType)
+    loss = loss_type(logits, labels)
+    check_dense("loss_type", loss, verb="the callable gave", kind="floating")
+    if loss.shape != labels.shape or loss.device != labels.device:
+        raise ValueError(
+            f"loss_type: the callable gave a loss of shape {tuple(loss.shape)} on {loss.device}, expected the labels' "
+            f"shape {tuple(labels.shape)} (unreduced: reduction='none') on {labels.device}"
+        )
+    return loss.to(logits.dtype)
+
+
+def _bce(logits: Tensor, labels: Tensor, pos_weight: Tensor | None) -> Tensor:
+    """``(1-y)·softplus(x) + p·y·softplus(-x)``, whose derivative autograd gets right at 0 and at infinite logits too.
+
+    torch's own ``(1-y)·x - log σ(x)`` is the difference of two large numbers where a negative is predicted with
+    confidence: in float32 an error of 5 % at a probability of 1e-5.
+    """
+    positive = labels if pos_weight is None else labels * pos_weight
+    return _term(1.0 - labels, logits) + _term(positive, -logits)
+
+
+def _term(factor: Tensor, z: Tensor) -> Tensor:
+    softplus = F.softplus(z, threshold=_THRESHOLD)
+    # The limit, where the product would be 0·inf.
+    return factor * softplus.masked_fill(z.isinf() & (factor == 0), 0.0)
+
+
+def bce_values(logits: Tensor, labels: Tensor, pos_weight: Tensor | None) -> Tensor:
+    """The same binary cross-entropy as a value, not to be differentiated: twice as fast on a CPU.
+
+    ``|x|·c + (1-y+p·y)·log(1 + exp(-|x|))``, where c is 1-y at positive logits and p·y at others. In place wherever it
+    can be: on a CPU, a kernel that writes to new memory takes up to three times as long.
+    """
+    # As numbers, since a bool tensor takes three times as long.
+    is_positive = torch.gt(logits, 0, out=torch.empty_like(logits))
+    if pos_weight is None:
+        # 0 for the NaN of 0·inf: the limit. A label of NaN goes with it; 0·y brings it back.
+        linear = is_positive.sub_(labels).mul_(logits).nan_to_num_(0.0, math.inf, -math.inf)
+        return linear.add_(F.softplus(torch.copysign(logits, -1.0))).add_(labels, alpha=0)
+    positive, factor = labels * pos_weight, 1.0 - labels
+    # lerp() by 0 or 1 selects; where() takes five times as long.
+    linear = torch.lerp(positive, factor, is_positive, out=is_positive)
+    factor.add_(positive)
+    magnitude = torch.abs(logits, out=positive)
+    linear.mul_(magnitude).nan_to_num_(0.0, math.inf, -math.inf)
+    return linear.addcmul_(factor, magnitude.neg_().exp_().log1p_())
+
+
+def bce_slopes(logits: Tensor, labels: Tensor, pos_weight: Tensor | None) -> Tensor:
+    """The derivative of binary cross-entropy by the logit, ``σ(x) + y·((p-1)·σ(x) - p)``, in a tensor of its own."""
+    slope = logits.sigmoid()
+    if pos_weight is None:
+        return slope.sub_(labels)
+    return slope.addcmul_(torch.addcmul(-pos_weight, slope, pos_weight - 1), labels)

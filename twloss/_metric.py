@@ -1,0 +1,470 @@
+"""Sums that live: a torchmetrics ``Metric`` of per-task sums, which nothing that a model goes through can damage.
+
+A batch's sums ``(tasks,)`` come in at each update and are added, where they are finite; at compute() a copy is summed
+over the ranks, by one collective, and the subclass makes the result of it. The state is no registered buffer:
+DistributedDataParallel overwrites every rank's buffers with those of rank 0 at each forward.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Generator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any, get_args
+
+import torch
+from torch import Tensor
+from torchmetrics import Metric
+from torchmetrics.utilities.distributed import gather_all_tensors
+from torchmetrics.utilities.exceptions import TorchMetricsUserError
+from torchmetrics.utilities.prints import rank_zero_warn
+
+from twloss._accumulator import add_once, state_on, value_of, zero_state
+from twloss._arguments import NanStrategy, check_choice, check_process_group, check_tasks, check_window
+from twloss._checkpoint import SAVED_NAMES, load_sums, save_sums
+from twloss._ranks import group_from_state, group_to_state, sum_over_ranks
+from twloss._scalar_view import ScalarView
+from twloss._torch import is_transformed
+
+# So that no update is lost, nor seen by half, where another thread updates, computes or calls the metric. One for all:
+# it is held for microseconds, and a metric with a lock of its own could not be copied.
+_LOCK = threading.Lock()
+
+
+class TaskMetric(Metric):
+    """The base of metrics whose result is a function of sums over rows, of each task.
+
+    A subclass brings four methods:
+
+    - ``update(…)``, which calls ``self._add(self._sum_batch(…))``: the signature that users and collections see;
+    - ``_sum_batch(…)``: the same arguments -> what they add, ``(tasks,)`` tensors, or after the first one
+      also numbers that all tasks share;
+    - ``_keys()``: the keys of the result, in its order, and whether higher values are better (None: neither);
+    - ``_results(sums)``: ``(sums, tasks)`` in float64, of all rows of all steps and ranks -> the values, in that order.
+
+    All else is the same for all: sums in float64 that survive casts, copies, threads, checkpoints and NaN, a window,
+    one collective a compute(), views of single keys and plots.
+
+    The state ``totals`` is ``(1 + window, sums + 2, tasks)``: the sums of all updates, then those of each of the last
+    ones. Below the subclass's sums stand the number of updates that were finite, and of all updates.
+
+    Args:
+        tasks: the tasks' names, or None for the one-task form, whose keys have no name in them.
+        sums: how many sums a task has.
+        window: how many of the last updates to give a result of as well, under keys with "window_" before them.
+        nan_strategy: what becomes of a task's sums in an update in which they are not finite.
+        options: ``Metric``'s own, such as ``process_group``. compute() is not cached (``compute_with_cache=False``): a
+            rank with a cached value would leave the others waiting in the collective.
+
+    Raises:
+        TypeError: for an argument of a wrong type.
+        ValueError: for an argument of a wrong value, or an unknown option.
+
+    Examples:
+        >>> import torch
+        >>> from twloss._metric import TaskMetric
+        >>> class SquaredError(TaskMetric):
+        ...     def __init__(self, tasks, **options):
+        ...         super().__init__(tasks, sums=2, options=options)
+        ...
+        ...     def update(self, predictions, targets):
+        ...         self._add(self._sum_batch(predictions, targets))
+        ...
+        ...     def _sum_batch(self, predictions, targets):
+        ...         return (predictions - targets).square().sum(0), len(targets)
+        ...
+        ...     def _keys(self):
+        ...         return {f"mse/{task}": False for task in self.tasks}
+        ...
+        ...     def _results(self, sums):
+        ...         return (sums[0] / sums[1]).unbind()
+        >>> metric = SquaredError(["price", "stars"])
+        >>> metric.update(torch.tensor([[1.0, 4.0], [3.0, 5.0]]), torch.tensor([[1.0, 5.0], [1.0, 5.0]]))
+        >>> metric.compute()
+        {'mse/price': tensor(2., dtype=torch.float64), 'mse/stars': tensor(0.5000, dtype=torch.float64)}
+    """
+
+    full_state_update = False
+    is_differentiable = False
+
+    totals: Tensor
+    _restarts: int = 0
+    """How often the sums were set anew, which makes every earlier snapshot of them void."""
+
+    def __init__(
+        self,
+        tasks: Sequence[str] | None,
+        sums: int,
+        *,
+        window: int | None = None,
+        nan_strategy: NanStrategy = "warn",
+        options: dict[str, Any],
+    ) -> None:
+        check_choice("nan_strategy", nan_strategy, get_args(NanStrategy))
+        check_process_group(options.get("process_group"))
+        check_window(window)
+        tasks = None if tasks is None else check_tasks(tasks)
+        if options.setdefault("compute_with_cache", False):
+            raise ValueError(
+                "compute_with_cache: got True, expected False: ranks with a cached value skip the collective"
+            )
+        super().__init__(**options)
+        self.tasks = tasks
+        self.nan_strategy = nan_strategy
+        self.window = window
+        # What stands before the keys: of all updates, and of those in the window.
+        self._horizons = ("",) if window is None else ("", "window_")
+        with torch.inference_mode(False):
+            state = zero_state((1 + (window or 0), sums + 2, len(tasks or ("",))), self.device)
+            self.add_state("totals", state, dist_reduce_fx="sum")
+
+    # The contract.
+
+    def _sum_batch(self, *args: Any, **kwargs: Any) -> Sequence[Tensor | float]:
+        raise NotImplementedError
+
+    def _keys(self) -> dict[str, bool | None]:
+        raise NotImplementedError
+
+    def _results(self, sums: Tensor) -> Sequence[Tensor]:
+        raise NotImplementedError
+
+    # A batch's sums, added.
+
+    def forward(self, *args: Any, **kwargs: Any) -> dict[str, Tensor]:
+        """Add a batch, as update() does, and return the result of this batch alone."""
+        self._refuse_between_syncs("update")
+        sums = self._sum_batch(*args, **kwargs)
+        batch = self._pack(sums)
+        if self.dist_sync_on_step:
+            batch = sum_over_ranks(batch, self.process_group)
+        results = self._name_results(batch.expand(len(self._horizons), *batch.shape))
+        if not self._is_transformed(sums):
+            self._put(sums, in_place=False)
+        self._forward_cache: Any = results
+        return results
+
+    def _add(self, sums: Sequence[Tensor | float]) -> None:
+        """Add a batch's sums, which need not be detached; what a transform runs is no batch."""
+        if not self._is_transformed(sums):
+            self._put(sums)
+
+    @staticmethod
+    def _is_transformed(sums: Sequence[Tensor | float]) -> bool:
+        if torch.compiler.is_compiling():
+            return False
+        return is_transformed(*(each for each in sums if isinstance(each, Tensor)))
+
+    def _put(self, sums: Sequence[Tensor | float], *, in_place: bool = True) -> None:
+        """Add a batch's sums, outside of any transform."""
+        if self._is_synced:
+            self._refuse_between_syncs("update")
+        batch = self._pack(sums)
+        if batch.is_meta:
+            return
+        if torch.compiler.is_compiling():
+            # With no attribute written: torch.compile would guard on the attribute and recompile at each step.
+            torch.ops.twloss.add_once(self.totals, batch)
+            return
+        with _LOCK:
+            if not in_place:
+                # The metrics of a collection's compute group have one state, and forward is called on each.
+                with torch.inference_mode(False):
+                    self.totals = self.totals.clone()
+            add_once(self.totals, batch)
+
+    def _pack(self, sums: Sequence[Tensor | float]) -> Tensor:
+        """A batch's sums, detached, in the widest dtype; below them 1 where they are finite, and 1 for every update."""
+        like = sums[0]
+        assert isinstance(like, Tensor)
+        if self.totals.device != like.device and not like.is_meta:
+            # FSDP moves no module without parameters; the first update then brings the sums to the inputs' device.
+            self._move(like.device)
+        one = torch.ones_like(like, dtype=self.totals.dtype)
+        rows = [each.detach().to(one) if isinstance(each, Tensor) else torch.full_like(one, each) for each in sums]
+        packed = torch.stack((*rows, one, one))
+        if self.nan_strategy != "disable":
+            # What is not finite less itself is NaN, which any() takes for true.
+            packed[:-1].masked_fill_((packed - packed).any(0), 0.0)
+        return packed
+
+    def _refuse_between_syncs(self, what: str) -> None:
+        """Raise between sync() and unsync(), where the sums are not this rank's own, and unsync() drops what is new."""
+        if self._is_synced:
+            name = type(self).__name__
+            raise TorchMetricsUserError(f"{name}: {what} between sync() and unsync(), where the sums are of all ranks")
+
+    # Sums, as a result.
+
+    def compute(self) -> dict[str, Tensor]:
+        """The result from all rows since reset(), over all ranks; one collective, so every rank has to call it.
+
+        Returns:
+            0-dim detached float64 values; NaN where there was no data.
+
+        Raises:
+            RuntimeError: with ``nan_strategy="error"``, if an update was not finite.
+        """
+        return self._compute_since(None)
+
+    def _compute_since(self, snapshot: Tensor | None) -> dict[str, Tensor]:
+        """What compute() gives for the rows that came after a snapshot, on each rank its own; None: after reset()."""
+        sums = self._copy_sums()
+        if snapshot is not None:
+            self._refuse_between_syncs("compute() of a view that was reset")
+            sums -= snapshot.to(sums.device)
+        if self.sync_on_compute and not self._is_synced and self.distributed_available_fn():
+            sums = self._sum_over_ranks(sums, self.dist_sync_fn, None)
+        counted, offered = sums[0, -2:].tolist()
+        if not any(offered) and not sums[-1, -1].any():
+            name = type(self).__name__
+            rank_zero_warn(f"{name}.compute() was called before update() on any rank; without data, values are NaN")
+        if counted != offered:
+            self._report_non_finite(counted, offered)
+        return self._name_results(sums)
+
+    def _copy_sums(self) -> Tensor:
+        """This rank's sums in float64, or between sync() and unsync() those of all, by horizon: ``(1 or 2, …)``."""
+        with _LOCK:
+            value = value_of(self.totals)
+            return torch.cat((value[:1], value[1:].sum(0, keepdim=True)))[: len(self._horizons)]
+
+    def _take_snapshot(self) -> Tensor:
+        """What ``_compute_since`` takes; the window is of the last updates whatever came before them."""
+        self._refuse_between_syncs("reset() of a view")
+        sums = self._copy_sums()
+        sums[1:] = 0.0
+        return sums
+
+    @torch.no_grad()
+    def _name_results(self, sums: Tensor) -> dict[str, Tensor]:
+        values = [value for each in sums for value in self._results(each[:-2])]
+        return dict(zip(self.keys(), values))
+
+    def _report_non_finite(self, counted: list[float], offered: list[float]) -> None:
+        if self.nan_strategy not in ("warn", "error"):
+            return
+        counts = {task: int(n - k) for task, n, k in zip(self.tasks or ("loss",), offered, counted) if n > k}
+        message = f"{type(self).__name__}: sums that were not finite, left out of the running sums: {counts} updates"
+        if self.nan_strategy == "error":
+            raise RuntimeError(message)
+        rank_zero_warn(message)
+
+    # What users see of it.
+
+    def keys(self) -> list[str]:
+        """The keys of the result, in its order."""
+        keys = self._keys()
+        return [horizon + key for horizon in self._horizons for key in keys]
+
+    def scalar(self, key: str) -> ScalarView:
+        """One key of the result as a ``Metric`` whose compute() is that value, for what wants a metric with one number.
+
+        It shares the sums and costs none of its own. Its reset() starts the view anew and leaves these sums and the
+        other views alone, so that Lightning, for one, may log and reset each as it likes.
+
+        Args:
+            key: a key of compute()'s result, such as "loss/like".
+
+        Raises:
+            ValueError: for an unknown key.
+        """
+        check_choice("key", key, self.keys())
+        return ScalarView(self, key, self._keys()[key.removeprefix("window_")])
+
+    @property
+    def update_count(self) -> int:
+        """The number of updates since reset(), on this rank."""
+        return 0 if self.totals.is_meta else int(value_of(self.totals)[0, -1, 0])
+
+    @property
+    def update_called(self) -> bool:
+        """Whether there was an update since reset(), on this rank."""
+        return self.update_count > 0
+
+    def reset(self) -> None:
+        """Set the sums to 0."""
+        with torch.inference_mode(False):
+            super().reset()
+        self._restarts += 1
+
+    def plot(self, val: Any = None, ax: Any = None) -> Any:
+        """Plot a result as a point for each key, or several as a line for each; the global loss black and bold.
+
+        It is torchmetrics' plot, with a gap where there is no data. The legend is beside the axes if the figure has a
+        layout, which makes room for it, and else inside of them.
+
+        Args:
+            val: what compute() or forward() gave, a list of such results, one a step, or those of
+                ``MetricTracker.compute_all()``; None calls compute(), which every rank has to do.
+            ax: the matplotlib axes to draw on; None makes a figure with room for all names.
+
+        Returns:
+            The figure and the axes.
+
+        Raises:
+            ModuleNotFoundError: without matplotlib.
+            TypeError: for a ``val`` that is no result.
+            ValueError: for a ``val`` in which a key is missing.
+        """
+        return self._plot_keys(self.keys(), val, ax)
+
+    def _plot_keys(self, keys: Sequence[str], val: Any, ax: Any) -> Any:
+        """As plot(), of these keys alone."""
+        val = self.compute() if val is None else val
+        results = val if isinstance(val, (list, tuple)) and val else [val]
+        for result in results:
+            if not isinstance(result, Mapping):
+                raise TypeError(f"val: got {type(result).__name__}, expected a result of compute() or a list of some")
+            if missing := [key for key in keys if key not in result]:
+                raise ValueError(f"val: got the keys {list(result)}, expected {missing} among them")
+        # (keys, steps), where and as matplotlib reads them.
+        columns = [torch.stack([torch.as_tensor(each[key], device="cpu").double() for key in keys]) for each in results]
+        values = torch.column_stack(columns)
+        axes: Any = self._plot(dict(zip(keys, values)), ax)[1]
+        steps = values.shape[1]
+        size = min(10, 2 + 200 / steps)  # large markers of many steps would close the gaps
+        for index, (key, line) in enumerate(zip(keys, axes.lines[-len(keys) :])):
+            line.set(marker="osD^"[index // 10 % 4], markersize=size)  # there are 10 colors
+            if key == "loss":
+                line.set(color="black", linewidth=3, marker="o", markersize=1.4 * size, zorder=3)
+        if steps > 16:
+            axes.set_xticks(range(0, steps, -(-steps // 10)))
+        figure = axes.get_figure()
+        if ax is None:
+            figure.set_layout_engine("constrained")
+        has_room = figure.get_layout_engine() is not None  # beside the axes; torchmetrics' own may hide the lines
+        legend = axes.legend(**({"loc": "upper left", "bbox_to_anchor": (1, 1)} if has_room else {}))
+        if ax is None:
+            width, height = legend.get_window_extent().size / figure.dpi
+            figure.set_size_inches(figure.get_figwidth() + width, max(figure.get_figheight(), height + 0.5))
+        return figure, axes
+
+    # Over ranks, and merged.
+
+    def _sum_over_ranks(self, sums: Tensor, gather: Callable[..., Any] | None, process_group: Any) -> Tensor:
+        """The sums of all ranks, by one collective, or by the user's ``dist_sync_fn``."""
+        group = process_group or self.process_group
+        if gather is None or gather is gather_all_tensors:
+            return sum_over_ranks(sums, group)
+        return torch.stack(gather(sums, group=group)).sum(0)
+
+    def _sync_dist(self, dist_sync_fn: Callable[..., Any] = gather_all_tensors, process_group: Any = None) -> None:
+        self.totals = self._sum_over_ranks(self._copy_sums(), dist_sync_fn, process_group)
+
+    @contextmanager
+    def sync_context(self, *args: Any, should_unsync: bool = True, **kwargs: Any) -> Generator[None, None, None]:
+        """As ``Metric.sync_context``, but the local sums come back after an exception too."""
+        self.sync(*args, **kwargs)
+        try:
+            yield
+        finally:
+            self.unsync(should_unsync=self._is_synced and should_unsync)
+
+    def _copy_state_dict(self) -> dict[str, Tensor | list[Any]]:
+        # Sums that were copied inside inference_mode could not be updated in place by the training that follows.
+        with torch.inference_mode(False):
+            return super()._copy_state_dict()
+
+    def merge_state(self, incoming_state: dict[str, Any] | Metric) -> None:
+        """Add the sums of another metric, or its ``metric_state``, to these.
+
+        Raises:
+            TorchMetricsUserError: between sync() and unsync() of either.
+            ValueError: for sums of something else.
+        """
+        self._refuse_between_syncs("merge_state")
+        if isinstance(incoming_state, TaskMetric):
+            incoming_state._refuse_between_syncs("merge_state")
+            found, expected = incoming_state._description(), self._description()
+            if found != expected:
+                raise ValueError(f"incoming_state: got sums of {found}, expected {expected}")
+        super().merge_state(incoming_state)
+
+    def _reduce_states(self, incoming_state: dict[str, Any]) -> None:
+        ours = value_of(self.totals)
+        theirs = value_of(incoming_state["totals"]).to(ours.device)
+        if theirs.shape != ours.shape:
+            raise ValueError(f"totals: got shape {tuple(theirs.shape)}, expected {tuple(ours.shape)}")
+        # Newest to newest: the place of the next update is that of the sum of both counters.
+        shifts = int(theirs[0, -1, 0]), int(ours[0, -1, 0])
+        latest = ours[1:].roll(shifts[0], 0) + theirs[1:].roll(shifts[1], 0)
+        self.totals = state_on(self.totals.device, torch.cat((ours[:1] + theirs[:1], latest)))
+
+    def _description(self) -> dict[str, Any]:
+        """What the sums are of, in JSON's types: sums of something else are neither loaded nor merged."""
+        return {"tasks": None if self.tasks is None else list(self.tasks), "window": self.window}
+
+    # As torchmetrics' wrappers of both are not used, there is no cached result to drop, nor a state to bring back.
+
+    def _wrap_update(self, update: Callable[..., None]) -> Callable[..., None]:
+        return update
+
+    def _wrap_compute(self, compute: Callable[[], dict[str, Tensor]]) -> Callable[[], dict[str, Tensor]]:
+        return compute
+
+    # Placement: a cast of the model must not round the sums, nor the defaults that reset() restores.
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], *_: Any, **__: Any) -> TaskMetric:
+        # What else may come is nn.Module's ``recurse`` or Metric's ``exclude_state``, which have nothing to act on.
+        self._move(fn(torch.empty(0, device=self.totals.device)).device)
+        return self
+
+    def _move(self, device: torch.device) -> None:
+        if device == self.totals.device:
+            return
+        if self.totals.is_meta or device.type == "meta":
+            self._restarts += 1
+        self.totals = state_on(device, value_of(self.totals))
+        self._defaults["totals"] = torch.zeros_like(self.totals)
+        self._device = device
+        self._forward_cache = None
+
+    # Copies and checkpoints.
+
+    def __getstate__(self) -> dict[str, Any]:
+        # Numbers, since multiprocessing would put a tensor into memory that all processes share; beside them an empty
+        # tensor, which tells the device, whatever the pickle makes of it.
+        state = group_to_state(super().__getstate__())
+        numbers = None if self.totals.is_meta else self.totals.tolist()
+        return {**state, "totals": (self.totals.new_empty(0), numbers, self.totals.shape)}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        like, numbers, shape = state["totals"]
+        with torch.inference_mode(False):
+            totals = like.new_empty(shape) if numbers is None else like.new_tensor(numbers)
+        super().__setstate__(group_from_state({**state, "totals": totals}))
+
+    def state_dict(  # type: ignore[override]
+        self, destination: dict[str, Any] | None = None, prefix: str = "", keep_vars: bool = False
+    ) -> dict[str, Any]:
+        """As ``Metric.state_dict``: with ``persistent(True)`` this rank's sums and what they are of, as tensors."""
+        destination = super().state_dict(destination, prefix, keep_vars)
+        if self._persistent["totals"]:
+            local: Any = self._cache["totals"] if self._is_synced and self._cache else self.totals
+            saved = save_sums(value_of(local), self._description(), self.process_group)
+            destination.update({prefix + name: value for name, value in saved.items()})
+        return destination
+
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
+        missing_keys, error_msgs = args[2], args[4]  # of nn.Module's signature
+        # Popped, so that nn.Module does not call them unexpected.
+        saved = {name: state_dict.pop(prefix + name) for name in SAVED_NAMES if prefix + name in state_dict}
+        if saved or self._persistent["totals"]:
+            missing = [prefix + name for name in SAVED_NAMES if name not in saved]
+            missing_keys.extend(missing)
+            if not missing:
+                self._load(saved, prefix, error_msgs)
+        super()._load_from_state_dict(state_dict, prefix, *args)
+
+    def _load(self, saved: dict[str, Any], prefix: str, error_msgs: list[str]) -> None:
+        try:
+            if self._is_synced:
+                raise ValueError("between sync() and unsync(), which would drop what is loaded")
+            shape = tuple(value_of(self.totals).shape)
+            value = load_sums(saved, shape, self._description(), self.process_group)
+        except (TypeError, ValueError) as error:
+            error_msgs.append(f"{prefix}totals: {error}")
+        else:
+            self.totals = state_on(value.device if self.totals.is_meta else self.totals.device, value)
+            self._restarts += 1

@@ -1,0 +1,124 @@
+"""From sums to losses: the only place that divides, and the only one that knows the keys of the result.
+
+``TaskSums`` ``(tasks,)`` come in; ``{"loss/<task>": …, "loss": …}`` goes out. The forward pass and ``compute()`` both
+reduce here, so they cannot drift.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from twloss._arguments import RowReduction, TaskReduction, check_dense
+from twloss._row_sums import TaskSums
+
+GlobalReduction = TaskReduction | Callable[[Tensor], Tensor]
+
+
+@dataclass(frozen=True)
+class Reduction:
+    """Sums -> the tasks' losses -> the global loss."""
+
+    keys: tuple[str, ...]
+    """Of the result, in its order; of one task "loss" alone."""
+    over_rows: RowReduction
+    """The loss of a task: "mean" is ``loss_sum / weight``, "sum" is ``loss_sum``."""
+    over_tasks: GlobalReduction
+    """The global loss, over the tasks with data: "mean", "sum", "min", "max", "median" (the lower one of an even count;
+    ties share the gradient), or a callable from ``(tasks,)`` to 0-dim, which gets 0 for a task without data."""
+
+    @classmethod
+    def of(cls, tasks: tuple[str, ...] | None, over_rows: RowReduction, over_tasks: GlobalReduction) -> Reduction:
+        """The reduction of these tasks; None: of one, whose only key is "loss"."""
+        return cls((*(f"loss/{task}" for task in tasks or ()), "loss"), over_rows, over_tasks)
+
+    def reduce(
+        self, sums: TaskSums, task_weights: Tensor | None, dtype: torch.dtype, *, is_final: bool
+    ) -> dict[str, Tensor]:
+        """The losses of sums.
+
+        Args:
+            sums: ``(tasks,)``.
+            task_weights: ``(tasks,)`` factors of the losses inside the reduction over tasks; None: 1.
+            dtype: of the result.
+            is_final: False for a batch's, to train on: without data a loss is 0 with a gradient of 0, and its head
+                stays in the graph. True for what compute() gives: NaN, as nothing was measured.
+
+        Returns:
+            0-dim losses.
+        """
+        present = sums.weight != 0 if isinstance(sums.weight, Tensor) else None
+        losses = self._over_rows(sums, present).to(dtype)
+        if len(self.keys) == 1:
+            loss = losses.view(())
+        else:
+            loss = self._over_tasks(losses, present, task_weights, is_final=is_final).to(losses)
+        if is_final and present is not None:
+            losses, loss = losses.where(present, math.nan), loss.where(present.any(), math.nan)
+        return dict(zip(self.keys, (loss,) if len(self.keys) == 1 else (*losses.unbind(0), loss)))
+
+    def _over_rows(self, sums: TaskSums, present: Tensor | None) -> Tensor:
+        """The tasks' losses ``(tasks,)``, 0 without data."""
+        loss_sum, weight = sums
+        if present is None:
+            return loss_sum if self.over_rows == "sum" else loss_sum / (weight or 1)
+        loss_sum = loss_sum.where(present, 0.0)
+        assert isinstance(weight, Tensor)
+        return loss_sum if self.over_rows == "sum" else loss_sum / weight.to(loss_sum.dtype).where(present, 1.0)
+
+    def _over_tasks(
+        self, losses: Tensor, present: Tensor | None, task_weights: Tensor | None, *, is_final: bool
+    ) -> Tensor:
+        """The global loss, 0-dim, of the tasks with data; 0 where there is none. ``present`` None: all, or none."""
+        if task_weights is not None:
+            losses = losses * task_weights
+        if callable(self.over_tasks):
+            # A copy: what it does in place must not reach the tasks' own entries.
+            losses = losses.clone()
+            return _call_reduction(self.over_tasks, _as_input_of(self.over_tasks, losses) if is_final else losses)
+        if self.over_tasks == "sum":
+            return losses.sum()
+        if self.over_tasks == "mean":
+            return losses.mean() if present is None else losses.sum() / present.sum().clamp(min=1)
+        if present is not None:
+            losses = _with_neutral_absents(losses, present, self.over_tasks)
+        loss: Tensor = getattr(losses, _METHODS[self.over_tasks])()
+        return loss if present is None else loss.where(present.any(), 0.0)
+
+
+_METHODS = {"min": "amin", "max": "amax", "median": "median"}
+
+
+def _with_neutral_absents(losses: Tensor, present: Tensor, reduction: str) -> Tensor:
+    """Losses in which the absent tasks' are such that the reduction passes them over."""
+    if reduction != "median":
+        return losses.masked_fill(~present, math.inf if reduction == "min" else -math.inf)
+    # With k of the absent at -inf and the others at +inf, the lower median of all is that of the present. Unlike
+    # nanmedian, this keeps a loss of NaN visible.
+    absent = ~present
+    k = (present.numel() - 1) // 2 - (present.sum() - 1).clamp(min=0) // 2
+    low = absent.cumsum(0) <= k
+    return losses.masked_fill(absent & low, -math.inf).masked_fill(absent & ~low, math.inf)
+
+
+def _call_reduction(reduction: Callable[[Tensor], Tensor], losses: Tensor) -> Tensor:
+    loss = reduction(losses)
+    check_dense("global_reduction", loss, verb="the callable gave", tensor="a 0-dim Tensor", kind="floating")
+    if loss.ndim != 0 or loss.device != losses.device:
+        raise ValueError(
+            f"global_reduction: the callable gave shape {tuple(loss.shape)} on {loss.device}, "
+            f"expected a 0-dim Tensor on {losses.device}"
+        )
+    return loss
+
+
+def _as_input_of(reduction: Callable[[Tensor], Tensor], losses: Tensor) -> Tensor:
+    """Losses on the device and in the dtype of a module's parameters, at least float32; others take float64."""
+    if isinstance(reduction, nn.Module):
+        for parameter in reduction.parameters():
+            return losses.to(parameter.device, torch.promote_types(parameter.dtype, torch.float32))
+    return losses

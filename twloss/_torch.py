@@ -1,0 +1,88 @@
+"""Every private name of torch and torchmetrics in use, with the reason and what is lost without it.
+
+Nothing private of theirs is called anywhere else. ``OVERRIDDEN`` lists those that ``TaskMetric`` and ``ScalarView``
+override or read instead of calling: what a subclass has to reach.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.autograd import forward_ad
+
+OVERRIDDEN = {
+    "_wrap_update": "Its wrapper counts updates in a Python attribute, at which torch.compile recompiles at each step.",
+    "_wrap_compute": "Its wrapper swaps the state for that of all ranks, so an update in another thread is lost.",
+    "_sync_dist": "A manual sync() would take three collectives instead of one.",
+    "_copy_state_dict": "A sync() in inference_mode would leave sums that training can't update.",
+    "_reduce_states": "merge_state() would add windows that are not aligned, and could not add pairs of float32.",
+    "_apply": "A cast of the model would round the sums and the zeros that reset() restores.",
+    "_load_from_state_dict": "Sums would be loaded without a look at what they are of.",
+    "_is_synced": "An update between sync() and unsync() would be lost without a word.",
+    "_cache": "A state_dict() between sync() and unsync() would hold the sums of all ranks as this rank's.",
+    "_persistent": "persistent(True) has no other getter.",
+    "_defaults": "reset() would bring the sums back to the device that they were made on.",
+    "_device": "metric.device would stay what it was.",
+    "_forward_cache": "MetricCollection and Lightning read there what forward() gave.",
+    "_plot": "torchmetrics' own picture, of which plot() changes a few lines.",
+}
+
+
+def is_transformed(*inputs: Tensor | None) -> bool:
+    """Whether torch.func transforms this call, or forward-mode automatic differentiation goes through an input.
+
+    There is no public way to ask for the transforms; without it they fail at the first update in place of a tensor from
+    outside.
+    """
+    if torch._C._are_functorch_transforms_active():
+        return True
+    for values in inputs:  # noqa: SIM110 (a generator is entered anew at each input)
+        if values is not None and forward_ad.unpack_dual(values).tangent is not None:
+            return True
+    return False
+
+
+def is_batch_of_gradients(grad: Tensor) -> bool:
+    """Whether torch.vmap, or autograd's older ``is_grads_batched``, runs a backward for many gradients at once.
+
+    There is no public way to ask; without it such a backward fails at its first operation in place.
+    """
+    functorch = torch._C._functorch
+    return functorch.is_functorch_wrapped_tensor(grad) or functorch.is_legacy_batchedtensor(grad)
+
+
+def keep_where_nonzero(values: Tensor, weights: Tensor) -> Tensor:
+    """``values`` where ``weights != 0``, and exactly 0 elsewhere, NaN and infinity included; so too for the gradient.
+
+    A product would not do (0·NaN is NaN), and ``where(weights == 0, 0, values)`` takes several times as long. The
+    gradient of a threshold, an operator that has no public function, is this selection in one kernel, differentiable
+    any number of times, and keeps the values at weights of NaN. (That of hardshrink, which needs no ``abs``, does so at
+    some places of a vector and not at others.) The compiler fuses the plain form.
+    """
+    if torch.compiler.is_compiling():
+        return values.where(weights != 0, 0.0)
+    kept: Tensor = torch.ops.aten.threshold_backward(values, weights.abs(), 0.0)
+    return kept
+
+
+def weigh(values: Tensor, weights: Tensor | None) -> Tensor:
+    """``values * weights``, and exactly 0 where the weight is 0."""
+    return values if weights is None else keep_where_nonzero(values * weights, weights)
+
+
+def zero_where_zero_(values: Tensor, weights: Tensor) -> Tensor:
+    """``keep_where_nonzero`` in place, where nothing is differentiated or compiled."""
+    torch.ops.aten.threshold_backward.grad_input(values, weights.abs(), 0.0, grad_input=values)
+    return values
+
+
+def process_group_named(name: str) -> dist.ProcessGroup | None:
+    """The process group of this process that has a name; None if there is none.
+
+    torch's own functional collectives resolve names by it; without it a copy of a metric would lose its group.
+    """
+    try:
+        return dist.distributed_c10d._resolve_process_group(name)  # type: ignore[attr-defined, arg-type]
+    except RuntimeError:
+        return None
