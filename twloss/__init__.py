@@ -15,8 +15,8 @@ A batch takes this way::
 Each file imports only what stands above it::
 
     _torch.py          every private name of torch and torchmetrics in use
-    _arguments.py      constructor arguments, checked
     _accumulator.py
+    _arguments.py      constructor arguments, checked
     _batch.py
     _loss_type.py
     _row_sums.py

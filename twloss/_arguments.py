@@ -16,6 +16,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from twloss._accumulator import sum_dtype
+
 PerTask = float | Sequence[float] | Mapping[str, float] | Tensor
 
 LossName = Literal["bce_with_logits", "cross_entropy"]
@@ -28,12 +30,7 @@ _INT64_BITS = 63
 
 
 def check_choice(name: str, value: object, choices: Sequence[str], otherwise: str = "") -> None:
-    """Raise unless ``value`` is one of the strings; ``otherwise`` tells what else would have been right.
-
-    Raises:
-        TypeError: if it is no string.
-        ValueError: if it is another string.
-    """
+    """Raise unless ``value`` is one of the strings; ``otherwise`` tells what else would have been right."""
     if not isinstance(value, str):
         raise TypeError(f"{name}: got {type(value).__name__}, expected one of {list(choices)}{otherwise}")
     if value not in choices:
@@ -47,12 +44,7 @@ def check_global_reduction(value: object) -> None:
 
 
 def check_tasks(tasks: Sequence[str]) -> tuple[str, ...]:
-    """The names of the tasks, after checks.
-
-    Raises:
-        TypeError: if it is no sequence of strings.
-        ValueError: if there is none, or a name is empty or stands twice.
-    """
+    """The names of the tasks, after checks."""
     if isinstance(tasks, str) or not isinstance(tasks, Sequence):
         raise TypeError(f"tasks: got {type(tasks).__name__}, expected a sequence of names")
     for task in tasks:
@@ -64,12 +56,7 @@ def check_tasks(tasks: Sequence[str]) -> tuple[str, ...]:
 
 
 def check_window(window: object) -> None:
-    """Raise unless ``window`` is a number of updates or None.
-
-    Raises:
-        TypeError: if it is no int.
-        ValueError: if it is below 1.
-    """
+    """Raise unless ``window`` is a number of updates or None."""
     if window is None:
         return
     if isinstance(window, bool) or not isinstance(window, int):
@@ -79,12 +66,7 @@ def check_window(window: object) -> None:
 
 
 def per_task_numbers(name: str, values: PerTask | None, tasks: Sequence[str]) -> tuple[float, ...] | None:
-    """One finite float a task, from a number for all, a sequence, a tensor or a mapping task -> number.
-
-    Raises:
-        TypeError: for anything else.
-        ValueError: for a wrong number of values or one that is not finite.
-    """
+    """One finite float a task, from a number for all, a sequence, a tensor or a mapping task -> number."""
     if values is None:
         return None
     if isinstance(values, Tensor):
@@ -115,24 +97,24 @@ class TaskConstants:
 
     def __init__(self, numbers: tuple[float, ...] | None) -> None:
         self.numbers = numbers
-        self._device = torch.device("meta")
-        self._tensors: dict[torch.dtype, Tensor] = {}
+        self.place(torch.get_default_device())
+
+    def place(self, device: torch.device) -> None:
+        """Have the tensors at hand: a compiled forward that had to make them would be compiled again."""
+        self._device = device
+        with torch.inference_mode(False):
+            self._tensors = {
+                dtype: torch.tensor(self.numbers, dtype=dtype, device=device)
+                # On a CPU also what compute() reduces in, wherever the sums are.
+                for dtype in {torch.float32, torch.float64 if device.type == "cpu" else sum_dtype(device)}
+                if self.numbers is not None
+            }
 
     def like(self, values: Tensor) -> Tensor | None:
         """The numbers on the device and in the dtype of values."""
-        if self.numbers is None:
-            return None
-        if self._device != values.device or values.dtype not in self._tensors:
-            self.place(values.device, values.dtype)
-        return self._tensors[values.dtype]
-
-    def place(self, device: torch.device, *dtypes: torch.dtype) -> None:
-        """Have tensors of a device at hand: a compiled forward that had to make them would be compiled again."""
-        if self.numbers is not None:
-            kept = self._tensors if device == self._device else {}
-            with torch.inference_mode(False):
-                made = {dtype: torch.tensor(self.numbers, dtype=dtype, device=device) for dtype in dtypes}
-            self._device, self._tensors = device, {**kept, **made}
+        if self._device != values.device:
+            self.place(values.device)
+        return None if self.numbers is None else self._tensors[values.dtype]
 
 
 def check_number(name: str, value: object) -> float:
@@ -179,9 +161,9 @@ def check_process_group(process_group: object) -> None:
     """Raise unless it is None or what ``torch.distributed.new_group`` gives, to members or to others."""
     if process_group is None:
         return
-    if dist.is_available() and isinstance(process_group, dist.ProcessGroup):
-        return
-    if dist.is_available() and process_group is dist.GroupMember.NON_GROUP_MEMBER:
+    if dist.is_available() and (
+        isinstance(process_group, dist.ProcessGroup) or process_group is dist.GroupMember.NON_GROUP_MEMBER
+    ):
         return
     raise TypeError(f"process_group: got {type(process_group).__name__}, expected a ProcessGroup or None")
 

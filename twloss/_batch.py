@@ -56,10 +56,6 @@ def align(
         tasks: the names of the columns; None: one task, and no mappings.
         has_classes: whether the logits have a dimension of classes; None: as their number of dimensions says.
         ignore_index: the label that says "missing"; NaN is allowed.
-
-    Raises:
-        TypeError: for something that is no tensor, or of a dtype that can't be used.
-        ValueError: for names, shapes or devices that do not fit.
     """
     if tasks is not None:
         if isinstance(logits, Mapping):
@@ -147,9 +143,6 @@ def _is_valid(labels: Tensor, ignore_index: float) -> Tensor:
     return labels != ignore_index
 
 
-# Mappings.
-
-
 def _stack_columns(name: str, values: Mapping[str, Tensor], tasks: tuple[str, ...], *, has_classes: bool) -> Tensor:
     """One ``(rows, tasks)`` or ``(rows, tasks, classes)`` tensor from a mapping.
 
@@ -173,7 +166,11 @@ def _stack_columns(name: str, values: Mapping[str, Tensor], tasks: tuple[str, ..
         for task, column in columns.items():
             if column.dtype not in _FLOATS:
                 raise TypeError(f"logits[{task!r}]: got {column.dtype}, expected float16, bfloat16, float32 or float64")
-    return torch.stack(_of_one_shape(_of_one_dtype(name, list(columns.values())), has_classes), dim=1)
+    stacked = _of_one_dtype(name, list(columns.values()))
+    if has_classes:
+        classes = max(column.shape[1] for column in stacked)
+        stacked = [F.pad(column, (0, classes - column.shape[1]), value=-math.inf) for column in stacked]
+    return torch.stack(stacked, dim=1)
 
 
 def _column(name: str, values: Tensor, has_classes: bool) -> Tensor:
@@ -202,10 +199,3 @@ def _of_one_dtype(name: str, columns: list[Tensor]) -> list[Tensor]:
     else:
         wide = sum_dtype(columns[0].device)
     return [column.to(wide) for column in columns]
-
-
-def _of_one_shape(columns: list[Tensor], has_classes: bool) -> list[Tensor]:
-    if not has_classes:
-        return columns
-    classes = max(column.shape[1] for column in columns)
-    return [F.pad(column, (0, classes - column.shape[1]), value=-math.inf) for column in columns]

@@ -12,7 +12,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from twloss._ranks import rank_in, world_size
+from twloss._ranks import world_size
 
 SAVED_NAMES = ("totals", "sums_of")
 
@@ -31,14 +31,12 @@ def load_sums(
     description: dict[str, Any],
     process_group: dist.ProcessGroup | None,
 ) -> Tensor:
-    """A copy of saved sums.
-
-    Raises:
-        TypeError: if they are no tensors.
-        ValueError: if they are sums of something else, have a wrong shape or dtype, or are those of another rank: rank
-            0's file on every rank would count its rows as often as there are ranks, and no others. Sums of 0 suit all.
-    """
-    totals, text = (_readable(name, saved[name]) for name in SAVED_NAMES)
+    """A copy of saved sums."""
+    for name, value in saved.items():
+        if not isinstance(value, Tensor) or value.is_meta:
+            kind = "a meta tensor" if isinstance(value, Tensor) else type(value).__name__
+            raise TypeError(f"got {kind} as {name}, expected a Tensor with values")
+    totals, text = saved["totals"], saved["sums_of"]
     if totals.dtype != torch.float64 or totals.shape != shape:
         raise ValueError(f"got {totals.dtype} of shape {tuple(totals.shape)}, expected torch.float64 of shape {shape}")
     try:
@@ -53,15 +51,10 @@ def load_sums(
             f"got the sums of {place}, but here is {_place(process_group)}: save and load each rank's own, "
             "or reset() before saving"
         )
-    return totals.detach().clone()
-
-
-def _readable(name: str, value: object) -> Tensor:
-    if not isinstance(value, Tensor) or value.is_meta:
-        kind = "a meta tensor" if isinstance(value, Tensor) else type(value).__name__
-        raise TypeError(f"got {kind} as {name}, expected a Tensor with values")
-    return value
+    copied: Tensor = totals.detach().clone()
+    return copied
 
 
 def _place(process_group: dist.ProcessGroup | None) -> dict[str, int]:
-    return {"rank": rank_in(process_group), "ranks": world_size(process_group)}
+    ranks = world_size(process_group)
+    return {"rank": dist.get_rank(process_group) if ranks > 1 else 0, "ranks": ranks}

@@ -35,22 +35,19 @@ class GlobalLoss(TaskMetric):
     ("mean") or S_t ("sum"), and the global loss is the reduction of the tasks' losses over the tasks with data. So
     compute() does not depend on how the rows were split over steps and ranks.
 
-    ``MultiTaskLoss`` and ``Loss`` feed one of these for training and one for evaluation; any other training code may
-    feed its own.
-
     compute() gives ``{"loss/<task>": …, "loss": …}``, 0-dim detached float64, NaN where there was no data.
+    ``MultiTaskLoss`` and ``Loss`` feed two of these; any other training code may feed its own.
 
     Args:
         tasks: the tasks' names, or None for the one-task form, whose only key is "loss".
         task_loss_reduction: "mean" or "sum".
-        global_reduction: "mean", "sum", "min", "max", "median" or a callable from ``(tasks,)`` losses (0 for a task
-            without data) to a 0-dim tensor. A module is used but not registered here: the loss that trains it owns it.
+        global_reduction: as for ``MultiTaskLoss``. A module is used but not registered here: the loss that trains it
+            owns it.
         task_weights: a factor for each task's loss inside the reduction over tasks.
         nan_strategy: what becomes of a task's sums in an update in which they are not finite. "warn" leaves them out,
             counts them and says so at compute(); "ignore" leaves them out silently; "error" raises at compute();
             "disable" lets them in.
-        kwargs: ``Metric``'s own, such as ``process_group``. compute() is not cached (``compute_with_cache=False``): a
-            rank with a cached value would leave the others waiting in the collective.
+        kwargs: ``Metric``'s own, such as ``process_group``; ``compute_with_cache`` can't be True.
 
     Raises:
         TypeError: for an argument of a wrong type.

@@ -69,10 +69,6 @@ def row_losses(
 
     Returns:
         A tensor of the labels' shape and the logits' dtype.
-
-    Raises:
-        TypeError: if a callable gives no floating tensor.
-        ValueError: if a callable gives another shape than the labels', or another device.
     """
     if loss_type is LossType.BCE_WITH_LOGITS:
         return _bce(logits, labels, pos_weight)

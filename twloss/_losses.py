@@ -83,19 +83,17 @@ class _TaskLosses(nn.Module):
         # A module is trained with the loss, as its submodule.
         self.task_loss_reduction, self.global_reduction = reduction.over_rows, reduction.over_tasks
         self._pos_weights, self._task_weights = TaskConstants(pos_weights), TaskConstants(task_weights)
-        self._place_constants(torch.get_default_device())
         arguments = (tasks, reduction.over_rows, reduction.over_tasks)
         for name in ("train_metric", "eval_metric"):
             metric = GlobalLoss(*arguments, task_weights=task_weights, process_group=process_group)
             self.add_module(name, metric)
         self._has_quality = quality is not False
-        if self._has_quality:
-            for name in ("train_quality", "eval_quality"):
-                self.add_module(name, self._own_quality(quality))
+        for name in ("train_quality", "eval_quality") if self._has_quality else ():
+            self.add_module(name, self._own_quality(quality))
 
     def extra_repr(self) -> str:
         """The settings, for repr()."""
-        name = self.loss_type.value if isinstance(self.loss_type, LossType) else self.loss_type
+        name = getattr(self.loss_type, "value", self.loss_type)
         return f"{name}, tasks={self.tasks}, reduction={self.task_loss_reduction}, global_batch={self.global_batch}"
 
     def _losses(
@@ -136,7 +134,7 @@ class _TaskLosses(nn.Module):
         # Without pos_weights its log loss is the loss.
         quality._put(quality._sum_aligned(batch, sums.loss_sum if self._pos_weights.numbers is None else None))
 
-    def __getattr__(self, name: str) -> Any:
+    def __getattr__(self, name: str) -> Tensor | nn.Module:
         try:
             return super().__getattr__(name)
         except AttributeError:
@@ -182,12 +180,9 @@ class _TaskLosses(nn.Module):
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> _TaskLosses:
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
-        self._place_constants(fn(torch.empty(0, device=self.train_metric.device)).device)
-        return self
-
-    def _place_constants(self, device: torch.device) -> None:
         for constants in (self._pos_weights, self._task_weights):
-            constants.place(device, torch.float32, sum_dtype(device))
+            constants.place(fn(torch.empty(0, device=self.train_metric.device)).device)
+        return self
 
     def __getstate__(self) -> dict[str, Any]:
         return group_to_state(self.__dict__)
@@ -199,21 +194,11 @@ class _TaskLosses(nn.Module):
 class Loss(_TaskLosses):
     """The loss of one task, with its running sums.
 
+    Its other arguments, its attributes and its errors are those of ``MultiTaskLoss``.
+
     Args:
-        loss_type: as for ``MultiTaskLoss``.
         reduction: "mean" or "sum", over rows.
         pos_weight: the factor of the positive term; BCE_WITH_LOGITS only.
-        mean_over: this and the others as for ``MultiTaskLoss``.
-        ignore_index: see there.
-        global_batch: see there.
-        process_group: see there.
-        quality: see there.
-
-    Attributes:
-        train_metric: the ``GlobalLoss`` that forward feeds in training mode; compute() gives ``{"loss": …}``.
-        eval_metric: the one that it feeds in evaluation mode.
-        train_quality: with ``quality``, the ``RankingQuality`` that forward feeds in training mode.
-        eval_quality: with ``quality``, the one that it feeds in evaluation mode.
 
     Raises:
         TypeError: for an argument of a wrong type.
@@ -265,8 +250,7 @@ class Loss(_TaskLosses):
             logits: the labels' shape, or ``(rows, classes)`` for CROSS_ENTROPY.
             labels: any shape, in [0, 1]; class indices ``(rows,)`` for CROSS_ENTROPY.
             weights: broadcastable to the labels' shape; None: 1.
-            normalizer: what to divide by in place of the batch's own weight: the total over all micro-batches and ranks
-                of one optimizer step, which makes gradient accumulation exact.
+            normalizer: 0-dim; as for ``MultiTaskLoss``.
 
         Returns:
             The loss, 0-dim, float64 for float64 logits and float32 for all others.

@@ -56,10 +56,6 @@ class TaskMetric(Metric):
         options: ``Metric``'s own, such as ``process_group``. compute() is not cached (``compute_with_cache=False``): a
             rank with a cached value would leave the others waiting in the collective.
 
-    Raises:
-        TypeError: for an argument of a wrong type.
-        ValueError: for an argument of a wrong value, or an unknown option.
-
     Examples:
         >>> import torch
         >>> from twloss._metric import TaskMetric
@@ -88,8 +84,7 @@ class TaskMetric(Metric):
     is_differentiable = False
 
     totals: Tensor
-    _restarts: int = 0
-    """How often the sums were set anew, which makes every earlier snapshot of them void."""
+    _restarts: int = 0  # of the sums, which make every earlier snapshot of them void
 
     def __init__(
         self,
@@ -118,8 +113,6 @@ class TaskMetric(Metric):
             state = zero_state((1 + (window or 0), sums + 2, len(tasks or ("",))), self.device)
             self.add_state("totals", state, dist_reduce_fx="sum")
 
-    # The contract.
-
     def _sum_batch(self, *args: Any, **kwargs: Any) -> Sequence[Tensor | float]:
         raise NotImplementedError
 
@@ -139,26 +132,19 @@ class TaskMetric(Metric):
         if self.dist_sync_on_step:
             batch = sum_over_ranks(batch, self.process_group)
         results = self._name_results(batch.expand(len(self._horizons), *batch.shape))
-        if not self._is_transformed(sums):
+        if not is_transformed(*sums):
             self._put(sums, in_place=False)
         self._forward_cache: Any = results
         return results
 
     def _add(self, sums: Sequence[Tensor | float]) -> None:
         """Add a batch's sums, which need not be detached; what a transform runs is no batch."""
-        if not self._is_transformed(sums):
+        if not is_transformed(*sums):
             self._put(sums)
-
-    @staticmethod
-    def _is_transformed(sums: Sequence[Tensor | float]) -> bool:
-        if torch.compiler.is_compiling():
-            return False
-        return is_transformed(*(each for each in sums if isinstance(each, Tensor)))
 
     def _put(self, sums: Sequence[Tensor | float], *, in_place: bool = True) -> None:
         """Add a batch's sums, outside of any transform."""
-        if self._is_synced:
-            self._refuse_between_syncs("update")
+        self._refuse_between_syncs("update")
         batch = self._pack(sums)
         if batch.is_meta:
             return
@@ -250,8 +236,6 @@ class TaskMetric(Metric):
             raise RuntimeError(message)
         rank_zero_warn(message)
 
-    # What users see of it.
-
     def keys(self) -> list[str]:
         """The keys of the result, in its order."""
         keys = self._keys()
@@ -291,8 +275,7 @@ class TaskMetric(Metric):
     def plot(self, val: Any = None, ax: Any = None) -> Any:
         """Plot a result as a point for each key, or several as a line for each; the global loss black and bold.
 
-        It is torchmetrics' plot, with a gap where there is no data. The legend is beside the axes if the figure has a
-        layout, which makes room for it, and else inside of them.
+        It is torchmetrics' plot, with a gap where there is no data.
 
         Args:
             val: what compute() or forward() gave, a list of such results, one a step, or those of
@@ -395,18 +378,14 @@ class TaskMetric(Metric):
         """What the sums are of, in JSON's types: sums of something else are neither loaded nor merged."""
         return {"tasks": None if self.tasks is None else list(self.tasks), "window": self.window}
 
-    # As torchmetrics' wrappers of both are not used, there is no cached result to drop, nor a state to bring back.
-
     def _wrap_update(self, update: Callable[..., None]) -> Callable[..., None]:
         return update
 
     def _wrap_compute(self, compute: Callable[[], dict[str, Tensor]]) -> Callable[[], dict[str, Tensor]]:
         return compute
 
-    # Placement: a cast of the model must not round the sums, nor the defaults that reset() restores.
-
+    # A cast of the model must not round the sums, nor the defaults that reset() restores.
     def _apply(self, fn: Callable[[Tensor], Tensor], *_: Any, **__: Any) -> TaskMetric:
-        # What else may come is nn.Module's ``recurse`` or Metric's ``exclude_state``, which have nothing to act on.
         self._move(fn(torch.empty(0, device=self.totals.device)).device)
         return self
 
@@ -450,21 +429,18 @@ class TaskMetric(Metric):
         missing_keys, error_msgs = args[2], args[4]  # of nn.Module's signature
         # Popped, so that nn.Module does not call them unexpected.
         saved = {name: state_dict.pop(prefix + name) for name in SAVED_NAMES if prefix + name in state_dict}
-        if saved or self._persistent["totals"]:
-            missing = [prefix + name for name in SAVED_NAMES if name not in saved]
+        missing = [prefix + name for name in SAVED_NAMES if name not in saved]
+        if missing and (saved or self._persistent["totals"]):
             missing_keys.extend(missing)
-            if not missing:
-                self._load(saved, prefix, error_msgs)
+        elif not missing:
+            try:
+                if self._is_synced:
+                    raise ValueError("between sync() and unsync(), which would drop what is loaded")
+                shape = tuple(value_of(self.totals).shape)
+                value = load_sums(saved, shape, self._description(), self.process_group)
+            except (TypeError, ValueError) as error:
+                error_msgs.append(f"{prefix}totals: {error}")
+            else:
+                self.totals = state_on(value.device if self.totals.is_meta else self.totals.device, value)
+                self._restarts += 1
         super()._load_from_state_dict(state_dict, prefix, *args)
-
-    def _load(self, saved: dict[str, Any], prefix: str, error_msgs: list[str]) -> None:
-        try:
-            if self._is_synced:
-                raise ValueError("between sync() and unsync(), which would drop what is loaded")
-            shape = tuple(value_of(self.totals).shape)
-            value = load_sums(saved, shape, self._description(), self.process_group)
-        except (TypeError, ValueError) as error:
-            error_msgs.append(f"{prefix}totals: {error}")
-        else:
-            self.totals = state_on(value.device if self.totals.is_meta else self.totals.device, value)
-            self._restarts += 1

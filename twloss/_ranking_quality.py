@@ -103,8 +103,8 @@ class RankingQuality(TaskMetric):
         """Plot one quantity of a result as a point for each task, or of several as a line for each task.
 
         Args:
-            val: as for ``GlobalLoss.plot``.
-            ax: the matplotlib axes to draw on; None makes a figure.
+            val: this and the next as for ``GlobalLoss.plot``, and so what is returned and raised.
+            ax: see there.
             quantity: the part of the keys before the task, such as "ne", "calibration" or "window_ne".
 
         Returns:

@@ -19,22 +19,13 @@ from twloss._torch import process_group_named
 
 
 def world_size(process_group: dist.ProcessGroup | None) -> int:
-    """The number of ranks of the group (None: of the default one); 1 without a process group.
-
-    Raises:
-        ValueError: if this process is not in the group.
-    """
+    """The number of ranks of the group (None: of the default one); 1 without a process group."""
     if not (dist.is_available() and dist.is_initialized()):
         return 1
     ranks: int = dist.get_world_size(process_group)
     if ranks < 1:
         raise ValueError("process_group: got one that this process is not in, expected one that it is in")
     return ranks
-
-
-def rank_in(process_group: dist.ProcessGroup | None) -> int:
-    """This process's rank in the group; 0 without a process group."""
-    return dist.get_rank(process_group) if world_size(process_group) > 1 else 0
 
 
 def group_to_state(state: dict[str, Any]) -> dict[str, Any]:
@@ -50,11 +41,8 @@ def group_from_state(state: dict[str, Any]) -> dict[str, Any]:
         return state
     group = process_group_named(name)
     if group is None:
-        warnings.warn(
-            f"process_group: the group {name!r} does not exist in this process, so sums are over all ranks",
-            UserWarning,
-            stacklevel=2,
-        )
+        message = f"process_group: the group {name!r} does not exist in this process, so sums are over all ranks"
+        warnings.warn(message, UserWarning, stacklevel=2)
     return {**state, "process_group": group}
 
 

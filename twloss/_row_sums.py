@@ -49,7 +49,7 @@ def sum_rows(
     logits, labels, weights, _ = batch
     weight = sum_weights(batch, tasks, mean_over)
     is_compiled = torch.compiler.is_compiling()
-    is_traced = not is_compiled and is_transformed(logits, labels, weights)
+    is_traced = is_transformed(logits, labels, weights)
     # Only the logits' derivative can be asked for, and by the backward pass; the compiler fuses the plain form.
     is_closed = not (
         is_compiled or is_traced or labels.requires_grad or (weights is not None and weights.requires_grad)

@@ -53,16 +53,14 @@ class ScalarView(Metric):
         """Update the owner, with its arguments."""
         self.owner.update(*args, **kwargs)
 
-    if TYPE_CHECKING:
-
-        def __call__(self, *args: Any, **kwargs: Any) -> Tensor:
-            """Run ``forward``; nn.Module's own ``__call__`` has no types."""
-
     def forward(self, *args: Any, **kwargs: Any) -> Tensor:
         """Update the owner, and return the value of this batch alone."""
         self._forward_cache: Any = self.owner(*args, **kwargs)[self.key]
         value: Tensor = self._forward_cache
         return value
+
+    if TYPE_CHECKING:
+        __call__ = forward  # nn.Module's own has no types
 
     def compute(self) -> Tensor:
         """The value of all rows since reset(), over all ranks; one collective, so every rank has to call it.
@@ -74,10 +72,9 @@ class ScalarView(Metric):
             TorchMetricsUserError: after a reset() of the view, within the owner's sync() and unsync().
         """
         restarts, snapshot = self._since
-        # The owner has started all of its views anew since then.
-        is_void = restarts != self.owner._restarts
-        value: Tensor = self.owner._compute_since(None if is_void else snapshot)[self.key]
-        return value
+        # The owner's own reset() starts all of its views anew.
+        is_valid = restarts == self.owner._restarts
+        return self.owner._compute_since(snapshot if is_valid else None)[self.key]
 
     def reset(self) -> None:
         """Start this view anew; the owner's sums, which other views read, stay."""
@@ -88,16 +85,9 @@ class ScalarView(Metric):
         """Plot a value as a point, or several as a line.
 
         Args:
-            val: what compute() or forward() gave, or a list or ``(steps,)`` tensor of such values; None calls
-                compute(), which every rank has to do.
+            val: what compute() or forward() gave, or a list or ``(steps,)`` tensor of such values; all else as for
+                ``GlobalLoss.plot``.
             ax: the matplotlib axes to draw on; None makes a figure.
-
-        Returns:
-            The figure and the axes.
-
-        Raises:
-            ModuleNotFoundError: without matplotlib.
-            TypeError: for a ``val`` that is none of them.
         """
         val = self.compute() if val is None else val
         results = [{self.key: each} for each in val] if isinstance(val, (list, tuple)) else {self.key: val}

@@ -6,7 +6,7 @@ A loss type and reductions come in, a loss module goes out; and the detached los
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import get_args, overload
+from typing import Any, get_args, overload
 
 import torch
 import torch.distributed as dist
@@ -32,10 +32,6 @@ from twloss._reduction import GlobalReduction
 def build_loss(loss_type: LossType | LossName | LossFunction, reduction: RowReduction = "mean") -> Loss:
     """The loss of one task: ``Loss(loss_type, reduction)``.
 
-    Args:
-        loss_type: a ``LossType``, its name, or a callable that gives the unreduced loss.
-        reduction: "mean" or "sum".
-
     Returns:
         A ``Loss``, called with logits, labels and, if wanted, weights.
 
@@ -60,13 +56,6 @@ def build_multi_task_loss(
     pos_weights: PerTask | None = None,
 ) -> MultiTaskLoss:
     """The losses of several tasks: ``MultiTaskLoss`` of the same arguments.
-
-    Args:
-        loss_type: a ``LossType``, its name, or a callable that gives the unreduced loss.
-        tasks: the tasks' names, in the order of the columns.
-        task_loss_reduction: "mean" or "sum", over rows.
-        global_reduction: "mean", "sum", "min", "max", "median", or a callable ``(tasks,) -> 0-dim``.
-        pos_weights: the factors of the positive terms; a number, or one a task.
 
     Returns:
         A ``MultiTaskLoss``, called with logits, labels and, if wanted, weights, each ``(rows, tasks)``.
@@ -166,7 +155,7 @@ def _named(local_loss: Tensor | Mapping[str, Tensor]) -> dict[str, Tensor]:
     return {key: local_loss[key] for key in sorted(local_loss, key=str)}
 
 
-def _named_weights(weight: object, local_loss: object, losses: dict[str, Tensor]) -> dict[str, Tensor] | None:
+def _named_weights(weight: Any, local_loss: object, losses: dict[str, Tensor]) -> dict[str, Tensor] | None:
     """A weight of each loss's shape, in the widest dtype."""
     if weight is None:
         return None
@@ -186,9 +175,8 @@ def _weight_like(name: str, weight: object, loss: Tensor) -> Tensor:
     try:
         return weight.detach().to(sum_dtype(loss.device)).expand(loss.shape)
     except RuntimeError:
-        raise ValueError(
-            f"{name}: got shape {tuple(weight.shape)}, expected one that broadcasts to {tuple(loss.shape)}"
-        ) from None
+        expected = f"one that broadcasts to {tuple(loss.shape)}"
+        raise ValueError(f"{name}: got shape {tuple(weight.shape)}, expected {expected}") from None
 
 
 def _over_ranks(

@@ -29,16 +29,18 @@ OVERRIDDEN = {
 }
 
 
-def is_transformed(*inputs: Tensor | None) -> bool:
+def is_transformed(*inputs: object) -> bool:
     """Whether torch.func transforms this call, or forward-mode automatic differentiation goes through an input.
 
     There is no public way to ask for the transforms; without it they fail at the first update in place of a tensor from
-    outside.
+    outside. The compiler can't trace the question, and has transforms of its own.
     """
+    if torch.compiler.is_compiling():
+        return False
     if torch._C._are_functorch_transforms_active():
         return True
     for values in inputs:  # noqa: SIM110 (a generator is entered anew at each input)
-        if values is not None and forward_ad.unpack_dual(values).tangent is not None:
+        if isinstance(values, Tensor) and forward_ad.unpack_dual(values).tangent is not None:
             return True
     return False
 

@@ -91,3 +91,9 @@ def test_a_module_as_reduction_is_used_but_not_registered() -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         assert values(metric.compute())["loss"] == 6.0
+
+
+def test_a_loss_takes_no_window() -> None:
+    options: dict[str, Any] = {"window": 5}
+    with pytest.raises(ValueError, match="window"):
+        GlobalLoss(["like"], **options)

@@ -2,6 +2,7 @@
 
 One run takes this way, a file a stage::
 
+    start.py          python -m twloss, or what the demo lacks
     options.py        the command line                                      -> Options
     movielens.py      100,004 ratings, split by time                        -> Rows to train on, Rows to evaluate
     process_group.py  the ranks, and each one's share of the rows

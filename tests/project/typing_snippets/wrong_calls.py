@@ -43,6 +43,10 @@ def losses_of_one_task() -> None:
     Loss("bce_with_logits", 1)  # E: arg-type
     Loss("bce_with_logits", "mean", 2.0)  # E: call-arg
     Loss("bce_with_logits", reductions="mean")  # E: call-arg
+    Loss("bce_with_logits", "avg")  # E: arg-type
+    Loss("bce")  # E: arg-type
+    MultiTaskLoss("bce_with_logits", TASKS, global_reduction="avg")  # E: arg-type
+    MultiTaskLoss("bce_with_logits", TASKS, mean_over="tasks")  # E: arg-type
     Loss("bce_with_logits", pos_weights=2.0)  # E: call-arg
     Loss("bce_with_logits", pos_weight="2")  # E: arg-type
     Loss("bce_with_logits", mean_over=["rows"])  # E: arg-type
@@ -92,7 +96,7 @@ def calls(logits: Tensor, labels: Tensor) -> None:
     many(logits, labels)["loss"] = 0.0  # E: assignment
     numbers.append(many(logits, labels)["loss"])  # E: arg-type
     one.train_metrics.compute()  # E: operator, union-attr
-    many.train_quality.compute()  # E: union-attr
+    many.train_qualities.compute()  # E: operator, union-attr
 
 
 def metrics(loss_sum: Tensor) -> None:
