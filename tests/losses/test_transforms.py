@@ -88,16 +88,14 @@ def test_vmap_counts_nothing(loss: Loss) -> None:
 
 
 def test_jvp_counts_nothing(loss: Loss) -> None:
-    found, tangent = torch.func.jvp(lambda logits: at(loss, logits), (tensor(X),), (tensor(DIRECTION),))
+    found, tangent = torch.func.jvp(lambda logits: at(loss, logits), (tensor(X),), (tensor(DIRECTION),))[:2]
     assert close(found, VALUE)
     assert close(tangent, DERIVATIVE)
     assert counts(loss) == (0, 0)
 
 
 def test_grad_counts_nothing(loss: Loss) -> None:
-    grad, found = torch.func.grad_and_value(lambda logits: at(loss, logits))(tensor(X))
-    assert close(found, VALUE)
-    assert close(grad, SLOPES)
+    assert close(torch.func.grad(lambda logits: at(loss, logits))(tensor(X)), SLOPES)
     assert counts(loss) == (0, 0)
 
 
