@@ -111,6 +111,28 @@ def test_a_number_or_a_0_dim_tensor_serves_all_tasks() -> None:
     assert one.item() == pytest.approx(expected[0].item(), rel=1e-12)
 
 
+@pytest.mark.parametrize("global_batch", [False, True])
+@pytest.mark.parametrize("shape", [(), (2,)])
+def test_a_normalizer_gets_no_gradient(shape: tuple[int, ...], global_batch: bool) -> None:
+    """A total of learned weights, say, with a graph of its own."""
+    logits = torch.randn(6, 2, dtype=torch.float64, requires_grad=True)
+    labels = torch.rand(6, 2, dtype=torch.float64)
+    leaf = torch.full(shape, 20.0, dtype=torch.float64, requires_grad=True)
+    loss = MultiTaskLoss("bce_with_logits", ["a", "b"], global_batch=global_batch)
+    result = loss(logits, labels, normalizer=2 * leaf)
+    result["loss"].backward()
+    assert leaf.grad is None
+    case = {
+        task: [reference.Row(reference.bce_with_logits(x, y), reference.bce_slope(x, y)) for x, y in zip(*column)]
+        for task, *column in zip(["a", "b"], logits.T.tolist(), labels.T.tolist())
+    }
+    rule = reference.Rule(normalizer=40.0)
+    assert result["loss"].item() == pytest.approx(reference.losses(case, rule)["loss"], rel=1e-12)
+    assert logits.grad is not None
+    for slopes, column in zip(reference.gradients(case, rule).values(), logits.grad.T.tolist()):
+        assert column == pytest.approx(slopes, rel=1e-12)
+
+
 def test_a_task_that_is_absent_from_the_window_is_left_out_of_the_mean_over_tasks() -> None:
     logits, labels = torch.randn(3, 2, dtype=torch.float64), torch.tensor([[1.0, math.nan]] * 3)
     loss = MultiTaskLoss("bce_with_logits", ["a", "b"], ignore_index=math.nan)

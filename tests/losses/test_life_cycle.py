@@ -14,6 +14,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from tests.support import reference
 from tests.support.rank_pool import RankPool
 from twloss import Loss, MultiTaskLoss
 
@@ -92,6 +93,29 @@ def test_the_meta_device_ends_in_zeros_and_keeps_constants() -> None:
     assert loss.train_metric.update_count == 0
     loss.train_metric.reset()
     assert (loss.train_metric.totals == 0).all()
+
+
+def test_the_first_batch_brings_constants_from_the_meta_device() -> None:
+    logits = torch.randn(9, 2, dtype=torch.float64, requires_grad=True)
+    labels = torch.rand(9, 2, dtype=torch.float64)
+    with torch.device("meta"):
+        loss = MultiTaskLoss("bce_with_logits", TASKS, pos_weights=[27.3, 2.0], task_weights=[2.0, 0.5])
+    result = loss(logits, labels)
+    columns = {
+        task: [reference.Row(reference.bce_with_logits(x, y, p), reference.bce_slope(x, y, p)) for x, y in zip(*column)]
+        for task, p, *column in zip(TASKS, [27.3, 2.0], logits.T.tolist(), labels.T.tolist())
+    }
+    rule = reference.Rule(task_weights=[2.0, 0.5])
+    for losses in (result, loss.train_metric.compute()):
+        assert {key: value.item() for key, value in losses.items()} == pytest.approx(
+            reference.losses(columns, rule), rel=1e-12
+        )
+    (grad,) = torch.autograd.grad(result["loss"], logits)
+    for slopes, column in zip(reference.gradients(columns, rule).values(), grad.T.tolist()):
+        assert column == pytest.approx(slopes, rel=1e-12)
+    # In a model's dtype too, which is not that of the sums.
+    single = loss(logits.detach().float(), labels.float())
+    assert single["loss"].item() == pytest.approx(result["loss"].item(), rel=1e-6)
 
 
 # Copies and checkpoints of a model.

@@ -188,6 +188,40 @@ def test_mappings_are_the_columns(shape: tuple[int, ...]) -> None:
     assert mixed["loss"].item() == result["loss"].item()
 
 
+def distance(logits: Tensor, labels: Tensor) -> Tensor:
+    """A loss over classes that tells the label: its distance from the class 2^24."""
+    return 0.0 * logits.sum(-1) + (labels - 2**24)
+
+
+def one(logits: Tensor, _: Tensor) -> Tensor:
+    """A loss that counts rows."""
+    return 0.0 * logits + 1.0
+
+
+@pytest.mark.parametrize("narrow", [torch.bool, torch.uint8, torch.int16, torch.int32])
+def test_class_labels_of_several_integer_dtypes_are_not_rounded(narrow: torch.dtype) -> None:
+    """2^24 + 1 is 2^24 in float32."""
+    loss = MultiTaskLoss(distance, ["a", "b"])
+    labels = {"a": torch.tensor([0, 1, 1]).to(narrow), "b": torch.tensor([2**24 + 1, 2**24 + 3, 2**24 + 5])}
+    result = loss(torch.zeros(3, 2, 4, dtype=torch.float64), labels)
+    assert result["loss/b"].item() == 3.0
+    assert result["loss/a"].item() == pytest.approx(2 / 3 - 2**24, rel=1e-15)
+
+
+@pytest.mark.parametrize("narrow", [torch.bool, torch.uint8, torch.int16, torch.int32])
+@pytest.mark.parametrize("ignore_index", [2**24 + 1, 2**53 + 1])
+def test_missing_labels_of_several_integer_dtypes_are_told_from_their_neighbours(
+    ignore_index: int, narrow: torch.dtype
+) -> None:
+    labels = {
+        "a": torch.tensor([0, 1, 1, 0]).to(narrow),
+        "b": torch.tensor([ignore_index - 1, ignore_index, 1, ignore_index]),
+    }
+    loss = MultiTaskLoss(one, ["a", "b"], "sum", ignore_index=ignore_index, global_batch=True)
+    result = loss(torch.zeros(4, 2), labels)
+    assert [result["loss/a"].item(), result["loss/b"].item()] == [4.0, 2.0]
+
+
 def test_class_counts_may_differ_between_tasks() -> None:
     logits = {"few": torch.randn(5, 2, dtype=torch.float64), "many": torch.randn(5, 9, dtype=torch.float64)}
     for values in logits.values():

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import math
 import warnings
 from collections.abc import Callable
 from typing import Any
@@ -179,6 +180,36 @@ def test_a_callable_may_have_classes() -> None:
         assert_close(result[f"loss/{task}"], expected, 1e-6)
 
 
+def ten_times_the_sum(losses: Tensor) -> Tensor:
+    """A global reduction that overwrites what it is given."""
+    return losses.mul_(10).sum()
+
+
+@pytest.mark.parametrize("loss_type", ["bce_with_logits", squared_error])
+def test_a_global_reduction_in_place_does_not_reach_the_tasks_own_losses(loss_type: Any) -> None:
+    logits = torch.randn(ROWS, 4, dtype=torch.float64, requires_grad=True)
+    labels = torch.rand(ROWS, 4, dtype=torch.float64)
+    of_row: tuple[Callable[[float, float], float], ...] = reference.bce_with_logits, reference.bce_slope
+    if loss_type is squared_error:
+        of_row = (lambda x, y: (x - y) ** 2), (lambda x, y: 2 * (x - y))
+    columns = {
+        task: [reference.Row(of_row[0](x, y), of_row[1](x, y)) for x, y in zip(*column)]
+        for task, *column in zip(TASKS, logits.T.tolist(), labels.T.tolist())
+    }
+    expected = reference.losses(columns, reference.Rule(global_reduction="sum"))
+    expected["loss"] *= 10
+    loss = MultiTaskLoss(loss_type, TASKS, global_reduction=ten_times_the_sum, global_batch=True)
+    result = loss(logits, labels)
+    (grad,) = torch.autograd.grad(result["loss"], logits, retain_graph=True)
+    slopes = reference.gradients(columns, reference.Rule(global_reduction="sum"))
+    for t, task in enumerate(TASKS):
+        assert grad[:, t].tolist() == pytest.approx([10 * slope for slope in slopes[task]], rel=1e-12)
+        (own,) = torch.autograd.grad(result[f"loss/{task}"], logits, retain_graph=True)
+        assert own[:, t].tolist() == pytest.approx(slopes[task], rel=1e-12)
+    for losses in (result, loss.train_metric.compute(), loss.train_metric.compute()):
+        assert {key: value.item() for key, value in losses.items()} == pytest.approx(expected, rel=1e-12)
+
+
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 def test_half_precision_logits_are_computed_in_float32(dtype: torch.dtype) -> None:
     logits = torch.randn(4096, 2).to(dtype).requires_grad_()
@@ -228,6 +259,33 @@ def test_tiny_and_negative_weights_count() -> None:
     weights = torch.tensor([[1e-310], [-1.0], [2.0]], dtype=torch.float64)
     result = MultiTaskLoss("bce_with_logits", ["like"], pos_weights=1)(logits, torch.ones(3, 1), weights)["loss"]
     assert result.item() == pytest.approx(weights.sum().item() * reference.softplus(0.0) / 3, rel=1e-15)
+
+
+@pytest.mark.parametrize("loss_type", ["cross_entropy", squared_error])
+def test_rows_of_negative_weight_count_and_get_their_gradient(loss_type: Any) -> None:
+    """Weights of both signs, 0 among them, in more rows than a vector holds."""
+    classes = loss_type == "cross_entropy"
+    logits = torch.randn((ROWS, 2, 3) if classes else (ROWS, 2), dtype=torch.float64, requires_grad=True)
+    labels = torch.randint(0, 3, (ROWS, 2)) if classes else torch.rand(ROWS, 2, dtype=torch.float64)
+    weights = torch.randn(ROWS, 2, dtype=torch.float64)
+    weights[3] = 0.0
+    result = MultiTaskLoss(loss_type, ["like", "reply"], global_reduction="sum", global_batch=True)(
+        logits, labels, weights
+    )
+    (grad,) = torch.autograd.grad(result["loss"], logits)
+    for t, task in enumerate(["like", "reply"]):
+        rows = list(zip(logits[:, t].tolist(), labels[:, t].tolist(), weights[:, t].tolist()))
+        if classes:
+            losses = [w * reference.cross_entropy(x, c) for x, c, w in rows]
+            slopes = [
+                [w * (math.exp(-reference.cross_entropy(x, k)) - (k == c)) / ROWS for k in range(3)] for x, c, w in rows
+            ]
+        else:
+            losses = [w * (x - y) ** 2 for x, y, w in rows]
+            slopes = [[2 * w * (x - y) / ROWS] for x, y, w in rows]
+        assert result[f"loss/{task}"].item() == pytest.approx(math.fsum(losses) / ROWS, rel=1e-12)
+        for n, slope in enumerate(slopes):
+            assert grad[n, t].reshape(-1).tolist() == pytest.approx(slope, rel=1e-12, abs=1e-16)
 
 
 def test_gradients_reach_learned_weights() -> None:

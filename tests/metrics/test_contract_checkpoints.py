@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+import torch.distributed as dist
 from torch.distributed.checkpoint.state_dict_loader import load
 from torch.distributed.checkpoint.state_dict_saver import save
 
@@ -184,6 +185,45 @@ def test_each_rank_resumes_its_own_sums_and_refuses_those_of_another(ranks: Rank
     # One process is no rank of two.
     with pytest.raises(RuntimeError, match=f"'ranks': {ranks.world_size}"):
         persistent(kind).load_state_dict(states[0])
+
+
+def save_in_a_group(rank: int, kind: Kind, members: list[int]) -> State:
+    """What a rank of the group saves, or a rank outside of it nothing."""
+    group = dist.new_group(members)
+    if rank not in members:
+        return {}
+    metric = fed(kind.make(process_group=group), batches_of_rank(kind, rank))
+    metric.persistent(True)
+    return metric.state_dict()
+
+
+def load_in_a_group(rank: int, kind: Kind, members: list[int], state: State) -> tuple[int, str]:
+    """The updates that a rank of the group has after a load, and what the load raises."""
+    group = dist.new_group(members)
+    if rank not in members:
+        return -1, ""
+    metric, message = kind.make(process_group=group), ""
+    metric.persistent(True)
+    try:
+        metric.load_state_dict(state)
+    except RuntimeError as error:
+        message = str(error)
+    return metric.update_count, message
+
+
+@of_every_kind
+def test_sums_of_a_group_are_those_of_the_rank_within_it(three_ranks: RankPool, kind: Kind) -> None:
+    """A group of other processes, of the same size, may resume it: the ranks of all processes are not looked at."""
+    _, first, last = three_ranks.run(save_in_a_group, kind, [1, 2])
+    for state, own, other in ((first, 0, 1), (last, 1, 0)):
+        for members in ([1, 2], [0, 1]):
+            answers = [three_ranks.run(load_in_a_group, kind, members, state)[member] for member in members]
+            count, message = answers[own]
+            assert (count, message) == (state["totals"][0, -1, 0].item(), "")
+            count, message = answers[other]
+            assert count == 0
+            assert f"got the sums of {{'rank': {own}, 'ranks': 2}}" in message
+            assert f"here is {{'rank': {other}, 'ranks': 2}}" in message
 
 
 def load_sums_of_another_rank(rank: int, kind: Kind, state: State) -> int:

@@ -123,6 +123,20 @@ def test_inference_mode_does_not_spoil_the_updates_that_follow(
     expect_result_of(kind, fed(metric, later), later if then_reset else [first, *later])
 
 
+@of_every_kind
+@pytest.mark.parametrize("within", [update, forward, update_and_compute, update_and_sync])
+def test_inference_mode_between_updates_outside_of_it_spoils_none(
+    kind: Kind, within: Callable[[Summing, Batch], None]
+) -> None:
+    """As an evaluation does whose metric goes on."""
+    batches = kind.batches(6)
+    metric = fed(kind.make(), batches[:2])
+    with torch.inference_mode():
+        within(metric, batches[2])
+        within(metric, batches[3])
+    expect_result_of(kind, fed(metric, batches[4:]), batches)
+
+
 COPIES: dict[str, Callable[[Any], Any]] = {
     "deepcopy": copy.deepcopy,
     "pickle": lambda metric: pickle.loads(pickle.dumps(metric)),

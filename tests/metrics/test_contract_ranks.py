@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import copy
+import math
 import pickle
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import pytest
@@ -15,7 +16,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from benchmarks.counts import CollectiveLog
-from tests.support.metrics import Batch, Kind, numbers_of_this_rank, of_every_kind
+from tests.support.metrics import Batch, Kind, Summing, expect_result_of, numbers_of_this_rank, of_every_kind
 from tests.support.rank_pool import RankPool
 from tests.support.results import assert_close, fed, numbers
 
@@ -153,6 +154,44 @@ def test_with_dist_sync_on_step_forward_gives_the_batch_of_all_ranks(ranks: Rank
     expect_on_every_rank([found for _, found in answers], kind.expected(*batches))
 
 
+def by_compute(metric: Summing) -> None:
+    metric.compute()
+
+
+def by_sync(metric: Summing) -> None:
+    metric.sync()
+    metric.compute()
+    metric.unsync()
+
+
+def by_context(metric: Summing) -> None:
+    with metric.sync_context():
+        metric.compute()
+
+
+def read_in_inference_mode(
+    rank: int, kind: Kind, batches: ByRank, read: Callable[[Summing], None]
+) -> tuple[bool, Result]:
+    metric = fed(kind.make(), batches[rank][:-1])
+    before = metric.totals.clone()
+    with torch.inference_mode():
+        read(metric)
+    kept = torch.equal(metric.totals, before)
+    metric.update(*batches[rank][-1])
+    return kept, numbers(metric.compute())
+
+
+@of_every_kind
+@pytest.mark.parametrize("read", [by_compute, by_sync, by_context])
+def test_reading_in_inference_mode_does_not_spoil_the_updates_that_follow(
+    two_ranks: RankPool, kind: Kind, read: Callable[[Summing], None]
+) -> None:
+    batches = batches_of(kind, [3, 2])
+    answers = two_ranks.run(read_in_inference_mode, kind, batches, read)
+    assert [kept for kept, _ in answers] == [True, True]
+    expect_on_every_rank([found for _, found in answers], kind.expected(*batches))
+
+
 def compute_in_a_group(rank: int, kind: Kind, batches: ByRank) -> Result | None:
     group = dist.new_group([0, 2])
     if rank == 1:
@@ -166,6 +205,28 @@ def test_a_process_group_limits_the_ranks(three_ranks: RankPool, kind: Kind) -> 
     first, none, last = three_ranks.run(compute_in_a_group, kind, batches)
     assert none is None
     expect_on_every_rank([first, last], kind.expected(batches[0], batches[2]))
+
+
+def sync_in_a_group(rank: int, kind: Kind, batches: ByRank) -> tuple[Result, Result]:
+    """What a sync over the ranks 0 and 1 gives, or a rank's own; and what compute() gives of all after it."""
+    group = dist.new_group([0, 1])
+    metric = fed(kind.make(), batches[rank])
+    if rank == 2:
+        return numbers_of_this_rank(metric), numbers(metric.compute())
+    metric.sync(process_group=group)
+    synced = numbers(metric.compute())
+    metric.unsync()
+    return synced, numbers(metric.compute())
+
+
+@of_every_kind
+def test_a_sync_over_a_group_is_of_its_ranks_alone(three_ranks: RankPool, kind: Kind) -> None:
+    batches = batches_of(kind, UNEVEN[3])
+    answers = three_ranks.run(sync_in_a_group, kind, batches)
+    synced = [found for found, _ in answers]
+    expect_on_every_rank(synced[:2], kind.expected(batches[0], batches[1]))
+    assert_close(synced[2], kind.expected(batches[2]))
+    expect_on_every_rank([found for _, found in answers], kind.expected(*batches))
 
 
 def copies_with_a_group(rank: int, kind: Kind) -> tuple[list[bool], list[Result], bytes]:
@@ -278,6 +339,44 @@ def test_a_collective_that_fails_leaves_the_local_sums(two_ranks: RankPool, kind
     answers = two_ranks.run(fail_in_the_collective, kind, batches)
     assert [kept for kept, _ in answers] == [True, True]
     expect_on_every_rank([found for _, found in answers], kind.expected(*([*rank, rank[0]] for rank in batches)))
+
+
+def spoil_and_fail(values: Tensor, *_: Any, **__: Any) -> Any:
+    """A collective that fails when it has already written."""
+    values.fill_(math.nan)
+    raise RuntimeError("the network is down")
+
+
+@of_every_kind
+@pytest.mark.parametrize("of_the_users", [False, True], ids=["torch's", "the user's"])
+def test_a_collective_that_fails_halfway_leaves_the_local_sums(
+    monkeypatch: pytest.MonkeyPatch, kind: Kind, of_the_users: bool
+) -> None:
+    batches = kind.batches(4)
+    is_distributed = {"value": True}
+    metric = kind.make(
+        dist_sync_fn=spoil_and_fail if of_the_users else None, distributed_available_fn=lambda: is_distributed["value"]
+    )
+    if not of_the_users:
+        monkeypatch.setattr(dist, "is_initialized", lambda: True)
+        monkeypatch.setattr(dist, "get_world_size", lambda _: 2)
+        monkeypatch.setattr(dist, "all_reduce", spoil_and_fail)
+    fed(metric, batches[:3])
+    before = metric.totals.clone()
+    for _ in range(2):
+        with pytest.raises(RuntimeError, match="the network is down"):
+            metric.compute()
+        with pytest.raises(RuntimeError, match="the network is down"):
+            metric.sync(dist_sync_fn=spoil_and_fail if of_the_users else None)
+        with (
+            pytest.raises(RuntimeError, match="the network is down"),
+            metric.sync_context(dist_sync_fn=spoil_and_fail if of_the_users else None),
+        ):
+            raise AssertionError
+        assert torch.equal(metric.totals, before)
+    is_distributed["value"] = False
+    expect_result_of(kind, metric, batches[:3])
+    expect_result_of(kind, fed(metric, batches[3:]), batches)
 
 
 # In a model that DDP wraps.

@@ -97,3 +97,26 @@ def test_a_loss_takes_no_window() -> None:
     options: dict[str, Any] = {"window": 5}
     with pytest.raises(ValueError, match="window"):
         GlobalLoss(["like"], **options)
+
+
+class Scaled(nn.Module):
+    """A reduction with a parameter, which computes in the dtype of its input."""
+
+    def __init__(self, dtype: torch.dtype) -> None:
+        super().__init__()
+        self.factors = nn.Parameter(torch.ones(2, dtype=dtype))
+
+    def forward(self, losses: Tensor) -> Tensor:
+        """The sum."""
+        return (losses * self.factors.to(losses)).sum()
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32, torch.float64])
+def test_a_module_in_half_precision_gets_losses_in_float32(dtype: torch.dtype) -> None:
+    """In bfloat16 100.03 and 7 are 107.0."""
+    metric = GlobalLoss(["like", "reply"], "mean", Scaled(dtype))
+    metric.update(torch.tensor([100.03, 7.0], dtype=torch.float64), 1)
+    for losses in (metric.compute(), metric(torch.tensor([100.03, 7.0], dtype=torch.float64), 1)):
+        assert losses["loss"].dtype == torch.float64
+        precision = 1e-15 if dtype == torch.float64 else 1e-7
+        assert losses["loss"].item() == pytest.approx(107.03, rel=precision)
