@@ -161,8 +161,9 @@ def columns_of(batch: Mapping[str, Any], kind: Kind, settings: Settings) -> dict
             loss = math.nan
             if valid and w != 0:
                 loss = reference.cross_entropy(x, int(y)) if kind.classes else reference.bce_with_logits(x, y, positive)
-                largest = max(map(abs, x)) if kind.classes else abs(x) * (1 + positive)
-                magnitude += abs(w) * max(abs(loss), largest)
+                sizes = map(abs, x) if kind.classes else [abs(x) * (1 + positive)]
+                # At an infinite logit the loss is its limit, to the last bit.
+                magnitude += abs(w) * max(abs(loss), *(size for size in sizes if math.isfinite(size)), 0.0)
             rows.append(reference.Row(loss, weight=w, valid=valid))
         result[name] = Column(rows, magnitude)
     return result

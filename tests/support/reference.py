@@ -17,8 +17,9 @@ def softplus(z: float) -> float:
 
 
 def bce_with_logits(logit: float, label: float, pos_weight: float = 1.0) -> float:
-    """-p·y·log σ(x) - (1-y)·log(1 - σ(x))."""
-    return pos_weight * label * softplus(-logit) + (1.0 - label) * softplus(logit)
+    """-p·y·log σ(x) - (1-y)·log(1 - σ(x)); at an infinite logit the limit."""
+    terms = (pos_weight * label, softplus(-logit)), (1.0 - label, softplus(logit))
+    return sum(factor * z for factor, z in terms if factor != 0 or math.isfinite(z) or math.isnan(z))
 
 
 def cross_entropy(logits: Sequence[float], label: int) -> float:
