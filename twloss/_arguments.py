@@ -101,20 +101,19 @@ class TaskConstants:
 
     def place(self, device: torch.device) -> None:
         """Have the tensors at hand: a compiled forward that had to make them would be compiled again."""
-        self._device = device
-        with torch.inference_mode(False):
-            self._tensors = {
-                dtype: torch.tensor(self.numbers, dtype=dtype, device=device)
-                # On a CPU also what compute() reduces in, wherever the sums are.
-                for dtype in {torch.float32, torch.float64 if device.type == "cpu" else sum_dtype(device)}
-                if self.numbers is not None
-            }
+        self._tensors: dict[tuple[torch.device, torch.dtype], Tensor] = {}
+        for dtype in {torch.float32, sum_dtype(device)}:
+            self.like(torch.empty(0, dtype=dtype, device=device))
 
     def like(self, values: Tensor) -> Tensor | None:
         """The numbers on the device and in the dtype of values."""
-        if self._device != values.device:
-            self.place(values.device)
-        return None if self.numbers is None else self._tensors[values.dtype]
+        if self.numbers is None:
+            return None
+        key = values.device, values.dtype
+        if key not in self._tensors:
+            with torch.inference_mode(False):
+                self._tensors[key] = torch.tensor(self.numbers, dtype=values.dtype, device=values.device)
+        return self._tensors[key]
 
 
 def check_number(name: str, value: object) -> float:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, NoReturn
 
 import torch
 import torch.nn.functional as F
@@ -94,13 +94,18 @@ def _check_tensors(logits: Any, labels: Any, weights: Any) -> tuple[Tensor, Tens
     for name, values in (("logits", logits), ("labels", labels), ("weights", weights)):
         if name == "weights" and values is None:
             break
+        # What check_dense() looks at, in the hot path called only to raise.
         if not isinstance(values, Tensor) or values.layout != torch.strided or values.is_nested or values.is_complex():
             check_dense(name, values)
         if name == "logits" and values.dtype not in _FLOATS:
-            raise TypeError(f"logits: got {values.dtype}, expected float16, bfloat16, float32 or float64")
+            _refuse_dtype("logits", values)
         if values.device != logits.device:
             raise ValueError(f"{name}: got a tensor on {values.device}, expected {logits.device}, where the logits are")
     return logits, labels, weights
+
+
+def _refuse_dtype(name: str, logits: Tensor) -> NoReturn:
+    raise TypeError(f"{name}: got {logits.dtype}, expected float16, bfloat16, float32 or float64")
 
 
 def _check_shapes(logits: Tensor, labels: Tensor, has_classes: bool, tasks: int | None) -> None:
@@ -165,7 +170,7 @@ def _stack_columns(name: str, values: Mapping[str, Tensor], tasks: tuple[str, ..
     if name == "logits":
         for task, column in columns.items():
             if column.dtype not in _FLOATS:
-                raise TypeError(f"logits[{task!r}]: got {column.dtype}, expected float16, bfloat16, float32 or float64")
+                _refuse_dtype(f"logits[{task!r}]", column)
     stacked = _of_one_dtype(name, list(columns.values()))
     if has_classes:
         classes = max(column.shape[1] for column in stacked)

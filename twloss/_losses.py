@@ -125,14 +125,13 @@ class _TaskLosses(nn.Module):
         """Add a batch and its detached sums to the metrics of this mode; to none of them where one refuses it."""
         mode = "train" if self.training else "eval"
         metric: GlobalLoss = getattr(self, f"{mode}_metric")
-        if not self._has_quality:
-            metric._put(sums)
-            return
-        quality: RankingQuality = getattr(self, f"{mode}_quality")
-        quality._refuse_between_syncs("update")
-        metric._put(sums)
-        # Without pos_weights its log loss is the loss.
-        quality._put(quality._sum_aligned(batch, sums.loss_sum if self._pos_weights.numbers is None else None))
+        packed = metric._pack(sums)
+        if self._has_quality:
+            quality: RankingQuality = getattr(self, f"{mode}_quality")
+            # Without pos_weights its log loss is the loss.
+            known = sums.loss_sum if self._pos_weights.numbers is None else None
+            quality._put(quality._pack(quality._sum_aligned(batch, known)))
+        metric._put(packed)
 
     def __getattr__(self, name: str) -> Tensor | nn.Module:
         try:

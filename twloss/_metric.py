@@ -126,26 +126,22 @@ class TaskMetric(Metric):
 
     def forward(self, *args: Any, **kwargs: Any) -> dict[str, Tensor]:
         """Add a batch, as update() does, and return the result of this batch alone."""
-        self._refuse_between_syncs("update")
         sums = self._sum_batch(*args, **kwargs)
         batch = self._pack(sums)
-        if self.dist_sync_on_step:
-            batch = sum_over_ranks(batch, self.process_group)
-        results = self._name_results(batch.expand(len(self._horizons), *batch.shape))
+        shared = sum_over_ranks(batch, self.process_group) if self.dist_sync_on_step else batch
+        results = self._name_results(shared.expand(len(self._horizons), *shared.shape))
         if not is_transformed(*sums):
-            self._put(sums, in_place=False)
+            self._put(batch, in_place=False)
         self._forward_cache: Any = results
         return results
 
     def _add(self, sums: Sequence[Tensor | float]) -> None:
         """Add a batch's sums, which need not be detached; what a transform runs is no batch."""
         if not is_transformed(*sums):
-            self._put(sums)
+            self._put(self._pack(sums))
 
-    def _put(self, sums: Sequence[Tensor | float], *, in_place: bool = True) -> None:
-        """Add a batch's sums, outside of any transform."""
-        self._refuse_between_syncs("update")
-        batch = self._pack(sums)
+    def _put(self, batch: Tensor, *, in_place: bool = True) -> None:
+        """Add a batch's packed sums, outside of any transform."""
         if batch.is_meta:
             return
         if torch.compiler.is_compiling():
@@ -161,6 +157,7 @@ class TaskMetric(Metric):
 
     def _pack(self, sums: Sequence[Tensor | float]) -> Tensor:
         """A batch's sums, detached, in the widest dtype; below them 1 where they are finite, and 1 for every update."""
+        self._refuse_between_syncs("update")
         like = sums[0]
         assert isinstance(like, Tensor)
         if self.totals.device != like.device and not like.is_meta:

@@ -15,7 +15,7 @@ from twloss._accumulator import sum_wide
 from twloss._arguments import MeanOver
 from twloss._batch import Batch, without_left_out
 from twloss._loss_type import LossFunction, LossType, bce_slopes, bce_values, row_losses
-from twloss._torch import is_batch_of_gradients, is_transformed, keep_where_nonzero, zero_where_zero_
+from twloss._torch import is_batch_of_gradients, is_transformed, weigh, weigh_
 
 
 class TaskSums(NamedTuple):
@@ -80,11 +80,10 @@ def _weighted_losses(
 ) -> Tensor:
     """Weight times loss, of the labels' shape."""
     loss = row_losses(loss_type, *without_left_out(logits, labels, weights), pos_weight)
-    if weights is None:
-        return loss
-    loss = loss * weights
+    if weights is not None and isinstance(loss_type, LossType):
+        return loss * weights
     # Of a callable it is not known that it is finite at the zeros that stand for what is left out.
-    return loss if isinstance(loss_type, LossType) else keep_where_nonzero(loss, weights)
+    return weigh(loss, weights)
 
 
 class _SummedBCE(torch.autograd.Function):
@@ -99,10 +98,7 @@ class _SummedBCE(torch.autograd.Function):
         ctx: Any, logits: Tensor, labels: Tensor, weights: Tensor | None, pos_weight: Tensor | None, tasks: int
     ) -> tuple[Tensor, Tensor]:
         ctx.save_for_backward(logits, labels, weights, pos_weight)
-        loss = bce_values(logits, labels, pos_weight)
-        if weights is not None:
-            zero_where_zero_(loss.mul_(weights), weights)
-        wide = sum_wide(loss, tasks)
+        wide = sum_wide(weigh_(bce_values(logits, labels, pos_weight), weights), tasks)
         ctx.mark_non_differentiable(wide)
         ctx.set_materialize_grads(False)
         # A copy where the dtype is the same: one tensor can't be both outputs.
@@ -117,10 +113,5 @@ class _SummedBCE(torch.autograd.Function):
             loss = _weighted_losses(LossType.BCE_WITH_LOGITS, logits, labels, weights, pos_weight)
             return *torch.autograd.grad(loss, logits, grad.expand_as(loss), create_graph=True), None, None, None, None
         slope = bce_slopes(logits, labels, pos_weight)
-        if is_batch_of_gradients(grad):
-            slope = slope * grad
-            return slope if weights is None else keep_where_nonzero(slope * weights, weights), None, None, None, None
-        slope.mul_(grad)
-        if weights is not None:
-            zero_where_zero_(slope.mul_(weights), weights)
+        slope = weigh(slope * grad, weights) if is_batch_of_gradients(grad) else weigh_(slope.mul_(grad), weights)
         return slope, None, None, None, None

@@ -73,9 +73,11 @@ def weigh(values: Tensor, weights: Tensor | None) -> Tensor:
     return values if weights is None else keep_where_nonzero(values * weights, weights)
 
 
-def zero_where_zero_(values: Tensor, weights: Tensor) -> Tensor:
-    """``keep_where_nonzero`` in place, where nothing is differentiated or compiled."""
-    torch.ops.aten.threshold_backward.grad_input(values, weights.abs(), 0.0, grad_input=values)
+def weigh_(values: Tensor, weights: Tensor | None) -> Tensor:
+    """``weigh`` in place, where nothing is differentiated or compiled."""
+    if weights is not None:
+        values.mul_(weights)
+        torch.ops.aten.threshold_backward.grad_input(values, weights.abs(), 0.0, grad_input=values)
     return values
 
 

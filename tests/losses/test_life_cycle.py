@@ -15,6 +15,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from tests.support import reference
+from tests.support.casts import CASTS
 from tests.support.rank_pool import RankPool
 from twloss import Loss, MultiTaskLoss
 
@@ -48,18 +49,6 @@ def test_a_loss_that_is_not_finite_stays_so_while_its_sums_are_left_out() -> Non
 def test_nothing_is_a_registered_buffer_or_in_the_state_dict() -> None:
     loss = MultiTaskLoss("bce_with_logits", TASKS, pos_weights=[1, 2], task_weights=[1, 2], quality=True)
     assert [*loss.buffers(), *loss.parameters(), *loss.state_dict()] == []
-
-
-CASTS = {
-    "half": lambda m: m.half(),
-    "bfloat16": lambda m: m.bfloat16(),
-    "float": lambda m: m.float(),
-    "double": lambda m: m.double(),
-    "to dtype": lambda m: m.to(torch.bfloat16),
-    "to tensor": lambda m: m.to(torch.zeros(1, dtype=torch.float16)),
-    "type": lambda m: m.type(torch.float16),
-    "_apply": lambda m: m._apply(lambda t: t.to(torch.float16)),
-}
 
 
 @pytest.mark.parametrize("cast", CASTS.values(), ids=CASTS)

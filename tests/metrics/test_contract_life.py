@@ -12,6 +12,7 @@ import torch
 from torch import nn
 from torchmetrics.utilities.exceptions import TorchMetricsUserError
 
+from tests.support.casts import CASTS
 from tests.support.metrics import Batch, Kind, Summing, expect_result_of, of_every_kind
 from tests.support.results import fed
 
@@ -24,18 +25,6 @@ def test_nothing_is_a_buffer_a_parameter_or_in_the_state_dict(kind: Kind) -> Non
     assert [*model.buffers(), *model.parameters(), *model.state_dict()] == []
     model.load_state_dict({})
     assert metric.update_count == 3
-
-
-CASTS: dict[str, Callable[[nn.Module], object]] = {
-    "half": lambda m: m.half(),
-    "bfloat16": lambda m: m.bfloat16(),
-    "float": lambda m: m.float(),
-    "double": lambda m: m.double(),
-    "to dtype": lambda m: m.to(torch.bfloat16),
-    "to tensor": lambda m: m.to(torch.zeros(1, dtype=torch.float16)),
-    "type": lambda m: m.type(torch.float16),
-    "_apply": lambda m: m._apply(lambda t: t.to(torch.float16)),
-}
 
 
 @of_every_kind

@@ -17,6 +17,7 @@ from torch.nn.parallel import DistributedDataParallel
 from torchmetrics.utilities.exceptions import TorchMetricsUserError
 
 from tests.support import reference
+from tests.support.casts import CASTS
 from tests.support.rank_pool import RankPool
 from twloss import GlobalLoss, Loss, MultiTaskLoss, ScalarView
 
@@ -361,15 +362,6 @@ def test_a_view_adds_nothing_to_a_model(persistent: bool) -> None:
         metric.persistent(persistent)
     other.load_state_dict(model.state_dict())
     assert other.logged.update_count == int(persistent)
-
-
-CASTS: dict[str, Callable[[nn.Module], Any]] = {
-    "half": lambda model: model.half(),
-    "bfloat16": lambda model: model.bfloat16(),
-    "to bfloat16": lambda model: model.to(torch.bfloat16),
-    "to tensor": lambda model: model.to(torch.zeros(1, dtype=torch.float16)),
-    "_apply": lambda model: model._apply(lambda tensor: tensor.to(torch.float16)),
-}
 
 
 @pytest.mark.parametrize("cast", CASTS.values(), ids=CASTS)
