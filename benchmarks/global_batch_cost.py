@@ -31,10 +31,10 @@ def global_batch_cost(setting: Setting) -> Iterator[Row]:
     for tasks in (10, 100):
         (forward, backward), local, timings = run_on_ranks(2, _measure, tasks, 3 if setting.quick else 201)[0]
         case = f"2 ranks, {ROWS:,} × {tasks}"
-        two_float64_a_task = exactly(2 * tasks * torch.float64.itemsize)
+        three_float64_a_task = exactly(3 * tasks * torch.float64.itemsize)
         for where, unit, ours, theirs, goal in (
             ("forward", "collectives", len(forward), len(local[0]), exactly(1)),
-            ("forward", "bytes over the network", sum(forward), sum(local[0]), two_float64_a_task),
+            ("forward", "bytes over the network", sum(forward), sum(local[0]), three_float64_a_task),
             ("backward", "collectives", len(backward), len(local[1]), exactly(0)),
         ):
             yield counted(f"{case}, {where}", unit, ours, goal, rival=LOCAL, theirs=theirs)

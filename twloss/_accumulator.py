@@ -13,6 +13,8 @@ import torch
 from torch import Tensor
 from torch.utils.module_tracker import ModuleTracker
 
+from twloss._torch import plain_tensors
+
 DEVICES_WITHOUT_FLOAT64 = {"mps"}
 """Device types on which a sum is a pair; a test may add another."""
 
@@ -33,7 +35,7 @@ def zero_state(shape: tuple[int, ...], device: torch.device) -> Tensor:
     """The state of a sum of nothing, of the shape ``(1 + window, …)``."""
     dtype = sum_dtype(device)
     # An inference tensor could not be updated in place by the training that follows.
-    with torch.inference_mode(False):
+    with plain_tensors():
         return torch.zeros(shape if dtype == torch.float64 else (2, *shape), dtype=dtype, device=device)
 
 
@@ -44,7 +46,7 @@ def value_of(state: Tensor) -> Tensor:
 
 def state_on(device: torch.device, value: Tensor) -> Tensor:
     """A new state of a device that has this value; of 0 from or to the meta device, where nothing can be copied."""
-    with torch.inference_mode(False):
+    with plain_tensors():
         state = zero_state(tuple(value.shape), device)
         if not (value.is_meta or state.is_meta):
             state.copy_(torch.stack(_halves(value)) if state.dtype == torch.float32 else value)
@@ -99,7 +101,8 @@ def _finite(values: Tensor) -> Tensor:
     return values.nan_to_num(0.0, 0.0, 0.0)
 
 
-# Not torch.library.custom_op: its checks at run time cost a compiled step 60 µs.
-_LIBRARY = torch.library.Library("twloss", "DEF")
-_LIBRARY.define("add_once(Tensor(a!) state, Tensor values) -> ()")
-_LIBRARY.impl("add_once", add_once, "CompositeExplicitAutograd")
+# Not torch.library.custom_op: its checks at run time cost a compiled step 60 µs. Once: a reload finds it defined.
+if "_LIBRARY" not in globals():
+    _LIBRARY = torch.library.Library("twloss", "DEF")
+    _LIBRARY.define("add_once(Tensor(a!) state, Tensor values) -> ()")
+    _LIBRARY.impl("add_once", add_once, "CompositeExplicitAutograd")

@@ -8,7 +8,9 @@ from __future__ import annotations
 import math
 import sys
 import warnings
-from collections.abc import Mapping, Sequence
+from collections import Counter
+from collections.abc import Collection, Mapping, Sequence
+from itertools import islice
 from numbers import Real
 from typing import Any, Literal, get_args
 
@@ -17,6 +19,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from twloss._accumulator import sum_dtype
+from twloss._torch import plain_tensors, tensor_of
 
 PerTask = float | Sequence[float] | Mapping[str, float] | Tensor
 
@@ -24,17 +27,36 @@ LossName = Literal["bce_with_logits", "cross_entropy"]
 RowReduction = Literal["mean", "sum"]
 TaskReduction = Literal["mean", "sum", "min", "max", "median"]
 MeanOver = Literal["rows", "weights"]
+GradientReduction = Literal["mean", "sum"]
 NanStrategy = Literal["warn", "error", "ignore", "disable"]
 
 _INT64_BITS = 63
 
 
+def list_some(values: Collection[object], most: int = 5) -> str:
+    """The first of the values, so that a message of a hundred thousand tasks stays one that can be read."""
+    items = dict(islice(values.items(), most)) if isinstance(values, Mapping) else list(islice(values, most))
+    shown = str(items)
+    return shown if len(items) == len(values) else f"{shown[:-1]}, … {len(values):,} in all{shown[-1]}"
+
+
+def check_names(name: str, values: Collection[str], tasks: Sequence[str], verb: str = "got") -> None:
+    """Raise unless the keys are the tasks' names."""
+    given, known = list(values), set(tasks)
+    missing, unknown = [task for task in tasks if task not in values], [key for key in given if key not in known]
+    if missing or unknown:
+        raise ValueError(
+            f"{name}: {verb} {list_some(given)}, expected {list_some(tasks)}: "
+            f"missing tasks {list_some(missing)}, unknown tasks {list_some(unknown)}"
+        )
+
+
 def check_choice(name: str, value: object, choices: Sequence[str], otherwise: str = "") -> None:
     """Raise unless ``value`` is one of the strings; ``otherwise`` tells what else would have been right."""
     if not isinstance(value, str):
-        raise TypeError(f"{name}: got {type(value).__name__}, expected one of {list(choices)}{otherwise}")
+        raise TypeError(f"{name}: got {type(value).__name__}, expected one of {list_some(choices, 12)}{otherwise}")
     if value not in choices:
-        raise ValueError(f"{name}: got {value!r}, expected one of {list(choices)}{otherwise}")
+        raise ValueError(f"{name}: got {value!r}, expected one of {list_some(choices, 12)}{otherwise}")
 
 
 def check_global_reduction(value: object) -> None:
@@ -51,8 +73,11 @@ def check_tasks(tasks: Sequence[str]) -> tuple[str, ...]:
         if not isinstance(task, str):
             raise TypeError(f"tasks: got a name of type {type(task).__name__}, expected str")
     if not tasks or "" in tasks or len(set(tasks)) < len(tasks):
-        raise ValueError(f"tasks: got {list(tasks)}, expected one or more names, each once and not empty")
-    return tuple(tasks)
+        twice = [task for task, count in Counter(tasks).items() if count > 1]
+        found = f"{list_some(tasks)}{f' with {list_some(twice)} more than once' if twice else ''}"
+        raise ValueError(f"tasks: got {found}, expected one or more names, each once and not empty")
+    # Of an Enum of strings the values: in a key it would be written "Task.LIKE".
+    return tuple(str.__str__(task) for task in tasks)
 
 
 def check_window(window: object) -> None:
@@ -78,13 +103,14 @@ def per_task_numbers(name: str, values: PerTask | None, tasks: Sequence[str]) ->
             )
         values = values.tolist()
     if isinstance(values, Mapping):
-        if set(values) != set(tasks):
-            raise ValueError(f"{name}: got the tasks {list(values)}, expected {list(tasks)}")
+        check_names(name, values, tasks, "got the tasks")
         values = [values[task] for task in tasks]
     is_list = isinstance(values, Sequence) and not isinstance(values, (str, bytes, bytearray))
     numbers: list[Any] = [*values] if is_list else [values] * len(tasks)  # type: ignore[misc]
     if len(numbers) != len(tasks):
-        raise ValueError(f"{name}: got {len(numbers)} values, expected {len(tasks)}, one for each of {list(tasks)}")
+        raise ValueError(
+            f"{name}: got {len(numbers)} values, expected {len(tasks)}, one for each of {list_some(tasks)}"
+        )
     return tuple(float(check_number(name, number)) for number in numbers)
 
 
@@ -93,27 +119,45 @@ class TaskConstants:
 
     They are no registered buffers: with one, DDP would broadcast buffers at every forward. No cast and no meta device
     can harm the Python numbers that the tensors are made of.
+
+    Args:
+        numbers: one a task, or None.
+        compiled_default: what stands for None in compiled code, where numbers that are set later would have it compiled
+            again.
     """
 
-    def __init__(self, numbers: tuple[float, ...] | None) -> None:
+    def __init__(self, numbers: tuple[float, ...] | None, compiled_default: tuple[float, ...] | None = None) -> None:
         self.numbers = numbers
+        self._compiled_default = compiled_default
         self.place(torch.get_default_device())
 
     def place(self, device: torch.device) -> None:
         """Have the tensors at hand: a compiled forward that had to make them would be compiled again."""
         self._tensors: dict[tuple[torch.device, torch.dtype], Tensor] = {}
         for dtype in {torch.float32, sum_dtype(device)}:
-            self.like(torch.empty(0, dtype=dtype, device=device))
+            self._make((device, dtype))
+
+    def set(self, numbers: tuple[float, ...] | None) -> None:
+        """Take other numbers, in new tensors: a backward pass may still need those that were."""
+        self.numbers = numbers
+        for key in self._tensors:
+            self._make(key)
 
     def like(self, values: Tensor) -> Tensor | None:
         """The numbers on the device and in the dtype of values."""
-        if self.numbers is None:
+        # In this order: compiled code must not depend on whether numbers were set.
+        if (self._compiled_default is None or not torch.compiler.is_compiling()) and self.numbers is None:
             return None
         key = values.device, values.dtype
         if key not in self._tensors:
-            with torch.inference_mode(False):
-                self._tensors[key] = torch.tensor(self.numbers, dtype=values.dtype, device=values.device)
+            self._make(key)
         return self._tensors[key]
+
+    def _make(self, key: tuple[torch.device, torch.dtype]) -> None:
+        numbers = self._compiled_default if self.numbers is None else self.numbers
+        if numbers is not None:
+            with plain_tensors():
+                self._tensors[key] = tensor_of(numbers, key[1], key[0])
 
 
 def check_number(name: str, value: object) -> float:
@@ -138,9 +182,17 @@ def check_ignore_index(ignore_index: object) -> float | None:
     return check_number("ignore_index", ignore_index) if isinstance(ignore_index, int) else float(ignore_index)
 
 
-def is_same_label(a: float | None, b: float | None) -> bool:
-    """Whether two values of ``ignore_index`` are the same label; NaN is NaN."""
-    return a == b or (a is not None and b is not None and math.isnan(a) and math.isnan(b))
+def label_name(ignore_index: float | None) -> str:
+    """The same text for the same label, NaN and numbers of other types included."""
+    return str(None if ignore_index is None else float(ignore_index))
+
+
+def check_class_label(ignore_index: float | None) -> None:
+    """Raise unless a class index can be equal to it."""
+    if ignore_index is not None and not float(ignore_index).is_integer():
+        raise ValueError(
+            f"ignore_index: got {ignore_index} with CROSS_ENTROPY, expected an integer, as class indices are"
+        )
 
 
 def check_dense(name: str, values: object, *, verb: str = "got", tensor: str = "a Tensor", kind: str = "real") -> None:
@@ -150,6 +202,10 @@ def check_dense(name: str, values: object, *, verb: str = "got", tensor: str = "
         fault = type(values).__name__
     elif values.is_nested or values.layout != torch.strided:
         fault = f"a {'nested' if values.is_nested else str(values.layout).removeprefix('torch.')} tensor"
+    elif hasattr(values, "to_local"):
+        raise TypeError(
+            f"{name}: {verb} a {type(values).__name__}, expected {tensor} of this rank, such as its .to_local()"
+        )
     elif values.is_complex() or (kind == "floating" and not values.is_floating_point()):
         fault = str(values.dtype)
     if fault is not None:
@@ -177,6 +233,16 @@ def warn_unless_mean(global_batch: bool, **reductions: object) -> None:
             UserWarning,
             stacklevel=_callers_level(),
         )
+
+
+def warn_local_normalizer() -> None:
+    """Warn that DDP's average makes the gradient of a loss that is divided by the total of all ranks too small."""
+    warnings.warn(
+        "normalizer: got one on several ranks with global_batch=False, where the gradient that DistributedDataParallel "
+        "averages is that of one process over the number of ranks; global_batch=True makes them equal",
+        UserWarning,
+        stacklevel=_callers_level(),
+    )
 
 
 def _callers_level() -> int:

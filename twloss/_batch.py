@@ -13,11 +13,11 @@ from typing import Any, NamedTuple, NoReturn
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
+from torch.fx import Proxy
 
 from twloss._accumulator import sum_dtype
-from twloss._arguments import check_dense
-from twloss._torch import keep_where_nonzero
+from twloss._arguments import check_dense, check_names, list_some
 
 TaskTensors = Tensor | Mapping[str, Tensor]
 
@@ -57,16 +57,22 @@ def align(
         has_classes: whether the logits have a dimension of classes; None: as their number of dimensions says.
         ignore_index: the label that says "missing"; NaN is allowed.
     """
+    valid = None
     if tasks is not None:
         if isinstance(logits, Mapping):
-            logits = _stack_columns("logits", logits, tasks, has_classes=has_classes is True)
+            logits = _stack("logits", _columns("logits", logits, tasks, has_classes is True))
         if isinstance(labels, Mapping):
-            labels = _stack_columns("labels", labels, tasks, has_classes=False)
+            columns = _columns("labels", labels, tasks, has_classes=False)
+            labels, valid = _stack("labels", columns), _are_valid(columns, ignore_index)
         if isinstance(weights, Mapping):
-            weights = _stack_columns("weights", weights, tasks, has_classes=False)
+            weights = _stack("weights", _columns("weights", weights, tasks, has_classes=False))
     logits, labels, weights = _check_tensors(logits, labels, weights)
     if has_classes is None:
-        has_classes = logits.ndim == labels.ndim + 1
+        has_classes = logits.ndim == labels.ndim + 1 and not labels.is_floating_point()
+    elif has_classes and tasks is None and labels.ndim != 1:
+        # torch's own (rows, classes, positions) would be taken for (rows, positions, classes).
+        shapes = f"{tuple(logits.shape)} with labels {tuple(labels.shape)}"
+        raise ValueError(f"logits: got shape {shapes}, expected (rows, classes) with labels (rows,)")
     _check_shapes(logits, labels, has_classes, None if tasks is None else len(tasks))
     # A bfloat16 sum of 1025 ones is 1024.
     dtype = torch.float64 if logits.dtype == torch.float64 else torch.float32
@@ -74,20 +80,32 @@ def align(
         weights = weights.to(dtype)
         if weights.shape != labels.shape:
             weights = _expand_weights(weights, labels, by_row=tasks is not None)
-    valid = None if ignore_index is None else _is_valid(labels, ignore_index)
-    if valid is not None:
+    if ignore_index is not None:
+        valid = _is_valid(labels, ignore_index) if valid is None else valid
         weights = valid.to(dtype) if weights is None else weights.where(valid, 0.0)
     return Batch(logits.to(dtype), labels.to(torch.int64 if has_classes else dtype), weights, valid)
 
 
-def without_left_out(logits: Tensor, labels: Tensor, weights: Tensor | None) -> tuple[Tensor, Tensor]:
-    """Logits and labels with zeros, at which a loss is finite, where the weight is 0; so too for their gradients."""
-    if weights is None:
-        return logits, labels
-    if labels.is_floating_point():
-        return keep_where_nonzero(logits, weights), keep_where_nonzero(labels, weights)
-    # A label that is left out need not be a class: 0 always is.
-    return keep_where_nonzero(logits, weights.unsqueeze(-1).expand_as(logits)), labels * (weights != 0)
+def find_proxy(*inputs: object) -> Proxy | None:
+    """What stands for a tensor among the inputs, or in one that is a mapping, where torch.fx traces the model."""
+    for each in inputs:
+        if isinstance(each, Proxy):
+            return each
+        if isinstance(each, Mapping):
+            for value in each.values():
+                if isinstance(value, Proxy):
+                    return value
+    return None
+
+
+def record_call(proxy: Proxy, module: nn.Module, *args: object, **kwargs: object) -> Any:
+    """What stands for the result of a module, which is called when the graph runs, not while it is traced."""
+    tracer: Any = proxy.tracer
+    path = tracer.path_of_module(module)
+    if not path:
+        raise ValueError("logits: got a Proxy from a trace of the loss alone, expected a trace of a model that has it")
+    inputs = tuple(dict(each) if isinstance(each, Mapping) else each for each in args)
+    return tracer.create_proxy("call_module", path, inputs, kwargs)
 
 
 def _check_tensors(logits: Any, labels: Any, weights: Any) -> tuple[Tensor, Tensor, Tensor | None]:
@@ -95,7 +113,7 @@ def _check_tensors(logits: Any, labels: Any, weights: Any) -> tuple[Tensor, Tens
         if name == "weights" and values is None:
             break
         # What check_dense() looks at, in the hot path called only to raise.
-        if not isinstance(values, Tensor) or values.layout != torch.strided or values.is_nested or values.is_complex():
+        if type(values) is not Tensor or values.layout != torch.strided or values.is_nested or values.is_complex():
             check_dense(name, values)
         if name == "logits" and values.dtype not in _FLOATS:
             _refuse_dtype("logits", values)
@@ -148,34 +166,41 @@ def _is_valid(labels: Tensor, ignore_index: float) -> Tensor:
     return labels != ignore_index
 
 
-def _stack_columns(name: str, values: Mapping[str, Tensor], tasks: tuple[str, ...], *, has_classes: bool) -> Tensor:
-    """One ``(rows, tasks)`` or ``(rows, tasks, classes)`` tensor from a mapping.
+def _are_valid(columns: list[Tensor], ignore_index: float | None) -> Tensor | None:
+    """As ``_is_valid``, of columns that differ in dtype, each in its own: once widened, a -999 of bfloat16 is -1000."""
+    if ignore_index is None or len({column.dtype for column in columns}) == 1:
+        return None
+    return torch.stack([_is_valid(column, ignore_index) for column in columns], dim=1)
+
+
+def _columns(name: str, values: Mapping[str, Tensor], tasks: tuple[str, ...], has_classes: bool) -> list[Tensor]:
+    """The tasks' own tensors, ``(rows,)`` or ``(rows, classes)``, which fit one another."""
+    check_names(name, values, tasks)
+    columns = [_column(f"{name}[{task!r}]", values[task], has_classes) for task in tasks]
+    rows = dict(zip(tasks, (column.shape[0] for column in columns)))
+    if len(set(rows.values())) > 1:
+        raise ValueError(f"{name}: got {list_some(rows)} rows, expected the same number for every task")
+    devices = dict(zip(tasks, (str(column.device) for column in columns)))
+    if len(set(devices.values())) > 1:
+        raise ValueError(f"{name}: got {list_some(devices)}, expected the same device for every task")
+    if name == "logits":
+        for task, column in zip(tasks, columns):
+            if column.dtype not in _FLOATS:
+                _refuse_dtype(f"logits[{task!r}]", column)
+    return columns
+
+
+def _stack(name: str, columns: list[Tensor]) -> Tensor:
+    """One ``(rows, tasks)`` or ``(rows, tasks, classes)`` tensor.
 
     Where the class counts differ, the missing classes get a logit of -inf: probability 0, gradient 0, and a loss of
     infinity for a label that is one of them.
     """
-    if set(values) != set(tasks):
-        missing = [task for task in tasks if task not in values]
-        unknown = [task for task in values if task not in tasks]
-        raise ValueError(
-            f"{name}: got {list(values)}, expected {list(tasks)}: missing tasks {missing}, unknown tasks {unknown}"
-        )
-    columns = {task: _column(f"{name}[{task!r}]", values[task], has_classes) for task in tasks}
-    rows = {task: column.shape[0] for task, column in columns.items()}
-    if len(set(rows.values())) > 1:
-        raise ValueError(f"{name}: got {rows} rows, expected the same number for every task")
-    devices = {task: str(column.device) for task, column in columns.items()}
-    if len(set(devices.values())) > 1:
-        raise ValueError(f"{name}: got {devices}, expected the same device for every task")
-    if name == "logits":
-        for task, column in columns.items():
-            if column.dtype not in _FLOATS:
-                _refuse_dtype(f"logits[{task!r}]", column)
-    stacked = _of_one_dtype(name, list(columns.values()))
-    if has_classes:
-        classes = max(column.shape[1] for column in stacked)
-        stacked = [F.pad(column, (0, classes - column.shape[1]), value=-math.inf) for column in stacked]
-    return torch.stack(stacked, dim=1)
+    columns = _of_one_dtype(name, columns)
+    if columns[0].ndim > 1:
+        classes = max(column.shape[1] for column in columns)
+        columns = [F.pad(column, (0, classes - column.shape[1]), value=-math.inf) for column in columns]
+    return torch.stack(columns, dim=1)
 
 
 def _column(name: str, values: Tensor, has_classes: bool) -> Tensor:

@@ -77,10 +77,17 @@ class GlobalLoss(TaskMetric):
     ) -> None:
         check_choice("task_loss_reduction", task_loss_reduction, get_args(RowReduction))
         check_global_reduction(global_reduction)
-        super().__init__(tasks, 2, nan_strategy=nan_strategy, options=kwargs)
+        settings = (task_loss_reduction, getattr(global_reduction, "__qualname__", str(global_reduction)))
+        super().__init__(tasks, 2, nan_strategy=nan_strategy, settings=settings, options=kwargs)
         # Within it a module is no submodule: the loss that trains it registers it.
         self._reduction = Reduction.of(self.tasks, task_loss_reduction, global_reduction)
         self._task_weights = TaskConstants(per_task_numbers("task_weights", task_weights, self.tasks or ("loss",)))
+
+    def _become_part_of(self, task_weights: TaskConstants, rule: dict[str, Any]) -> None:
+        """Take a loss's task_weights, as they are at any time, and the rule by which it makes the sums."""
+        self._task_weights = task_weights
+        self._description = {**self._description, **rule}
+        self._sign()
 
     if TYPE_CHECKING:
 
@@ -118,6 +125,9 @@ class GlobalLoss(TaskMetric):
         elif not torch.compiler.is_compiling():
             # A number of rows that is traced has no value to look at.
             check_number("weight", weight)
+        if self._reduction.over_rows == "sum":
+            # It only tells whether there is data, and weights that cancel are.
+            weight = weight.abs() if isinstance(weight, Tensor) else abs(weight)
         return TaskSums(loss_sum, weight)
 
     def _keys(self) -> dict[str, bool | None]:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from enum import Enum
+from typing import Protocol
 
 import torch
 import torch.nn.functional as F
@@ -16,7 +17,15 @@ from torch import Tensor
 
 from twloss._arguments import LossName, check_dense
 
-LossFunction = Callable[[Tensor, Tensor], Tensor]
+
+class TakesValid(Protocol):
+    """An unreduced loss that wants to know which rows count."""
+
+    def __call__(self, logits: Tensor, labels: Tensor, /, *, valid: Tensor) -> Tensor:
+        """The loss, of the labels' shape."""
+
+
+LossFunction = Callable[[Tensor, Tensor], Tensor] | TakesValid
 
 # F.cross_entropy silently drops labels equal to its ignore_index, -100 by default. No label may vanish unasked, so it
 # is given a value that no label can have.
@@ -57,7 +66,11 @@ def resolve_loss_type(loss_type: LossType | LossName | LossFunction) -> LossType
 
 
 def row_losses(
-    loss_type: LossType | LossFunction, logits: Tensor, labels: Tensor, pos_weight: Tensor | None = None
+    loss_type: LossType | LossFunction,
+    logits: Tensor,
+    labels: Tensor,
+    pos_weight: Tensor | None = None,
+    valid: Tensor | None = None,
 ) -> Tensor:
     """The loss of each row and task, for autograd to differentiate.
 
@@ -66,6 +79,7 @@ def row_losses(
         logits: ``(rows, tasks)``, or ``(rows, tasks, classes)`` against class indices.
         labels: ``(rows, tasks)``.
         pos_weight: ``(tasks,)``, the factor p of the positive term; BCE_WITH_LOGITS only.
+        valid: ``(rows, tasks)`` bool, for a callable that has a parameter of this name; else None.
 
     Returns:
         A tensor of the labels' shape and the logits' dtype.
@@ -76,7 +90,8 @@ def row_losses(
         rows = F.cross_entropy(logits.flatten(0, -2), labels.flatten(), reduction="none", ignore_index=_NO_LABEL)
         return rows.view(labels.shape)
     assert not isinstance(loss_type, LossType)
-    loss = loss_type(logits, labels)
+    function: Callable[..., Tensor] = loss_type
+    loss = function(logits, labels) if valid is None else function(logits, labels, valid=valid)
     check_dense("loss_type", loss, verb="the callable gave", kind="floating")
     if loss.shape != labels.shape or loss.device != labels.device:
         raise ValueError(

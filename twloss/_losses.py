@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, Any, get_args
+from typing import TYPE_CHECKING, Any, ClassVar, get_args
 
 import torch
 import torch.distributed as dist
@@ -16,38 +16,60 @@ from torch import Tensor, nn
 
 from twloss._accumulator import sum_dtype
 from twloss._arguments import (
+    GradientReduction,
     LossName,
     MeanOver,
     PerTask,
     RowReduction,
     TaskConstants,
     check_choice,
+    check_class_label,
     check_dense,
     check_global_reduction,
     check_ignore_index,
     check_number,
     check_process_group,
     check_tasks,
-    is_same_label,
+    label_name,
     per_task_numbers,
+    warn_local_normalizer,
     warn_unless_mean,
 )
-from twloss._batch import Batch, TaskTensors, align
+from twloss._batch import Batch, TaskTensors, align, find_proxy, record_call
 from twloss._global_loss import GlobalLoss
 from twloss._loss_type import LossFunction, LossType, resolve_loss_type
 from twloss._ranking_quality import RankingQuality
-from twloss._ranks import group_from_state, group_to_state, sum_over_ranks_with_gradient
+from twloss._ranks import ColumnNames, group_from_state, group_to_state, sum_over_ranks_with_gradient, world_size
 from twloss._reduction import GlobalReduction, Reduction
-from twloss._row_sums import TaskSums, sum_rows
+from twloss._row_sums import TaskSums, sum_rows, sum_weights
+from twloss._torch import takes_keyword
 
 
 class _TaskLosses(nn.Module):
     """What the losses of one task and of several share: all but their signatures."""
 
-    train_metric: GlobalLoss
-    eval_metric: GlobalLoss
-    train_quality: RankingQuality
-    eval_quality: RankingQuality
+    if TYPE_CHECKING:  # In the class itself, torch.jit would read the annotations and know none of the types.
+        train_metric: GlobalLoss
+        eval_metric: GlobalLoss
+        train_quality: RankingQuality
+        eval_quality: RankingQuality
+
+    __jit_unused_properties__: ClassVar = ["task_weights"]
+
+    _settings = frozenset(
+        {
+            *(
+                "loss_type",
+                "tasks",
+                "reduction",
+                "task_loss_reduction",
+                "global_reduction",
+                "pos_weight",
+                "pos_weights",
+            ),
+            *("mean_over", "ignore_index", "global_batch", "gradient_reduction", "process_group", "quality"),
+        }
+    )
 
     def __init__(
         self,
@@ -60,6 +82,7 @@ class _TaskLosses(nn.Module):
         mean_over: MeanOver,
         ignore_index: float | None,
         global_batch: bool,
+        gradient_reduction: GradientReduction,
         process_group: dist.ProcessGroup | None,
         quality: bool | RankingQuality,
     ) -> None:
@@ -74,27 +97,50 @@ class _TaskLosses(nn.Module):
         check_choice("mean_over", mean_over, get_args(MeanOver))
         if not isinstance(global_batch, bool):
             raise TypeError(f"global_batch: got {type(global_batch).__name__}, expected a bool")
+        check_choice("gradient_reduction", gradient_reduction, get_args(GradientReduction))
         self.tasks = tasks
         self.mean_over = mean_over
         self.ignore_index = check_ignore_index(ignore_index)
+        if self.loss_type is LossType.CROSS_ENTROPY:
+            check_class_label(self.ignore_index)
         self.global_batch = global_batch
+        self.gradient_reduction = gradient_reduction
         self.process_group = process_group
+        setattr(self, name, pos_weights)
         self._reduction = reduction
         # A module is trained with the loss, as its submodule.
-        self.task_loss_reduction, self.global_reduction = reduction.over_rows, reduction.over_tasks
-        self._pos_weights, self._task_weights = TaskConstants(pos_weights), TaskConstants(task_weights)
-        arguments = (tasks, reduction.over_rows, reduction.over_tasks)
+        self.global_reduction = reduction.over_tasks
+        setattr(self, "reduction" if tasks is None else "task_loss_reduction", reduction.over_rows)
+        self._takes_valid = callable(self.loss_type) and takes_keyword(self.loss_type, "valid")
+        ones = (1.0,) * len(tasks or ("loss",))
+        self._pos_weights, self._task_weights = TaskConstants(pos_weights), TaskConstants(task_weights, ones)
+        self._names = ColumnNames(tasks or ("loss",))
+        self.quality = quality is not False
         for name in ("train_metric", "eval_metric"):
-            metric = GlobalLoss(*arguments, task_weights=task_weights, process_group=process_group)
+            metric = GlobalLoss(tasks, reduction.over_rows, reduction.over_tasks, process_group=process_group)
+            metric._become_part_of(self._task_weights, self._describe())
             self.add_module(name, metric)
-        self._has_quality = quality is not False
-        for name in ("train_quality", "eval_quality") if self._has_quality else ():
+        for name in ("train_quality", "eval_quality") if self.quality else ():
             self.add_module(name, self._own_quality(quality))
+
+    def _describe(self) -> dict[str, Any]:
+        """What the sums are of, in JSON's types."""
+        if isinstance(self.loss_type, LossType):
+            name = self.loss_type.value
+        else:
+            name = f"{getattr(self.loss_type, '__qualname__', type(self.loss_type).__qualname__)}()"
+        return {
+            "loss_type": name,
+            "mean_over": self.mean_over,
+            "pos_weights": None if self._pos_weights.numbers is None else list(self._pos_weights.numbers),
+            "ignore_index": label_name(self.ignore_index),
+        }
 
     def extra_repr(self) -> str:
         """The settings, for repr()."""
         name = getattr(self.loss_type, "value", self.loss_type)
-        return f"{name}, tasks={self.tasks}, reduction={self.task_loss_reduction}, global_batch={self.global_batch}"
+        rule = self._reduction.over_rows
+        return f"{name}, tasks={self.tasks}, reduction={rule}, global_batch={self.global_batch}"
 
     def _losses(
         self,
@@ -104,21 +150,27 @@ class _TaskLosses(nn.Module):
         normalizer: Tensor | float | None,
     ) -> dict[str, Tensor]:
         """The losses of a batch, whose sums are added to the running ones."""
+        if (proxy := find_proxy(logits, labels, weights, normalizer)) is not None:
+            result = record_call(proxy, self, logits, labels, weights, normalizer=normalizer)
+            return {"loss": result} if self.tasks is None else {key: result[key] for key in self._reduction.keys}
         has_classes = self.loss_type is LossType.CROSS_ENTROPY if isinstance(self.loss_type, LossType) else None
         batch = align(logits, labels, weights, self.tasks, has_classes=has_classes, ignore_index=self.ignore_index)
         tasks = 1 if self.tasks is None else len(self.tasks)
         if normalizer is not None:
             normalizer = self._check_normalizer(normalizer, tasks, batch.logits.device)
-        sums, counted = sum_rows(self.loss_type, batch, self._pos_weights.like(batch.logits), tasks, self.mean_over)
+        pos_weight = self._pos_weights.like(batch.logits)
+        weight = sum_weights(batch, tasks, self.mean_over, self._reduction.over_rows)
+        loss_sum, counted = sum_rows(self.loss_type, batch, pos_weight, tasks, takes_valid=self._takes_valid)
+        sums = TaskSums(loss_sum, weight)
         if self.global_batch:
-            sums = sum_over_ranks_with_gradient(sums, self.process_group)
+            sums = sum_over_ranks_with_gradient(sums, self._names, self.process_group, self.gradient_reduction)
         if normalizer is not None:
             sums = TaskSums(sums.loss_sum, normalizer)
         dtype = batch.logits.dtype
         losses = self._reduction.reduce(sums, self._task_weights.like(batch.logits), dtype, is_final=False)
         # Last, so that a batch whose loss could not be computed is not in the running sums either.
         if counted is not None:
-            self._track(batch, counted)
+            self._track(batch, TaskSums(counted, weight))
         return losses
 
     def _track(self, batch: Batch, sums: TaskSums) -> None:
@@ -126,12 +178,30 @@ class _TaskLosses(nn.Module):
         mode = "train" if self.training else "eval"
         metric: GlobalLoss = getattr(self, f"{mode}_metric")
         packed = metric._pack(sums)
-        if self._has_quality:
+        if self.quality:
             quality: RankingQuality = getattr(self, f"{mode}_quality")
             # Without pos_weights its log loss is the loss.
             known = sums.loss_sum if self._pos_weights.numbers is None else None
             quality._put(quality._pack(quality._sum_aligned(batch, known)))
         metric._put(packed)
+
+    @property
+    def task_weights(self) -> tuple[float, ...] | None:
+        """The factors of the tasks' losses in the global one; set, in any form that the constructor takes, at any time.
+
+        It reaches forward and both metrics at once, whose compute() weighs all steps by it; a compiled forward is not
+        compiled again, and a backward pass that is under way keeps the factors that its forward had.
+        """
+        return self._task_weights.numbers
+
+    @task_weights.setter
+    def task_weights(self, values: PerTask | None) -> None:
+        self._task_weights.set(per_task_numbers("task_weights", values, self.tasks or ("loss",)))
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if name in self._settings and "train_metric" in self.__dict__.get("_modules", ()):
+            raise AttributeError(f"{name}: got a change of it, expected a new loss that is made with it")
+        super().__setattr__(name, value)
 
     def __getattr__(self, name: str) -> Tensor | nn.Module:
         try:
@@ -150,7 +220,7 @@ class _TaskLosses(nn.Module):
         if isinstance(quality, bool):
             return RankingQuality(self.tasks, ignore_index=self.ignore_index, process_group=self.process_group)
         found, expected = (f"tasks={each.tasks}, ignore_index={each.ignore_index}" for each in (quality, self))
-        if quality.tasks != self.tasks or not is_same_label(quality.ignore_index, self.ignore_index):
+        if quality.tasks != self.tasks or label_name(quality.ignore_index) != label_name(self.ignore_index):
             raise ValueError(f"quality: got one with {found}, expected {expected} as for the loss")
         if quality.process_group not in (None, self.process_group):
             raise ValueError("quality: got one with another process_group, expected that of the loss, or none")
@@ -160,14 +230,18 @@ class _TaskLosses(nn.Module):
         return own
 
     def _check_normalizer(self, normalizer: Tensor | float, tasks: int, device: torch.device) -> Tensor | float:
-        if self.task_loss_reduction != "mean" or self.global_reduction not in ("mean", "sum"):
-            rule = f"reduction={self.task_loss_reduction!r}"
+        over_rows, over_tasks = self._reduction.over_rows, self._reduction.over_tasks
+        if over_rows != "mean" or over_tasks not in ("mean", "sum"):
+            rule = f"reduction={over_rows!r}"
             if self.tasks is not None:
-                rule = f"task_loss_{rule} and global_reduction={self.global_reduction!r}"
+                rule = f"task_loss_{rule} and global_reduction={over_tasks!r}"
             raise ValueError(
                 f"normalizer: got one with {rule}, expected 'mean' over rows, and 'mean' or 'sum' over tasks: no other "
                 "loss is the sum of those of its parts"
             )
+        is_averaged = self.gradient_reduction == "mean" and not self.global_batch
+        if is_averaged and not torch.compiler.is_compiling() and world_size(self.process_group) > 1:
+            warn_local_normalizer()
         if not isinstance(normalizer, Tensor):
             return check_number("normalizer", normalizer)
         check_dense("normalizer", normalizer)
@@ -179,7 +253,7 @@ class _TaskLosses(nn.Module):
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> _TaskLosses:
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
-        for constants in (self._pos_weights, self._task_weights):
+        for constants in (self._pos_weights, self._task_weights, self._names.hashes):
             constants.place(fn(torch.empty(0, device=self.train_metric.device)).device)
         return self
 
@@ -222,6 +296,7 @@ class Loss(_TaskLosses):
         mean_over: MeanOver = "rows",
         ignore_index: float | None = None,
         global_batch: bool = False,
+        gradient_reduction: GradientReduction = "mean",
         process_group: dist.ProcessGroup | None = None,
         quality: bool | RankingQuality = False,
     ) -> None:
@@ -235,11 +310,15 @@ class Loss(_TaskLosses):
             mean_over=mean_over,
             ignore_index=ignore_index,
             global_batch=global_batch,
+            gradient_reduction=gradient_reduction,
             process_group=process_group,
             quality=quality,
         )
         warn_unless_mean(global_batch, reduction=reduction)
 
+    _settings = _TaskLosses._settings | {"task_weights"}
+
+    @torch.jit.unused
     def forward(
         self, logits: Tensor, labels: Tensor, weights: Tensor | None = None, *, normalizer: Tensor | float | None = None
     ) -> Tensor:
@@ -285,6 +364,8 @@ class MultiTaskLoss(_TaskLosses):
         global_batch: return, on every rank, the losses of this step's rows of all ranks, with the gradient that makes
             DDP's average the gradient of one process. One collective in forward, in evaluation too, so every rank
             has to call it equally often: a rank that has run out of rows with an empty batch.
+        gradient_reduction: what becomes of the ranks' gradients, their "mean" (DDP, FSDP) or their "sum"; with
+            ``global_batch`` it is the gradient of one process. With "sum" so is that by inputs, which stays a rank's.
         process_group: the ranks to sum over; None: all.
         quality: True, or a ``RankingQuality`` to be copied, for running sums of the quality of the predictions, without
             the pos_weights, from the logits at hand; BCE_WITH_LOGITS only.
@@ -320,6 +401,7 @@ class MultiTaskLoss(_TaskLosses):
         mean_over: MeanOver = "rows",
         ignore_index: float | None = None,
         global_batch: bool = False,
+        gradient_reduction: GradientReduction = "mean",
         process_group: dist.ProcessGroup | None = None,
         quality: bool | RankingQuality = False,
     ) -> None:
@@ -335,11 +417,13 @@ class MultiTaskLoss(_TaskLosses):
             mean_over=mean_over,
             ignore_index=ignore_index,
             global_batch=global_batch,
+            gradient_reduction=gradient_reduction,
             process_group=process_group,
             quality=quality,
         )
         warn_unless_mean(global_batch, task_loss_reduction=task_loss_reduction, global_reduction=global_reduction)
 
+    @torch.jit.unused
     def forward(
         self,
         logits: TaskTensors,

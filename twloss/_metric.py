@@ -10,7 +10,7 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable, Generator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import Any, get_args
+from typing import TYPE_CHECKING, Any, ClassVar, get_args
 
 import torch
 from torch import Tensor
@@ -21,10 +21,10 @@ from torchmetrics.utilities.prints import rank_zero_warn
 
 from twloss._accumulator import add_once, state_on, value_of, zero_state
 from twloss._arguments import NanStrategy, check_choice, check_process_group, check_tasks, check_window
-from twloss._checkpoint import SAVED_NAMES, load_sums, save_sums
-from twloss._ranks import group_from_state, group_to_state, sum_over_ranks
+from twloss._checkpoint import SAVED_NAMES, check_same, decode, encode, load_sums, save_sums
+from twloss._ranks import ColumnNames, group_from_state, group_to_state, sum_over_ranks, world_size
 from twloss._scalar_view import ScalarView
-from twloss._torch import is_transformed
+from twloss._torch import is_transformed, plain_tensors
 
 # So that no update is lost, nor seen by half, where another thread updates, computes or calls the metric. One for all:
 # it is held for microseconds, and a metric with a lock of its own could not be copied.
@@ -53,6 +53,8 @@ class TaskMetric(Metric):
         sums: how many sums a task has.
         window: how many of the last updates to give a result of as well, under keys with "window_" before them.
         nan_strategy: what becomes of a task's sums in an update in which they are not finite.
+        of: what else the sums are of, in JSON's types; those of something else are neither loaded nor merged.
+        settings: what else tells it from a metric with the same sums; a MetricCollection never takes them for one.
         options: ``Metric``'s own, such as ``process_group``. compute() is not cached (``compute_with_cache=False``): a
             rank with a cached value would leave the others waiting in the collective.
 
@@ -83,8 +85,15 @@ class TaskMetric(Metric):
     full_state_update = False
     is_differentiable = False
 
-    totals: Tensor
-    _restarts: int = 0  # of the sums, which make every earlier snapshot of them void
+    _restarts = 0  # of the sums, which make every earlier snapshot of them void
+
+    if TYPE_CHECKING:  # In the class itself, torch.jit would read the annotation and not know the type.
+        totals: Tensor
+    # What torch.jit leaves alone, so that a model can be scripted that has a metric and does not call it.
+    __jit_unused_properties__: ClassVar = [
+        *Metric.__jit_unused_properties__,
+        *("nan_strategy", "update_count", "update_called"),
+    ]
 
     def __init__(
         self,
@@ -93,6 +102,8 @@ class TaskMetric(Metric):
         *,
         window: int | None = None,
         nan_strategy: NanStrategy = "warn",
+        of: Mapping[str, Any] | None = None,
+        settings: Sequence[str] = (),
         options: dict[str, Any],
     ) -> None:
         check_choice("nan_strategy", nan_strategy, get_args(NanStrategy))
@@ -105,13 +116,27 @@ class TaskMetric(Metric):
             )
         super().__init__(**options)
         self.tasks = tasks
-        self.nan_strategy = nan_strategy
+        self._nan_strategy = nan_strategy
         self.window = window
         # What stands before the keys: of all updates, and of those in the window.
         self._horizons = ("",) if window is None else ("", "window_")
-        with torch.inference_mode(False):
+        self._names = ColumnNames(tasks or ("loss",))
+        self._description = {"tasks": None if tasks is None else list(tasks), "window": window, **(of or {})}
+        self._settings = tuple(settings)
+        self._sign()
+        with plain_tensors():
             state = zero_state((1 + (window or 0), sums + 2, len(tasks or ("",))), self.device)
             self.add_state("totals", state, dist_reduce_fx="sum")
+
+    def _sign(self) -> None:
+        """Say in a state what the sums are of, for merge_state(), and with which settings.
+
+        A MetricCollection takes metrics whose states are equal, the first one above all, for metrics that always will
+        be, and updates one of them for all.
+        """
+        settings = [type(self).__qualname__, self._nan_strategy, *self._settings]
+        with plain_tensors():
+            self.add_state("sums_of", encode({**self._description, "settings": settings}), dist_reduce_fx=None)
 
     def _sum_batch(self, *args: Any, **kwargs: Any) -> Sequence[Tensor | float]:
         raise NotImplementedError
@@ -124,11 +149,12 @@ class TaskMetric(Metric):
 
     # A batch's sums, added.
 
+    @torch.jit.unused
     def forward(self, *args: Any, **kwargs: Any) -> dict[str, Tensor]:
         """Add a batch, as update() does, and return the result of this batch alone."""
         sums = self._sum_batch(*args, **kwargs)
         batch = self._pack(sums)
-        shared = sum_over_ranks(batch, self.process_group) if self.dist_sync_on_step else batch
+        shared = self._sum_over_ranks(batch, self.dist_sync_fn, None) if self.dist_sync_on_step else batch
         results = self._name_results(shared.expand(len(self._horizons), *shared.shape))
         if not is_transformed(*sums):
             self._put(batch, in_place=False)
@@ -151,7 +177,7 @@ class TaskMetric(Metric):
         with _LOCK:
             if not in_place:
                 # The metrics of a collection's compute group have one state, and forward is called on each.
-                with torch.inference_mode(False):
+                with plain_tensors():
                     self.totals = self.totals.clone()
             add_once(self.totals, batch)
 
@@ -166,7 +192,7 @@ class TaskMetric(Metric):
         one = torch.ones_like(like, dtype=self.totals.dtype)
         rows = [each.detach().to(one) if isinstance(each, Tensor) else torch.full_like(one, each) for each in sums]
         packed = torch.stack((*rows, one, one))
-        if self.nan_strategy != "disable":
+        if self._nan_strategy != "disable":
             # What is not finite less itself is NaN, which any() takes for true.
             packed[:-1].masked_fill_((packed - packed).any(0), 0.0)
         return packed
@@ -225,11 +251,11 @@ class TaskMetric(Metric):
         return dict(zip(self.keys(), values))
 
     def _report_non_finite(self, counted: list[float], offered: list[float]) -> None:
-        if self.nan_strategy not in ("warn", "error"):
+        if self._nan_strategy not in ("warn", "error"):
             return
         counts = {task: int(n - k) for task, n, k in zip(self.tasks or ("loss",), offered, counted) if n > k}
         message = f"{type(self).__name__}: sums that were not finite, left out of the running sums: {counts} updates"
-        if self.nan_strategy == "error":
+        if self._nan_strategy == "error":
             raise RuntimeError(message)
         rank_zero_warn(message)
 
@@ -254,6 +280,17 @@ class TaskMetric(Metric):
         return ScalarView(self, key, self._keys()[key.removeprefix("window_")])
 
     @property
+    def nan_strategy(self) -> NanStrategy:
+        """What becomes of a task's sums in an update in which they are not finite; set at any time."""
+        return self._nan_strategy
+
+    @nan_strategy.setter
+    def nan_strategy(self, value: NanStrategy) -> None:
+        check_choice("nan_strategy", value, get_args(NanStrategy))
+        self._nan_strategy = value
+        self._sign()
+
+    @property
     def update_count(self) -> int:
         """The number of updates since reset(), on this rank."""
         return 0 if self.totals.is_meta else int(value_of(self.totals)[0, -1, 0])
@@ -265,7 +302,7 @@ class TaskMetric(Metric):
 
     def reset(self) -> None:
         """Set the sums to 0."""
-        with torch.inference_mode(False):
+        with plain_tensors():
             super().reset()
         self._restarts += 1
 
@@ -323,11 +360,17 @@ class TaskMetric(Metric):
     # Over ranks, and merged.
 
     def _sum_over_ranks(self, sums: Tensor, gather: Callable[..., Any] | None, process_group: Any) -> Tensor:
-        """The sums of all ranks, by one collective, or by the user's ``dist_sync_fn``."""
+        """The sums of all ranks, if of the same tasks, by one collective, or by the user's ``dist_sync_fn``."""
         group = process_group or self.process_group
+        packed = torch.cat((sums.flatten(0, -2), self._names.row(sums).unsqueeze(0)))
         if gather is None or gather is gather_all_tensors:
-            return sum_over_ranks(sums, group)
-        return torch.stack(gather(sums, group=group)).sum(0)
+            total, ranks = sum_over_ranks(packed, group), world_size(group)
+        else:
+            parts = gather(packed, group=group)
+            total, ranks = torch.stack(parts).sum(0), len(parts)
+        if not self._names.agree(total[-1], ranks):
+            raise RuntimeError(self._names.fault)
+        return total[:-1].view(sums.shape)
 
     def _sync_dist(self, dist_sync_fn: Callable[..., Any] = gather_all_tensors, process_group: Any = None) -> None:
         self.totals = self._sum_over_ranks(self._copy_sums(), dist_sync_fn, process_group)
@@ -343,7 +386,7 @@ class TaskMetric(Metric):
 
     def _copy_state_dict(self) -> dict[str, Tensor | list[Any]]:
         # Sums that were copied inside inference_mode could not be updated in place by the training that follows.
-        with torch.inference_mode(False):
+        with plain_tensors():
             return super()._copy_state_dict()
 
     def merge_state(self, incoming_state: dict[str, Any] | Metric) -> None:
@@ -356,12 +399,15 @@ class TaskMetric(Metric):
         self._refuse_between_syncs("merge_state")
         if isinstance(incoming_state, TaskMetric):
             incoming_state._refuse_between_syncs("merge_state")
-            found, expected = incoming_state._description(), self._description()
-            if found != expected:
-                raise ValueError(f"incoming_state: got sums of {found}, expected {expected}")
         super().merge_state(incoming_state)
 
     def _reduce_states(self, incoming_state: dict[str, Any]) -> None:
+        if missing := {"totals", "sums_of"} - set(incoming_state):
+            raise ValueError(f"incoming_state: got no {sorted(missing)}, expected a metric_state of this class")
+        try:
+            check_same(decode(incoming_state["sums_of"]), self._description)
+        except ValueError as error:
+            raise ValueError(f"incoming_state: {error}") from None
         ours = value_of(self.totals)
         theirs = value_of(incoming_state["totals"]).to(ours.device)
         if theirs.shape != ours.shape:
@@ -370,10 +416,6 @@ class TaskMetric(Metric):
         shifts = int(theirs[0, -1, 0]), int(ours[0, -1, 0])
         latest = ours[1:].roll(shifts[0], 0) + theirs[1:].roll(shifts[1], 0)
         self.totals = state_on(self.totals.device, torch.cat((ours[:1] + theirs[:1], latest)))
-
-    def _description(self) -> dict[str, Any]:
-        """What the sums are of, in JSON's types: sums of something else are neither loaded nor merged."""
-        return {"tasks": None if self.tasks is None else list(self.tasks), "window": self.window}
 
     def _wrap_update(self, update: Callable[..., None]) -> Callable[..., None]:
         return update
@@ -394,6 +436,7 @@ class TaskMetric(Metric):
         self.totals = state_on(device, value_of(self.totals))
         self._defaults["totals"] = torch.zeros_like(self.totals)
         self._device = device
+        self._names.hashes.place(device)
         self._forward_cache = None
 
     # Copies and checkpoints.
@@ -407,7 +450,7 @@ class TaskMetric(Metric):
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         like, numbers, shape = state["totals"]
-        with torch.inference_mode(False):
+        with plain_tensors():
             totals = like.new_empty(shape) if numbers is None else like.new_tensor(numbers)
         super().__setstate__(group_from_state({**state, "totals": totals}))
 
@@ -418,7 +461,7 @@ class TaskMetric(Metric):
         destination = super().state_dict(destination, prefix, keep_vars)
         if self._persistent["totals"]:
             local: Any = self._cache["totals"] if self._is_synced and self._cache else self.totals
-            saved = save_sums(value_of(local), self._description(), self.process_group)
+            saved = save_sums(value_of(local), self._description, self.process_group)
             destination.update({prefix + name: value for name, value in saved.items()})
         return destination
 
@@ -434,7 +477,7 @@ class TaskMetric(Metric):
                 if self._is_synced:
                     raise ValueError("between sync() and unsync(), which would drop what is loaded")
                 shape = tuple(value_of(self.totals).shape)
-                value = load_sums(saved, shape, self._description(), self.process_group)
+                value = load_sums(saved, shape, self._description, self.process_group)
             except (TypeError, ValueError) as error:
                 error_msgs.append(f"{prefix}totals: {error}")
             else:

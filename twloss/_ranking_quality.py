@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from twloss._accumulator import sum_wide
-from twloss._arguments import NanStrategy, check_choice, check_ignore_index
+from twloss._arguments import NanStrategy, check_choice, check_ignore_index, label_name
 from twloss._batch import Batch, TaskTensors, align
 from twloss._loss_type import LossType, bce_values, row_losses
 from twloss._metric import TaskMetric
@@ -72,7 +72,8 @@ class RankingQuality(TaskMetric):
         **kwargs: Any,
     ) -> None:
         ignore_index = check_ignore_index(ignore_index)
-        super().__init__(tasks, 4, nan_strategy=nan_strategy, window=window, options=kwargs)
+        of = {"ignore_index": label_name(ignore_index)}
+        super().__init__(tasks, 4, nan_strategy=nan_strategy, window=window, of=of, options=kwargs)
         self.ignore_index = ignore_index
 
     if TYPE_CHECKING:

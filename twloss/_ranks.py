@@ -7,6 +7,8 @@ collective. Without a process group the sum over ranks is the sum at hand.
 from __future__ import annotations
 
 import warnings
+import zlib
+from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -14,8 +16,9 @@ import torch.distributed as dist
 from torch import Tensor
 
 from twloss._accumulator import sum_dtype
+from twloss._arguments import GradientReduction, TaskConstants, list_some
 from twloss._row_sums import TaskSums
-from twloss._torch import process_group_named
+from twloss._torch import assert_async, process_group_named
 
 
 def world_size(process_group: dist.ProcessGroup | None) -> int:
@@ -54,33 +57,64 @@ def sum_over_ranks(values: Tensor, process_group: dist.ProcessGroup | None) -> T
     return total
 
 
-def sum_over_ranks_with_gradient(sums: TaskSums, process_group: dist.ProcessGroup | None) -> TaskSums:
+class ColumnNames:
+    """The names of the columns of sums, as a row of hashes that travels with them: do all ranks mean the same?"""
+
+    def __init__(self, names: Iterable[str], argument: str = "tasks") -> None:
+        names = [str(name) for name in names]
+        self.hashes = TaskConstants(tuple(float(zlib.crc32(name.encode(errors="surrogatepass"))) for name in names))
+        self.fault = (
+            f"{argument}: got {list_some(names, 12)} on this rank, expected the same, in this order, on all ranks"
+        )
+
+    def row(self, sums: Tensor) -> Tensor:
+        """The row to be sent with sums ``(…, columns)``."""
+        hashes = self.hashes.like(sums)
+        assert hashes is not None
+        return hashes
+
+    def agree(self, total: Tensor, ranks: int) -> Tensor:
+        """Whether a row that is the sum of so many ranks' is that of one name a column, 0-dim bool."""
+        expected = self.row(total) * ranks
+        # Exact in float64; a device without it rounds.
+        return ((total - expected).abs() <= torch.finfo(total.dtype).eps * ranks * expected).all()
+
+
+def sum_over_ranks_with_gradient(
+    sums: TaskSums, names: ColumnNames, process_group: dist.ProcessGroup | None, gradient_reduction: GradientReduction
+) -> TaskSums:
     """The sums of this step's rows of all ranks, in the widest dtype; for one rank the sums at hand.
 
-    The gradient is such that DDP's or FSDP's average over ranks is the gradient of one process.
+    Args:
+        sums: this rank's.
+        names: of the tasks, which are the same on all ranks; else a RuntimeError.
+        process_group: the ranks; None: all.
+        gradient_reduction: what of the ranks' gradients is to be that of one process: their "mean" or "sum".
     """
     ranks = world_size(process_group)
     if ranks == 1:
         return sums
     loss_sum = sums.loss_sum.to(sum_dtype(sums.loss_sum.device))
     weight = sums.weight if isinstance(sums.weight, Tensor) else torch.full_like(loss_sum, sums.weight)
-    packed = torch.stack((loss_sum, weight))
-    loss_sum, weight = _SumOverRanks.apply(packed, process_group, ranks).unbind(0)  # type: ignore[no-untyped-call]
+    packed = torch.stack((loss_sum, weight, names.row(loss_sum)))
+    factor = ranks if gradient_reduction == "mean" else 1
+    loss_sum, weight, row = _SumOverRanks.apply(packed, process_group, factor).unbind(0)  # type: ignore[no-untyped-call]
+    assert_async(names.agree(row, ranks), names.fault)
     return TaskSums(loss_sum, weight)
 
 
 class _SumOverRanks(torch.autograd.Function):
-    """Forward: Σ over ranks. Backward: the gradient times the number of ranks, with no collective.
+    """Forward: Σ over ranks. Backward: the gradient times a factor, with no collective.
 
     Every rank computes the same loss L of the same sum S = Σ_r s_r, so each knows dL/dS = dL/ds_r, its own part of the
-    one process's gradient. DDP then averages over ranks; the factor undoes the average's division.
+    one process's gradient. Where DDP then averages over ranks, the factor undoes the average's division.
     """
 
     @staticmethod
-    def forward(ctx: Any, values: Tensor, process_group: dist.ProcessGroup | None, ranks: int) -> Tensor:
-        ctx.ranks = ranks
+    def forward(ctx: Any, values: Tensor, process_group: dist.ProcessGroup | None, factor: int) -> Tensor:
+        ctx.factor = factor
         return sum_over_ranks(values, process_group)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
-        return grad * ctx.ranks, None, None
+        return grad * ctx.factor, None, None

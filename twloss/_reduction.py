@@ -9,14 +9,25 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Protocol
 
 import torch
 from torch import Tensor, nn
+from torch.func import functional_call
 
 from twloss._arguments import RowReduction, TaskReduction, check_dense
 from twloss._row_sums import TaskSums
+from twloss._torch import takes_keyword
 
-GlobalReduction = TaskReduction | Callable[[Tensor], Tensor]
+
+class TakesPresent(Protocol):
+    """A reduction over tasks that wants to know which have data."""
+
+    def __call__(self, losses: Tensor, /, *, present: Tensor) -> Tensor:
+        """The global loss, 0-dim."""
+
+
+GlobalReduction = TaskReduction | Callable[[Tensor], Tensor] | TakesPresent
 
 
 @dataclass(frozen=True)
@@ -30,11 +41,14 @@ class Reduction:
     over_tasks: GlobalReduction
     """The global loss, over the tasks with data: "mean", "sum", "min", "max", "median" (the lower one of an even count;
     ties share the gradient), or a callable from ``(tasks,)`` to 0-dim, which gets 0 for a task without data."""
+    takes_present: bool
+    """Whether the callable also wants to know which tasks have data."""
 
     @classmethod
     def of(cls, tasks: tuple[str, ...] | None, over_rows: RowReduction, over_tasks: GlobalReduction) -> Reduction:
         """The reduction of these tasks; None: of one, whose only key is "loss"."""
-        return cls((*(f"loss/{task}" for task in tasks or ()), "loss"), over_rows, over_tasks)
+        keys = (*(f"loss/{task}" for task in tasks or ()), "loss")
+        return cls(keys, over_rows, over_tasks, callable(over_tasks) and takes_keyword(over_tasks, "present"))
 
     def reduce(
         self, sums: TaskSums, task_weights: Tensor | None, dtype: torch.dtype, *, is_final: bool
@@ -51,6 +65,8 @@ class Reduction:
         Returns:
             0-dim losses.
         """
+        if not (isinstance(sums.weight, Tensor) or sums.weight):
+            sums = TaskSums(sums.loss_sum, torch.zeros_like(sums.loss_sum))
         present = sums.weight != 0 if isinstance(sums.weight, Tensor) else None
         losses = self._over_rows(sums, present).to(dtype)
         if len(self.keys) == 1:
@@ -65,7 +81,7 @@ class Reduction:
         """The tasks' losses ``(tasks,)``, 0 without data."""
         loss_sum, weight = sums
         if present is None:
-            return loss_sum if self.over_rows == "sum" else loss_sum / (weight or 1)
+            return loss_sum if self.over_rows == "sum" else loss_sum / weight
         loss_sum = loss_sum.where(present, 0.0)
         assert isinstance(weight, Tensor)
         return loss_sum if self.over_rows == "sum" else loss_sum / weight.to(loss_sum.dtype).where(present, 1.0)
@@ -73,13 +89,15 @@ class Reduction:
     def _over_tasks(
         self, losses: Tensor, present: Tensor | None, task_weights: Tensor | None, *, is_final: bool
     ) -> Tensor:
-        """The global loss, 0-dim, of the tasks with data; 0 where there is none. ``present`` None: all, or none."""
+        """The global loss, 0-dim, of the tasks with data; 0 where there is none. ``present`` None: all."""
         if task_weights is not None:
             losses = losses * task_weights
         if callable(self.over_tasks):
             # A copy: what it does in place must not reach the tasks' own entries.
-            losses = losses.clone()
-            return _call_reduction(self.over_tasks, _as_input_of(self.over_tasks, losses) if is_final else losses)
+            inputs: tuple[Tensor, ...] = (losses.clone(),)
+            if self.takes_present:
+                inputs += (torch.ones_like(losses, dtype=torch.bool) if present is None else present,)
+            return _call_reduction(self.over_tasks, inputs, is_final=is_final)
         if self.over_tasks == "sum":
             return losses.sum()
         if self.over_tasks == "mean":
@@ -105,8 +123,19 @@ def _with_neutral_absents(losses: Tensor, present: Tensor, reduction: str) -> Te
     return losses.masked_fill(absent & low, -math.inf).masked_fill(absent & ~low, math.inf)
 
 
-def _call_reduction(reduction: Callable[[Tensor], Tensor], losses: Tensor) -> Tensor:
-    loss = reduction(losses)
+def _call_reduction(reduction: Callable[..., Tensor], inputs: tuple[Tensor, ...], *, is_final: bool) -> Tensor:
+    """What a callable makes of the losses, or the losses and which of them are present."""
+    losses, options = inputs[0], dict(zip(("present",), inputs[1:]))
+    if is_final and isinstance(reduction, nn.Module) and (parameters := dict(reduction.named_parameters())):
+        # In the dtype of a module's parameters, at least float32, and where they are; others take float64. Outside of
+        # its wrapped model's forward, FSDP2 leaves a rank no more than its shards of them.
+        first = next(iter(parameters.values()))
+        losses = losses.to(first.device, torch.promote_types(first.dtype, torch.float32))
+        options = {name: value.to(first.device) for name, value in options.items()}
+        whole = {name: each.full_tensor() for name, each in parameters.items() if hasattr(each, "full_tensor")}
+        loss: Tensor = functional_call(reduction, whole, (losses,), options)
+    else:
+        loss = reduction(losses, **options)
     check_dense("global_reduction", loss, verb="the callable gave", tensor="a 0-dim Tensor", kind="floating")
     if loss.ndim != 0 or loss.device != losses.device:
         raise ValueError(
@@ -114,11 +143,3 @@ def _call_reduction(reduction: Callable[[Tensor], Tensor], losses: Tensor) -> Te
             f"expected a 0-dim Tensor on {losses.device}"
         )
     return loss
-
-
-def _as_input_of(reduction: Callable[[Tensor], Tensor], losses: Tensor) -> Tensor:
-    """Losses on the device and in the dtype of a module's parameters, at least float32; others take float64."""
-    if isinstance(reduction, nn.Module):
-        for parameter in reduction.parameters():
-            return losses.to(parameter.device, torch.promote_types(parameter.dtype, torch.float32))
-    return losses

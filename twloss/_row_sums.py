@@ -12,8 +12,8 @@ import torch
 from torch import Tensor
 
 from twloss._accumulator import sum_wide
-from twloss._arguments import MeanOver
-from twloss._batch import Batch, without_left_out
+from twloss._arguments import MeanOver, RowReduction
+from twloss._batch import Batch
 from twloss._loss_type import LossFunction, LossType, bce_slopes, bce_values, row_losses
 from twloss._torch import is_batch_of_gradients, is_transformed, weigh, weigh_
 
@@ -28,16 +28,21 @@ class TaskSums(NamedTuple):
 
 
 def sum_rows(
-    loss_type: LossType | LossFunction, batch: Batch, pos_weight: Tensor | None, tasks: int, mean_over: MeanOver
-) -> tuple[TaskSums, TaskSums | None]:
-    """Sum a batch over its rows.
+    loss_type: LossType | LossFunction,
+    batch: Batch,
+    pos_weight: Tensor | None,
+    tasks: int,
+    *,
+    takes_valid: bool,
+) -> tuple[Tensor, Tensor | None]:
+    """Sum the weighted losses of a batch over its rows.
 
     Args:
         loss_type: the loss.
         batch: ``(rows, tasks)``; of one task, any shape.
         pos_weight: ``(tasks,)``, the factor of the positive term; BCE_WITH_LOGITS only.
         tasks: the number of tasks.
-        mean_over: "rows" counts valid rows, "weights" adds their weights.
+        takes_valid: whether a callable wants to know which rows count.
 
     Returns:
         The sums in the logits' dtype, with their gradient; and the same, detached, in the widest dtype, or None where a
@@ -47,25 +52,26 @@ def sum_rows(
         # One row of one task, to which pos_weight (1,) and the sums' gradient (1,) can be broadcast.
         batch = Batch(*(None if values is None else values.unsqueeze(0) for values in batch))  # type: ignore[arg-type]
     logits, labels, weights, _ = batch
-    weight = sum_weights(batch, tasks, mean_over)
-    is_compiled = torch.compiler.is_compiling()
     is_traced = is_transformed(logits, labels, weights)
-    # Only the logits' derivative can be asked for, and by the backward pass; the compiler fuses the plain form.
-    is_closed = not (
-        is_compiled or is_traced or labels.requires_grad or (weights is not None and weights.requires_grad)
-    )
-    if loss_type is LossType.BCE_WITH_LOGITS and is_closed:
-        loss_sum, wide = _SummedBCE.apply(logits, labels, weights, pos_weight, tasks)  # type: ignore[no-untyped-call]
-    else:
-        loss = _weighted_losses(loss_type, logits, labels, weights, pos_weight)
-        loss_sum, wide = loss.reshape(-1, tasks).sum(0), None if is_traced else sum_wide(loss.detach(), tasks)
-    return TaskSums(loss_sum, weight), None if wide is None else TaskSums(wide, weight)
+    if loss_type is LossType.BCE_WITH_LOGITS and not (
+        # Only the logits' derivative can be asked for, and by the backward pass; the compiler fuses the plain form.
+        is_traced
+        or torch.compiler.is_compiling()
+        or labels.requires_grad
+        or (weights is not None and weights.requires_grad)
+    ):
+        return _SummedBCE.apply(logits, labels, weights, pos_weight, tasks)  # type: ignore[no-untyped-call, no-any-return]
+    loss = _weighted_losses(loss_type, batch, pos_weight, tasks, takes_valid=takes_valid, is_traced=is_traced)
+    return loss.reshape(-1, tasks).sum(0), None if is_traced else sum_wide(loss.detach(), tasks)
 
 
-def sum_weights(batch: Batch, tasks: int, mean_over: MeanOver) -> Tensor | float:
-    """What a mean divides by, ``(tasks,)``: the number of valid rows ("rows"), or Σ of their weights ("weights")."""
+def sum_weights(batch: Batch, tasks: int, mean_over: MeanOver, over_rows: RowReduction) -> Tensor | float:
+    """What a mean divides by, ``(tasks,)``: the number of valid rows ("rows"), or Σ of their weights ("weights").
+
+    A sum divides by nothing, and only asks whether there is data: Σ|w|, since weights that cancel are.
+    """
     if batch.weights is not None and mean_over == "weights":
-        return sum_wide(batch.weights, tasks)
+        return sum_wide(batch.weights if over_rows == "mean" else batch.weights.abs(), tasks)
     if batch.valid is not None:
         return sum_wide(batch.valid, tasks)
     return batch.labels.numel() // tasks
@@ -73,17 +79,91 @@ def sum_weights(batch: Batch, tasks: int, mean_over: MeanOver) -> Tensor | float
 
 def _weighted_losses(
     loss_type: LossType | LossFunction,
-    logits: Tensor,
-    labels: Tensor,
-    weights: Tensor | None,
+    batch: Batch,
     pos_weight: Tensor | None,
+    tasks: int,
+    *,
+    takes_valid: bool = False,
+    is_traced: bool = False,
 ) -> Tensor:
-    """Weight times loss, of the labels' shape."""
-    loss = row_losses(loss_type, *without_left_out(logits, labels, weights), pos_weight)
-    if weights is not None and isinstance(loss_type, LossType):
-        return loss * weights
-    # Of a callable it is not known that it is finite at the zeros that stand for what is left out.
+    """Weight times loss, of the labels' shape, for autograd: exactly 0 at weight 0, and so are the gradients there.
+
+    Only that by the weight is not: it is the row's loss.
+    """
+    logits, labels, weights, valid = batch
+    if weights is None:
+        counted = torch.ones_like(labels, dtype=torch.bool) if takes_valid else None
+        return row_losses(loss_type, logits, labels, pos_weight, counted)
+    counted = weights != 0
+    # May the derivative by a weight be asked for, of the gradient too? The compiler knows none of the second order.
+    by_weight = is_traced or (weights.requires_grad and not torch.compiler.is_compiling())
+    if loss_type is LossType.CROSS_ENTROPY:
+        # A label that is left out need not be a class.
+        labels = labels.where(counted, labels.clamp(0, logits.shape[-1] - 1))
+    elif valid is not None and not takes_valid and not isinstance(loss_type, LossType):
+        labels = _fill_missing(labels, valid, tasks)
+    logits, labels = (
+        _mask_gradient(values, weights if values.ndim == weights.ndim else weights.unsqueeze(-1), by_weight)
+        for values in (logits, labels)
+    )
+    loss = row_losses(loss_type, logits, labels, pos_weight, counted if takes_valid else None)
+    if by_weight or weights.requires_grad:
+        return loss.where(counted | loss.isfinite(), 0.0) * weights
     return weigh(loss, weights)
+
+
+def _fill_missing(labels: Tensor, valid: Tensor, tasks: int) -> Tensor:
+    """Labels in which the task's first real one stands for a missing one, which has no value.
+
+    Of a task that has none, a callable sees 0.5, or class 0: what most losses are finite at.
+    """
+    columns, valid = labels.reshape(-1, tasks), valid.reshape(-1, tasks)
+    if len(columns) == 0:
+        return labels
+    first = columns.gather(0, valid.byte().argmax(0, keepdim=True))
+    first = first.where(valid.any(0), 0.5 if labels.is_floating_point() else 0)
+    return columns.where(valid, first).view(labels.shape)
+
+
+def _mask_gradient(values: Tensor, weights: Tensor, by_weight: bool) -> Tensor:
+    """The values, whose gradient is exactly 0 where the weight is 0, whatever comes back to it."""
+    if not values.is_floating_point() or not (by_weight or values.requires_grad):
+        return values
+    if by_weight:
+        return _MaskedGradient.apply(values, weights)  # type: ignore[no-untyped-call, no-any-return]
+    return values.where(weights != 0, values.detach())
+
+
+class _MaskedGradient(torch.autograd.Function):
+    """The values, whose gradient is exactly 0 where the weight is 0, but not its derivative.
+
+    The gradient by a logit is w·l'(x): 0 at w = 0, with the derivative l'(x) by w, from which weights that start at 0
+    are learned.
+    """
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(values: Tensor, _: Tensor) -> Tensor:
+        return values.clone()
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Tensor, Tensor], _: Tensor) -> None:
+        ctx.save_for_backward(inputs[1])
+        ctx.save_for_forward(inputs[1])
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+        return _MaskedGradient._mask(ctx, grad), None
+
+    @staticmethod
+    def jvp(ctx: Any, tangent: Tensor, _: Tensor | None) -> Tensor:
+        return _MaskedGradient._mask(ctx, tangent)
+
+    @staticmethod
+    def _mask(ctx: Any, grad: Tensor) -> Tensor:
+        (weights,) = ctx.saved_tensors
+        return grad.where(weights != 0, (grad - grad.detach()).nan_to_num(0.0, 0.0, 0.0))
 
 
 class _SummedBCE(torch.autograd.Function):
@@ -98,6 +178,7 @@ class _SummedBCE(torch.autograd.Function):
         ctx: Any, logits: Tensor, labels: Tensor, weights: Tensor | None, pos_weight: Tensor | None, tasks: int
     ) -> tuple[Tensor, Tensor]:
         ctx.save_for_backward(logits, labels, weights, pos_weight)
+        ctx.tasks = tasks
         wide = sum_wide(weigh_(bce_values(logits, labels, pos_weight), weights), tasks)
         ctx.mark_non_differentiable(wide)
         ctx.set_materialize_grads(False)
@@ -110,7 +191,8 @@ class _SummedBCE(torch.autograd.Function):
             return (None,) * 5
         logits, labels, weights, pos_weight = ctx.saved_tensors
         if torch.is_grad_enabled():  # To be differentiated again.
-            loss = _weighted_losses(LossType.BCE_WITH_LOGITS, logits, labels, weights, pos_weight)
+            batch = Batch(logits, labels, weights, None)
+            loss = _weighted_losses(LossType.BCE_WITH_LOGITS, batch, pos_weight, ctx.tasks)
             return *torch.autograd.grad(loss, logits, grad.expand_as(loss), create_graph=True), None, None, None, None
         slope = bce_slopes(logits, labels, pos_weight)
         slope = weigh(slope * grad, weights) if is_batch_of_gradients(grad) else weigh_(slope.mul_(grad), weights)

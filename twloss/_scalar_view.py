@@ -7,7 +7,7 @@ reads those of the other.
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -36,12 +36,19 @@ class ScalarView(Metric):
     # A view has no state that could be kept or merged: Running and merge_state() refuse it when they see this.
     full_state_update = True
 
-    owner: TaskMetric
+    __jit_unused_properties__: ClassVar = [
+        *Metric.__jit_unused_properties__,
+        *("device", "dtype", "update_count", "update_called"),
+    ]
+
+    if TYPE_CHECKING:  # In the class itself, torch.jit would read the annotation and not know the type.
+        owner: TaskMetric
 
     def __init__(self, owner: TaskMetric, key: str, higher_is_better: bool | None = None) -> None:
-        super().__init__(compute_with_cache=False)
+        super().__init__(compute_with_cache=False, dist_sync_on_step=owner.dist_sync_on_step)
         # In __dict__, where nn.Module does not look for submodules: its sums would be saved twice.
-        self.__dict__.update(owner=owner, higher_is_better=higher_is_better)
+        known = {"higher_is_better": higher_is_better, "is_differentiable": owner.is_differentiable}
+        self.__dict__.update(owner=owner, **known)
         self.key = key
         self._since: tuple[int, Tensor | None] = (owner._restarts, None)
 
@@ -53,6 +60,10 @@ class ScalarView(Metric):
         """Update the owner, with its arguments."""
         self.owner.update(*args, **kwargs)
 
+    def _filter_kwargs(self, **kwargs: Any) -> dict[str, Any]:
+        return self.owner._filter_kwargs(**kwargs)
+
+    @torch.jit.unused
     def forward(self, *args: Any, **kwargs: Any) -> Tensor:
         """Update the owner, and return the value of this batch alone."""
         self._forward_cache: Any = self.owner(*args, **kwargs)[self.key]
@@ -101,6 +112,16 @@ class ScalarView(Metric):
     def device(self) -> torch.device:
         """Where the sums are."""
         return self.owner.device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The owner's."""
+        return self.owner.dtype
+
+    def set_dtype(self, dst_type: str | torch.dtype) -> ScalarView:
+        """As the owner's, whose sums stay float64."""
+        self.owner.set_dtype(dst_type)
+        return self
 
     @property
     def update_count(self) -> int:

@@ -21,12 +21,14 @@ from twloss._arguments import (
     check_dense,
     check_number,
     check_process_group,
+    list_some,
     warn_unless_mean,
 )
 from twloss._loss_type import LossFunction, LossType
 from twloss._losses import Loss, MultiTaskLoss
-from twloss._ranks import sum_over_ranks, world_size
+from twloss._ranks import ColumnNames, sum_over_ranks, world_size
 from twloss._reduction import GlobalReduction
+from twloss._torch import assert_async
 
 
 def build_loss(loss_type: LossType | LossName | LossFunction, reduction: RowReduction = "mean") -> Loss:
@@ -162,7 +164,10 @@ def _named_weights(weight: Any, local_loss: object, losses: dict[str, Tensor]) -
     if not isinstance(weight, Mapping):
         return {key: _weight_like("weight", weight, loss) for key, loss in losses.items()}
     if not isinstance(local_loss, Mapping) or set(weight) != set(losses):
-        raise ValueError(f"weight: got the keys {list(weight)}, expected a number, a Tensor or the keys of local_loss")
+        found = f"the keys {list_some(list(weight))}"
+        if missing := [key for key in losses if key not in weight]:
+            found += f" without {list_some(missing)}"
+        raise ValueError(f"weight: got {found}, expected a number, a Tensor or the keys of local_loss")
     return {key: _weight_like(f"weight[{key!r}]", weight[key], loss) for key, loss in losses.items()}
 
 
@@ -185,15 +190,21 @@ def _over_ranks(
     reduction: RowReduction,
     process_group: dist.ProcessGroup | None,
 ) -> dict[str, Tensor]:
-    """All losses, and their weights, through one collective, in the widest dtype."""
-    packed = torch.cat([loss.detach().to(sum_dtype(loss.device)).flatten() for loss in losses.values()])
+    """All losses, their weights and their keys' hashes, through one collective, in the widest dtype."""
+    values = torch.cat([loss.detach().to(sum_dtype(loss.device)).flatten() for loss in losses.values()])
+    names = ColumnNames(losses, "local_loss")
     if weights is None:
-        total = sum_over_ranks(packed, process_group)
-        values = total if reduction == "sum" else total / world_size(process_group)
+        packed = torch.cat((values, names.row(values)))
     else:
         weight = torch.cat([weights[key].flatten() for key in losses])
-        loss_sum = torch.where(weight == 0, 0.0, packed * weight)
-        loss_sum, weight = sum_over_ranks(torch.stack((loss_sum, weight)), process_group).unbind(0)
-        values = loss_sum / weight
-    parts = torch.split(values, [loss.numel() for loss in losses.values()])
+        packed = torch.cat((torch.where(weight == 0, 0.0, values * weight), weight, names.row(values)))
+    ranks = world_size(process_group)
+    total, row = sum_over_ranks(packed, process_group).split((len(packed) - len(losses), len(losses)))
+    assert_async(names.agree(row, ranks), names.fault)
+    if weights is not None:
+        loss_sum, weight = total.chunk(2)
+        means = loss_sum / weight
+    else:
+        means = total if reduction == "sum" else total / ranks
+    parts = torch.split(means, [loss.numel() for loss in losses.values()])
     return {key: part.view(loss.shape).to(loss.dtype) for (key, loss), part in zip(losses.items(), parts)}

@@ -6,9 +6,14 @@ override or read instead of calling: what a subclass has to reach.
 
 from __future__ import annotations
 
+import inspect
+from collections.abc import Sequence
+from contextlib import AbstractContextManager, ExitStack
+
 import torch
 import torch.distributed as dist
-from torch import Tensor
+from torch import Tensor, nn
+from torch._functorch.pyfunctorch import temporarily_clear_interpreter_stack
 from torch.autograd import forward_ad
 
 OVERRIDDEN = {
@@ -25,6 +30,7 @@ OVERRIDDEN = {
     "_defaults": "reset() would bring the sums back to the device that they were made on.",
     "_device": "metric.device would stay what it was.",
     "_forward_cache": "MetricCollection and Lightning read there what forward() gave.",
+    "_filter_kwargs": "A view in a MetricCollection would get the arguments of all its metrics.",
     "_plot": "torchmetrics' own picture, of which plot() changes a few lines.",
 }
 
@@ -43,6 +49,32 @@ def is_transformed(*inputs: object) -> bool:
         if isinstance(values, Tensor) and forward_ad.unpack_dual(values).tangent is not None:
             return True
     return False
+
+
+def plain_tensors() -> AbstractContextManager[object]:
+    """A context in which new tensors are plain, for state that outlives it.
+
+    Those of inference_mode can't be updated in training, and those of a torch.func transform not at all. There is no
+    public way to leave a transform; without it no loss could be made, nor a metric reset, within one.
+    """
+    plain = torch.inference_mode(False)
+    if torch.compiler.is_compiling() or not torch._C._are_functorch_transforms_active():
+        return plain
+    stack = ExitStack()
+    stack.enter_context(plain)
+    stack.enter_context(temporarily_clear_interpreter_stack())
+    return stack
+
+
+def tensor_of(numbers: Sequence[float], dtype: torch.dtype, device: torch.device) -> Tensor:
+    """``torch.tensor``; in FakeTensorMode, where nothing has a value, an empty tensor.
+
+    There, deep copies of tensors corrupt memory once one was made of numbers (torch 2.13), and ``Metric`` copies its
+    states deeply. There is no public way to ask for the mode.
+    """
+    if not torch.compiler.is_compiling() and torch._C._get_dispatch_mode(torch._C._TorchDispatchModeKey.FAKE):
+        return torch.empty(len(numbers), dtype=dtype, device=device)
+    return torch.tensor(numbers, dtype=dtype, device=device)
 
 
 def is_batch_of_gradients(grad: Tensor) -> bool:
@@ -79,6 +111,31 @@ def weigh_(values: Tensor, weights: Tensor | None) -> Tensor:
         values.mul_(weights)
         torch.ops.aten.threshold_backward.grad_input(values, weights.abs(), 0.0, grad_input=values)
     return values
+
+
+def takes_keyword(function: object, name: str) -> bool:
+    """Whether a callable has a parameter of this name, to be given as a keyword.
+
+    Of a compiled module it is that of the module, which has no public name; without it the parameter would not be seen.
+    """
+    function = getattr(function, "_orig_mod", function)
+    try:
+        # The signature of a module itself is (*args, **kwargs).
+        parameters = inspect.signature(function.forward if isinstance(function, nn.Module) else function).parameters  # type: ignore[arg-type]
+    except (TypeError, ValueError):  # builtins and operators have none
+        return False
+    return name in parameters and parameters[name].kind in (
+        inspect.Parameter.POSITIONAL_OR_KEYWORD,
+        inspect.Parameter.KEYWORD_ONLY,
+    )
+
+
+def assert_async(condition: Tensor, message: str) -> None:
+    """Raise a RuntimeError unless a bool on a device is true: at once on a CPU, on others when the device gets there.
+
+    torch has no public assertion that does not wait for the device.
+    """
+    torch._assert_async(condition, message)
 
 
 def process_group_named(name: str) -> dist.ProcessGroup | None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import gc
 import math
 import weakref
@@ -180,10 +181,10 @@ class Saved:
         self.alive.add(self)
 
 
-def graphs_alive(step: Callable[[], object]) -> int:
-    """The number of saved tensors of 2000 steps that outlive them."""
+def graphs_alive(step: Callable[[], object], steps: int = 2000) -> int:
+    """The number of saved tensors of so many steps that outlive them."""
     with torch.autograd.graph.saved_tensors_hooks(Saved, lambda saved: saved.values):
-        for _ in range(2000):
+        for _ in range(steps):
             step()
     gc.collect()
     return len(Saved.alive)
@@ -194,6 +195,58 @@ def test_no_graph_is_kept_alive_over_2000_steps_without_backward() -> None:
     logits, labels, weights = torch.randn(4, 2, requires_grad=True), torch.rand(4, 2), torch.rand(4, 2)
     assert graphs_alive(lambda: loss(logits, labels, weights)) == 0
     assert loss.train_metric.update_count == 2000
+
+
+@pytest.mark.parametrize("quality", [False, True], ids=["", "quality"])
+@pytest.mark.parametrize("ignore_index", [None, -1.0], ids=["", "ignore_index"])
+def test_weights_that_are_learned_leave_no_graph_in_the_running_sums(ignore_index: float | None, quality: bool) -> None:
+    loss = MultiTaskLoss(
+        "bce_with_logits", TASKS, mean_over="weights", ignore_index=ignore_index, quality=quality, task_weights=[1, 2]
+    )
+    logits, labels = torch.randn(4, 2, requires_grad=True), torch.rand(4, 2)
+    leaf = torch.rand(4, 2, requires_grad=True)
+    assert graphs_alive(lambda: loss(logits, labels, leaf.square()), 200) == 0
+    for training in (True, False):
+        loss.train(training)
+        loss(logits, labels, leaf.square())
+        metrics = [loss.train_metric, *([loss.train_quality] if quality else [])]
+        assert not any(metric.totals.requires_grad for metric in metrics)
+    twin = copy.deepcopy(loss)
+    assert torch.equal(twin.train_metric.totals, loss.train_metric.totals)
+    assert twin.eval_metric.update_count == 1
+    value = twin.train_metric.compute()["loss"]
+    assert not value.requires_grad
+    with torch.no_grad():
+        one = loss(logits, labels, leaf.square())["loss"]
+    assert value.item() == pytest.approx(one.item(), rel=1e-6)
+    metric = GlobalLoss(TASKS)
+    assert not metric((2 * leaf).sum(0), (3 * leaf).sum(0))["loss"].requires_grad
+    metric.update((2 * leaf).sum(0), (3 * leaf).sum(0))
+    assert not metric.totals.requires_grad
+    assert copy.deepcopy(metric).update_count == 2
+
+
+def tensors_alive() -> int:
+    gc.collect()
+    # Not isinstance(), which asks a few deprecated objects of torch for their class, and they warn.
+    return sum(issubclass(type(each), Tensor) for each in gc.get_objects())
+
+
+def test_10_000_steps_with_learned_weights_keep_as_much_as_50() -> None:
+    loss = MultiTaskLoss("bce_with_logits", TASKS, mean_over="weights")
+    logits, labels = torch.randn(4, 2, requires_grad=True), torch.rand(4, 2)
+    leaf = torch.rand(4, 2, requires_grad=True)
+
+    def step() -> None:
+        loss(logits, labels, leaf.square())
+
+    def steps(count: int) -> int:
+        kept = graphs_alive(step, count)
+        return kept + tensors_alive()
+
+    after_50 = steps(50)
+    assert steps(9950) == after_50
+    assert loss.train_metric.update_count == 10_000
 
 
 def test_a_sum_that_is_not_detached_keeps_every_graph() -> None:

@@ -28,12 +28,13 @@ SIGNATURES: list[tuple[Callable[..., Any], str]] = [
     (
         Loss,
         "(loss_type, reduction='mean', *, pos_weight=None, mean_over='rows', ignore_index=None, global_batch=False, "
-        "process_group=None, quality=False)",
+        "gradient_reduction='mean', process_group=None, quality=False)",
     ),
     (
         MultiTaskLoss,
         "(loss_type, tasks, task_loss_reduction='mean', global_reduction='mean', pos_weights=None, *, "
-        "task_weights=None, mean_over='rows', ignore_index=None, global_batch=False, process_group=None, "
+        "task_weights=None, mean_over='rows', ignore_index=None, global_batch=False, "
+        "gradient_reduction='mean', process_group=None, "
         "quality=False)",
     ),
     (

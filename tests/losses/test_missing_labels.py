@@ -14,7 +14,7 @@ from torch.nn.parallel import DistributedDataParallel
 from tests.support import reference
 from tests.support.metrics import weights_of
 from tests.support.rank_pool import RankPool
-from twloss import Loss, MultiTaskLoss
+from twloss import Loss, MultiTaskLoss, RankingQuality
 
 BAD = [math.nan, math.inf, -math.inf]
 
@@ -267,3 +267,108 @@ def test_a_0_dim_logit_of_one_task_takes_a_pos_weight() -> None:
     assert value.item() == pytest.approx(2 * math.log1p(math.exp(-0.3)), rel=1e-14)
     assert logit.grad is not None
     assert logit.grad.item() == pytest.approx(-2 / (1 + math.exp(0.3)), rel=1e-14)
+
+
+# Labels of several dtypes, each compared in its own.
+
+BFLOAT16, FLOAT16, FLOAT32, FLOAT64 = torch.bfloat16, torch.float16, torch.float32, torch.float64
+OWN_DTYPES: dict[str, tuple[float, dict[str, tuple[torch.dtype, list[float]]]]] = {
+    # -999 is -1000 in bfloat16.
+    "bfloat16 beside int64": (
+        -999,
+        {"a": (BFLOAT16, [1, -999, 0, -999, 1]), "b": (torch.int64, [0, -999, 1, -1000, 0])},
+    ),
+    "bfloat16 beside float32": (-999.0, {"a": (BFLOAT16, [1, -999, 0, 0, 1]), "b": (FLOAT32, [0, -999, 1, -1000, 0])}),
+    "float32 beside float64": (
+        0.1,
+        {"a": (FLOAT32, [0.1, 1, 0.1, 0, 0.5]), "b": (FLOAT64, [0.1, 0.10000000149011612, 1, 0, 0.1])},
+    ),
+    "three floats": (
+        0.1,
+        {"a": (FLOAT16, [0.1, 1, 0, 0, 1]), "b": (BFLOAT16, [0, 0.1, 0.1, 1, 0]), "c": (FLOAT32, [0.1, 0, 0, 1, 0.1])},
+    ),
+    # -100 is 156 in uint8 where a number is wrapped.
+    "uint8 beside int64": (-100, {"a": (torch.uint8, [1, 156, 0, 1, 0]), "b": (torch.int64, [-100, 156, 1, 0, -100])}),
+    "255": (255, {"a": (torch.uint8, [1, 255, 0, 255, 0]), "b": (torch.int8, [-1, 0, 1, 1, 0])}),
+    "bool beside int64": (1, {"a": (torch.bool, [1, 0, 0, 1, 0]), "b": (torch.int64, [1, 0, 2, 0, 0])}),
+    "bool beside float16": (0.1, {"a": (torch.bool, [1, 0, 0, 1, 0]), "b": (FLOAT16, [0.1, 1, 0, 0.5, 0.1])}),
+    "a fraction": (0.5, {"a": (torch.int32, [1, 0, 0, 1, 0]), "b": (FLOAT32, [0.5, 0, 1, 0.5, 0])}),
+    "NaN": (
+        math.nan,
+        {
+            "a": (BFLOAT16, [math.nan, 1, 0, math.nan, 1]),
+            "b": (torch.int64, [1, 0, 1, 1, 0]),
+            "c": (torch.bool, [1] * 5),
+        },
+    ),
+}
+of_own_dtypes = pytest.mark.parametrize(("ignore_index", "columns"), OWN_DTYPES.values(), ids=OWN_DTYPES)
+LOGITS = [0.5, -1.0, 2.0, 0.25, -3.0]
+
+
+def of_one_dtype(ignore_index: float, dtype: torch.dtype, labels: list[float]) -> tuple[Tensor, list[reference.Row]]:
+    """A column, and the oracle's rows of it: a label is missing where it is what the column makes of ignore_index."""
+    column = torch.tensor(labels, dtype=FLOAT64).to(dtype)
+    missing = torch.tensor(ignore_index, dtype=dtype).item() if dtype.is_floating_point else ignore_index
+    rows = []
+    for x, y in zip(LOGITS, column.tolist()):
+        valid = not (y == missing or (math.isnan(y) and math.isnan(missing)))
+        rows.append(reference.Row(reference.bce_with_logits(x, float(y)), weight=1.0, valid=valid))
+    return column, rows
+
+
+@of_own_dtypes
+@pytest.mark.parametrize("layout", ["mapping", "wide mapping"])
+def test_a_missing_label_is_one_in_its_own_dtype(
+    ignore_index: float, columns: dict[str, tuple[torch.dtype, list[float]]], layout: str
+) -> None:
+    made = {task: of_one_dtype(ignore_index, *column) for task, column in columns.items()}
+    labels = {task: column if layout == "mapping" else column.unsqueeze(1) for task, (column, _) in made.items()}
+    rows = {task: rows for task, (_, rows) in made.items()}
+    truth = pytest.approx(reference.losses(rows, reference.Rule()), rel=1e-12)
+    loss = MultiTaskLoss("bce_with_logits", list(columns), ignore_index=ignore_index, quality=True)
+    logits = torch.tensor(LOGITS, dtype=FLOAT64).unsqueeze(1).repeat(1, len(columns)).requires_grad_()
+    losses = loss(logits, labels)
+    assert {key: value.item() for key, value in losses.items()} == truth
+    assert {key: value.item() for key, value in loss.train_metric.compute().items()} == truth
+    (gradient,) = torch.autograd.grad(losses["loss"], logits)
+    for t, column in enumerate(rows.values()):
+        assert [slope == 0.0 for slope in gradient[:, t].tolist()] == [not row.valid for row in column]
+    by_hand = RankingQuality(list(columns), ignore_index=ignore_index)
+    by_hand.update(logits.detach(), labels)
+    for quality in (by_hand.compute(), loss.train_quality.compute()):
+        for task, column in rows.items():
+            assert quality[f"weight/{task}"].item() == sum(row.valid for row in column)
+            assert quality[f"logloss/{task}"].item() == pytest.approx(losses[f"loss/{task}"].item(), rel=1e-12)
+
+
+@of_own_dtypes
+def test_a_task_alone_and_beside_others_has_the_same_missing_labels(
+    ignore_index: float, columns: dict[str, tuple[torch.dtype, list[float]]]
+) -> None:
+    logits = torch.tensor(LOGITS, dtype=FLOAT64)
+    labels = {task: of_one_dtype(ignore_index, *column)[0] for task, column in columns.items()}
+    losses = MultiTaskLoss("bce_with_logits", list(columns), ignore_index=ignore_index)(
+        dict.fromkeys(columns, logits), labels
+    )
+    for task, (dtype, values) in columns.items():
+        column, rows = of_one_dtype(ignore_index, dtype, values)
+        alone = Loss("bce_with_logits", ignore_index=ignore_index)(logits, column).item()
+        assert alone == pytest.approx(reference.losses({task: rows}, reference.Rule())["loss"], rel=1e-12)
+        assert losses[f"loss/{task}"].item() == pytest.approx(alone, rel=1e-12)
+        quality = RankingQuality(None, ignore_index=ignore_index)
+        quality.update(logits, column)
+        assert quality.compute()["weight"].item() == sum(row.valid for row in rows)
+
+
+@pytest.mark.usefixtures("new_compiler")
+@pytest.mark.parametrize("case", ["bfloat16 beside int64", "float32 beside float64"])
+def test_compiled_code_compares_in_the_same_dtype(case: str) -> None:
+    ignore_index, columns = OWN_DTYPES[case]
+    made = {task: of_one_dtype(ignore_index, *column) for task, column in columns.items()}
+    truth = reference.losses({task: rows for task, (_, rows) in made.items()}, reference.Rule())
+    loss = MultiTaskLoss("bce_with_logits", list(columns), ignore_index=ignore_index)
+    compiled = torch.compile(loss, fullgraph=True, backend="aot_eager")
+    logits = torch.tensor(LOGITS, dtype=FLOAT64).unsqueeze(1).repeat(1, len(columns))
+    losses = compiled(logits, {task: column for task, (column, _) in made.items()})
+    assert {key: value.item() for key, value in losses.items()} == pytest.approx(truth, rel=1e-12)

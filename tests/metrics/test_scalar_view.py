@@ -14,12 +14,14 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
+from torchmetrics import MetricCollection
+from torchmetrics.classification import BinaryAccuracy
 from torchmetrics.utilities.exceptions import TorchMetricsUserError
 
 from tests.support import reference
 from tests.support.casts import CASTS
 from tests.support.rank_pool import RankPool
-from twloss import GlobalLoss, Loss, MultiTaskLoss, ScalarView
+from twloss import GlobalLoss, Loss, MultiTaskLoss, RankingQuality, ScalarView
 
 TASKS = ["like", "reply"]
 # (loss sums, weights) of each batch.
@@ -532,3 +534,59 @@ def test_a_view_of_a_single_loss_follows_its_mode() -> None:
     loss.eval()
     loss(torch.full((2,), 100.0), torch.zeros(2))
     assert [value(train), value(evaluation)] == pytest.approx([math.log(2), 100.0], rel=1e-6)
+
+
+# Beside other metrics, and as the owner.
+
+
+@pytest.mark.parametrize("compute_groups", [False, True])
+def test_a_collection_gives_a_view_the_keywords_of_its_owner(compute_groups: bool) -> None:
+    """And other metrics theirs."""
+    owner, view = pair("loss/like")
+    quality = RankingQuality(TASKS)
+    metrics: Any = {"like": view, "accuracy": BinaryAccuracy(), "calibration": quality.scalar("calibration/reply")}
+    collection = MetricCollection(metrics, compute_groups=compute_groups)
+    predictions, targets = torch.tensor([0.9, 0.2, 0.7, 0.6]), torch.tensor([1, 0, 0, 1])
+    logits, labels = torch.zeros(4, 2), torch.tensor([[1, 1], [0, 0], [0, 0], [0, 0]])
+    for sums, weights in (EARLY, LATE):
+        given = {"loss_sum": torch.tensor(sums), "weight": torch.tensor(weights), "preds": predictions}
+        collection.update(**given, target=targets, logits=logits, labels=labels)
+    assert owner.update_count == quality.update_count == 2
+    results = collection.compute()
+    assert results["like"].item() == pytest.approx(expected(EARLY, LATE, key="loss/like"), rel=1e-6)
+    assert results["accuracy"].item() == 0.75
+    assert results["calibration"].item() == pytest.approx(2.0, rel=1e-6)
+
+
+def test_a_collections_forward_gives_a_view_its_keywords_too() -> None:
+    owner, view = pair()
+    collection = MetricCollection({"loss": view, "accuracy": BinaryAccuracy()})
+    given = {"loss_sum": torch.tensor(EARLY[0]), "weight": torch.tensor(EARLY[1])}
+    results = collection(**given, preds=torch.tensor([0.9, 0.2]), target=torch.tensor([1, 1]))
+    assert results["loss"].item() == pytest.approx(expected(EARLY), rel=1e-6)
+    assert results["accuracy"].item() == 0.5
+    assert owner.update_count == 1
+
+
+@pytest.mark.parametrize("on_step", [False, True])
+def test_a_view_has_the_settings_of_its_owner(on_step: bool) -> None:
+    for owner, key in (
+        (GlobalLoss(TASKS, dist_sync_on_step=on_step), "loss"),
+        (RankingQuality(TASKS, dist_sync_on_step=on_step), "ne/like"),
+    ):
+        view = owner.scalar(key)
+        assert view.is_differentiable is owner.is_differentiable is False
+        assert view.dist_sync_on_step is owner.dist_sync_on_step is on_step
+        assert view.dtype == owner.dtype
+
+
+def test_set_dtype_of_a_view_is_that_of_its_owner() -> None:
+    (owner, view), (twin, _) = pair(), pair()
+    feed(owner, EARLY)
+    feed(twin, EARLY)
+    twin.set_dtype(torch.float16)
+    assert view.set_dtype(torch.float16) is view
+    assert view.dtype == owner.dtype == twin.dtype
+    assert owner.totals.dtype == twin.totals.dtype
+    assert torch.equal(owner.totals, twin.totals)
+    assert value(view) == value(twin) == close(expected(EARLY))

@@ -51,9 +51,19 @@ class Uncertainty(nn.Module):
         super().__init__()
         self.log_variance = nn.Parameter(torch.zeros(len(TASKS)))
 
-    def forward(self, losses: Tensor) -> Tensor:
+    def forward(self, losses: Tensor, present: Tensor) -> Tensor:
         """The global loss."""
-        return (losses * (-self.log_variance).exp() + self.log_variance).sum()
+        return (losses * (-self.log_variance).exp() + self.log_variance).where(present, 0.0).sum()
+
+
+def mean_of_present(losses: Tensor, *, present: Tensor) -> Tensor:
+    """A reduction over tasks that is a function, and is told which have data."""
+    return losses.sum() / present.sum()
+
+
+def listwise(logits: Tensor, labels: Tensor, valid: Tensor) -> Tensor:
+    """A loss function that couples rows, and is told which count."""
+    return -labels * logits.where(valid, -torch.inf).log_softmax(0).where(valid, 0.0)
 
 
 def squared_error(logits: Tensor, labels: Tensor) -> Tensor:
@@ -105,8 +115,9 @@ def one_task_losses() -> None:
 def callables() -> None:
     """Loss functions and reductions over tasks, each as a function, a lambda and a module."""
     logits, labels = torch.zeros(4, 2), torch.ones(4, 2)
-    for loss_type in (squared_error, Pinball(), nn.BCEWithLogitsLoss(reduction="none")):
+    for loss_type in (squared_error, listwise, Pinball(), nn.BCEWithLogitsLoss(reduction="none")):
         assert_type(Loss(loss_type)(logits, labels), Tensor)
+    MultiTaskLoss(squared_error, TASKS, "mean", mean_of_present, global_batch=True)
     loss = MultiTaskLoss(lambda x, y: (x - y) ** 2, TASKS, "mean", Uncertainty(), global_batch=True)
     assert_type(loss(logits, labels), dict[str, Tensor])
     MultiTaskLoss(torch.sub, TASKS, global_reduction=first, global_batch=True)

@@ -1,0 +1,217 @@
+"""Errors that say what is wrong in a line, in the caller's own words."""
+
+from __future__ import annotations
+
+import math
+import re
+import time
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.tensor import Replicate, distribute_tensor
+
+from tests.support.rank_pool import RankPool
+from twloss import GlobalLoss, Loss, MultiTaskLoss, RankingQuality, get_global_loss_detached
+
+TASKS = ["like", "reply"]
+
+# A callable, whose logits need not be classes.
+
+
+@pytest.mark.parametrize(("logits", "labels"), [((4, 1), (4,)), ((4,), (4, 1)), ((4, 2), (4,)), ((3,), (4,))])
+def test_a_callable_with_shapes_that_differ_names_both(logits: tuple[int, ...], labels: tuple[int, ...]) -> None:
+    loss = Loss(nn.MSELoss(reduction="none"))
+    with pytest.raises(ValueError, match="shape") as caught:
+        loss(torch.zeros(logits), torch.zeros(labels))
+    message = str(caught.value)
+    assert str(logits) in message
+    assert str(labels) in message
+    assert "class indices" not in message
+    assert not loss.train_metric.update_called
+
+
+# DTensors.
+
+ZEROS = torch.zeros(4, 2)
+Call = Callable[[Callable[[Tensor], Any]], object]
+
+
+def with_a_loss(*inputs: Any) -> object:
+    return MultiTaskLoss("bce_with_logits", TASKS)(*inputs)
+
+
+def with_a_single_loss(*inputs: Any) -> object:
+    return Loss("bce_with_logits")(*inputs)
+
+
+def columns(values: Any) -> dict[str, Any]:
+    return {"like": values, "reply": torch.zeros(4)}
+
+
+# What is called, given a function that makes a DTensor of a tensor.
+DTENSORS: dict[str, Call] = {
+    "logits": lambda d: with_a_loss(d(ZEROS), ZEROS),
+    "labels": lambda d: with_a_loss(ZEROS, d(ZEROS)),
+    "weights": lambda d: with_a_loss(ZEROS, ZEROS, d(ZEROS)),
+    "all": lambda d: with_a_loss(d(ZEROS), d(ZEROS), d(ZEROS)),
+    "logits by task": lambda d: with_a_loss(columns(d(torch.zeros(4))), ZEROS),
+    "labels by task": lambda d: with_a_loss(ZEROS, columns(d(torch.zeros(4)))),
+    "weights by task": lambda d: with_a_loss(ZEROS, ZEROS, columns(d(torch.zeros(4)))),
+    "logits of one task": lambda d: with_a_single_loss(d(ZEROS), ZEROS),
+    "labels of one task": lambda d: with_a_single_loss(ZEROS, d(ZEROS)),
+    "weights of one task": lambda d: with_a_single_loss(ZEROS, ZEROS, d(ZEROS)),
+    "logits of the quality": lambda d: RankingQuality(TASKS).update(d(ZEROS), ZEROS),
+    "loss_sum": lambda d: GlobalLoss(TASKS).update(d(torch.zeros(2)), torch.ones(2)),
+    "weight": lambda d: GlobalLoss(TASKS).update(torch.zeros(2), d(torch.ones(2))),
+    "local_loss": lambda d: get_global_loss_detached(d(torch.zeros(()))),
+    "local_loss by task": lambda d: get_global_loss_detached({"like": d(torch.zeros(()))}),
+    "weight of local_loss": lambda d: get_global_loss_detached(torch.zeros(()), weight=d(torch.ones(()))),
+}
+
+
+def errors_of_dtensors(rank: int) -> dict[str, tuple[str, str]]:
+    """The error's type and text of each call."""
+    mesh = init_device_mesh("cpu", (dist.get_world_size(),))
+    found = {}
+    for name, call in DTENSORS.items():
+        try:
+            call(lambda values: distribute_tensor(values, mesh, [Replicate()]))
+        except Exception as error:
+            found[name] = (type(error).__name__, str(error))
+        else:
+            found[name] = ("nothing", "")
+    return found
+
+
+@pytest.fixture(scope="module")
+def dtensor_errors(two_ranks: RankPool) -> dict[str, tuple[str, str]]:
+    found: dict[str, tuple[str, str]] = two_ranks.run(errors_of_dtensors)[0]
+    return found
+
+
+@pytest.mark.parametrize("name", DTENSORS)
+def test_a_dtensor_is_refused_with_the_way_out(name: str, dtensor_errors: dict[str, tuple[str, str]]) -> None:
+    kind, message = dtensor_errors[name]
+    assert kind == "TypeError"
+    assert ".to_local()" in message
+    if name not in ("all", "logits of the quality"):
+        assert message.startswith(name.split(maxsplit=1)[0])
+
+
+# 100,000 tasks, and a message of a line.
+
+COUNT, ABSENT = 100_000, "task77777"
+SECONDS = 20.0
+
+
+@pytest.fixture(scope="module")
+def many() -> list[str]:
+    return [f"task{t}" for t in range(COUNT)]
+
+
+@pytest.fixture(scope="module")
+def wide_loss(many: list[str]) -> MultiTaskLoss:
+    return MultiTaskLoss("bce_with_logits", many)
+
+
+def expect_a_line(call: Callable[[], object], name: str, error: type[Exception] = ValueError) -> None:
+    """An error that names it, soon."""
+    start = time.monotonic()
+    with pytest.raises(error, match=rf"{name}\b") as caught:
+        call()
+    assert time.monotonic() - start < SECONDS
+    assert len(str(caught.value)) < 500
+
+
+@pytest.mark.parametrize("wrong", ["logits", "labels", "weights"])
+def test_a_mapping_of_many_tasks_without_one_of_them(wrong: str, many: list[str], wide_loss: MultiTaskLoss) -> None:
+    row = torch.zeros(1)
+    inputs: dict[str, Any] = dict.fromkeys(("logits", "labels", "weights"), torch.zeros(1, COUNT))
+    inputs[wrong] = {task: row for task in many if task != ABSENT}
+    expect_a_line(lambda: wide_loss(**inputs), ABSENT)
+
+
+def test_a_mapping_of_many_tasks_with_one_too_many(many: list[str], wide_loss: MultiTaskLoss) -> None:
+    row, rows = torch.zeros(1), torch.zeros(1, COUNT)
+    expect_a_line(lambda: wide_loss(dict.fromkeys([*many, "another"], row), rows), "another")
+
+
+@pytest.mark.parametrize("argument", ["pos_weights", "task_weights"])
+def test_constants_of_many_tasks_without_one_of_them(argument: str, many: list[str]) -> None:
+    options: Any = {argument: {task: 2.0 for task in many if task != ABSENT}}
+    expect_a_line(lambda: MultiTaskLoss("bce_with_logits", many, **options), ABSENT)
+
+
+def test_too_few_constants_of_many_tasks(many: list[str]) -> None:
+    expect_a_line(lambda: MultiTaskLoss("bce_with_logits", many, [1.0]), "task_loss_reduction", TypeError)  # type: ignore[arg-type]
+    expect_a_line(lambda: MultiTaskLoss("bce_with_logits", many, pos_weights=[1.0] * 3), "pos_weights")
+
+
+def test_a_view_of_a_key_that_many_tasks_do_not_have(wide_loss: MultiTaskLoss) -> None:
+    expect_a_line(lambda: wide_loss.train_metric.scalar("nonsense"), "nonsense")
+
+
+def test_weights_of_many_detached_losses_without_one_of_them(many: list[str]) -> None:
+    losses = dict.fromkeys(many, torch.zeros(()))
+    weights = {task: 1.0 for task in many if task != ABSENT}
+    expect_a_line(lambda: get_global_loss_detached(losses, weight=weights), ABSENT)
+
+
+def test_many_tasks_with_one_twice(many: list[str]) -> None:
+    expect_a_line(lambda: GlobalLoss([*many, ABSENT]), ABSENT)
+
+
+# Labels that no class index can be.
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf, 0.5])
+def test_a_missing_class_that_is_no_whole_number_is_refused(value: float) -> None:
+    for build in (
+        lambda: Loss("cross_entropy", ignore_index=value),
+        lambda: MultiTaskLoss("cross_entropy", TASKS, ignore_index=value),
+    ):
+        with pytest.raises(ValueError, match=r"^ignore_index: got " + re.escape(str(value))):
+            build()
+
+
+@pytest.mark.parametrize("value", [-100, 3.0])
+def test_a_missing_class_that_is_a_whole_number_is_fine(value: float) -> None:
+    logits, labels = torch.tensor([[0.0, 1.0], [2.0, 3.0]]), torch.tensor([0, int(value)])
+    expected = pytest.approx(math.log1p(math.e), rel=1e-6)
+    assert Loss("cross_entropy", ignore_index=value)(logits, labels).item() == expected
+    loss = MultiTaskLoss("cross_entropy", ["topic"], ignore_index=value)
+    assert loss(logits.unsqueeze(1), labels.unsqueeze(1))["loss"].item() == expected
+
+
+@pytest.mark.parametrize("value", [math.nan, 0.5])
+def test_other_losses_may_miss_any_number(value: float) -> None:
+    loss = Loss("bce_with_logits", ignore_index=value)
+    assert loss(torch.zeros(2), torch.tensor([1.0, value])).item() == pytest.approx(math.log(2), rel=1e-6)
+
+
+# Classes of one task: rows and classes, and no more.
+
+SHAPES = [((2, 3, 3), (2, 3)), ((2, 3, 4), (2, 3)), ((2, 3, 4), (2, 4)), ((3,), ()), ((2, 3, 4, 5), (2, 3, 4))]
+
+
+@pytest.mark.parametrize(("logits", "labels"), SHAPES)
+def test_classes_of_a_single_loss_are_the_second_of_two_dimensions(
+    logits: tuple[int, ...], labels: tuple[int, ...]
+) -> None:
+    """Torch's (rows, classes, positions) would give another number where the sizes coincide."""
+    loss = Loss("cross_entropy")
+    with pytest.raises(ValueError, match=r"^(logits|labels): got shape") as caught:
+        loss(torch.zeros(logits), torch.zeros(labels, dtype=torch.int64))
+    assert str(logits) in str(caught.value)
+    assert not loss.train_metric.update_called
+
+
+def test_rows_and_classes_are_taken() -> None:
+    for rows in (2, 0):
+        result = Loss("cross_entropy")(torch.zeros(rows, 3), torch.zeros(rows, dtype=torch.int64))
+        assert result.item() == pytest.approx(math.log(3) if rows else 0.0, rel=1e-6)
