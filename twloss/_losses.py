@@ -56,20 +56,11 @@ class _TaskLosses(nn.Module):
 
     __jit_unused_properties__: ClassVar = ["task_weights"]
 
-    _settings = frozenset(
-        {
-            *(
-                "loss_type",
-                "tasks",
-                "reduction",
-                "task_loss_reduction",
-                "global_reduction",
-                "pos_weight",
-                "pos_weights",
-            ),
-            *("mean_over", "ignore_index", "global_batch", "gradient_reduction", "process_group", "quality"),
-        }
-    )
+    # What is read-only once a loss is made.
+    _settings = frozenset({
+        "loss_type", "tasks", "reduction", "task_loss_reduction", "global_reduction", "pos_weight", "pos_weights",
+        "mean_over", "ignore_index", "global_batch", "gradient_reduction", "process_group", "quality",
+    })  # fmt: skip
 
     def __init__(
         self,
@@ -340,6 +331,8 @@ class Loss(_TaskLosses):
         return self._losses(logits, labels, weights, normalizer)["loss"]
 
     if TYPE_CHECKING:
+        reduction: RowReduction
+        pos_weight: tuple[float, ...] | None
         __call__ = forward  # nn.Module's own has no types
 
 
@@ -457,4 +450,6 @@ class MultiTaskLoss(_TaskLosses):
         return self._losses(logits, labels, weights, normalizer)
 
     if TYPE_CHECKING:
+        task_loss_reduction: RowReduction
+        pos_weights: tuple[float, ...] | None
         __call__ = forward

@@ -127,7 +127,9 @@ def fuzz(data: st.DataObject, case: Settings, *, one: bool) -> None:
     """A batch without a fault, then the same with each of the faults, through one loss."""
     kind = data.draw(kinds(None if one else case.tasks))
     if kind.classes:
-        case = replace(case, pos_weights=None)
+        # No class index is NaN.
+        missing = None if case.ignore_index is None else -1.0
+        case = replace(case, pos_weights=None, ignore_index=missing)
     loss = built(case, kind.classes, one=one)
     sums_up = case.task_loss_reduction == "mean" and case.global_reduction in ("mean", "sum")
     batch = {**batch_of(kind, case), "normalizer": data.draw(normalizers(case.tasks)) if sums_up else None}

@@ -51,7 +51,9 @@ def kinds(draw: st.DrawFn, tasks: int | None) -> Kind:
     """Kinds of batches, for so many tasks or for a one-task loss."""
     rows = draw(st.sampled_from((1, 2, 5, 5, 0)))
     classes = draw(st.none() | st.integers(1, 4))
-    shape = (rows, *draw(st.sampled_from(((), (1,), (3,), (2, 2))))) if tasks is None else (rows, tasks)
+    # A single loss takes class logits by row alone.
+    further = () if classes else draw(st.sampled_from(((), (1,), (3,), (2, 2))))
+    shape = (rows, *further) if tasks is None else (rows, tasks)
     labels = (*SIGNED, *UNSIGNED) if classes else (*SIGNED, *UNSIGNED, *FLOATS)
     return Kind(
         shape,
