@@ -98,14 +98,16 @@ def find_proxy(*inputs: object) -> Proxy | None:
     return None
 
 
-def record_call(proxy: Proxy, module: nn.Module, *args: object, **kwargs: object) -> Any:
-    """What stands for the result of a module, which is called when the graph runs, not while it is traced."""
+def record_call(proxy: Proxy, module: nn.Module, method: str | None, *args: object, **kwargs: object) -> Any:
+    """What stands for the result of a module, or of a method of it, when the graph that is being traced runs."""
     tracer: Any = proxy.tracer
     path = tracer.path_of_module(module)
     if not path:
         raise ValueError("logits: got a Proxy from a trace of the loss alone, expected a trace of a model that has it")
     inputs = tuple(dict(each) if isinstance(each, Mapping) else each for each in args)
-    return tracer.create_proxy("call_module", path, inputs, kwargs)
+    if method is None:
+        return tracer.create_proxy("call_module", path, inputs, kwargs)
+    return tracer.create_proxy("call_method", method, (tracer.create_proxy("get_attr", path, (), {}), *inputs), kwargs)
 
 
 def _check_tensors(logits: Any, labels: Any, weights: Any) -> tuple[Tensor, Tensor, Tensor | None]:

@@ -39,7 +39,7 @@ from twloss._batch import Batch, TaskTensors, align, find_proxy, record_call
 from twloss._global_loss import GlobalLoss
 from twloss._loss_type import LossFunction, LossType, resolve_loss_type
 from twloss._ranking_quality import RankingQuality
-from twloss._ranks import ColumnNames, group_from_state, group_to_state, sum_over_ranks_with_gradient, world_size
+from twloss._ranks import group_from_state, group_to_state, sum_over_ranks_with_gradient, world_size
 from twloss._reduction import GlobalReduction, Reduction
 from twloss._row_sums import TaskSums, sum_rows, sum_weights
 from twloss._torch import takes_keyword
@@ -105,7 +105,6 @@ class _TaskLosses(nn.Module):
         self._takes_valid = callable(self.loss_type) and takes_keyword(self.loss_type, "valid")
         ones = (1.0,) * len(tasks or ("loss",))
         self._pos_weights, self._task_weights = TaskConstants(pos_weights), TaskConstants(task_weights, ones)
-        self._names = ColumnNames(tasks or ("loss",))
         self.quality = quality is not False
         for name in ("train_metric", "eval_metric"):
             metric = GlobalLoss(tasks, reduction.over_rows, reduction.over_tasks, process_group=process_group)
@@ -142,8 +141,12 @@ class _TaskLosses(nn.Module):
     ) -> dict[str, Tensor]:
         """The losses of a batch, whose sums are added to the running ones."""
         if (proxy := find_proxy(logits, labels, weights, normalizer)) is not None:
-            result = record_call(proxy, self, logits, labels, weights, normalizer=normalizer)
-            return {"loss": result} if self.tasks is None else {key: result[key] for key in self._reduction.keys}
+            # What a subclass's own forward does to the inputs is in the graph already, and must not be done twice.
+            method = None if type(self).forward.__module__ == __name__ else "_losses"
+            result = record_call(proxy, self, method, logits, labels, weights, normalizer=normalizer)
+            if self.tasks is None and method is None:
+                return {"loss": result}
+            return {key: result[key] for key in self._reduction.keys}
         has_classes = self.loss_type is LossType.CROSS_ENTROPY if isinstance(self.loss_type, LossType) else None
         batch = align(logits, labels, weights, self.tasks, has_classes=has_classes, ignore_index=self.ignore_index)
         tasks = 1 if self.tasks is None else len(self.tasks)
@@ -154,7 +157,8 @@ class _TaskLosses(nn.Module):
         loss_sum, counted = sum_rows(self.loss_type, batch, pos_weight, tasks, takes_valid=self._takes_valid)
         sums = TaskSums(loss_sum, weight)
         if self.global_batch:
-            sums = sum_over_ranks_with_gradient(sums, self._names, self.process_group, self.gradient_reduction)
+            names = self.train_metric._names
+            sums = sum_over_ranks_with_gradient(sums, names, self.process_group, self.gradient_reduction)
         if normalizer is not None:
             sums = TaskSums(sums.loss_sum, normalizer)
         dtype = batch.logits.dtype
@@ -244,7 +248,7 @@ class _TaskLosses(nn.Module):
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> _TaskLosses:
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
-        for constants in (self._pos_weights, self._task_weights, self._names.hashes):
+        for constants in (self._pos_weights, self._task_weights):
             constants.place(fn(torch.empty(0, device=self.train_metric.device)).device)
         return self
 

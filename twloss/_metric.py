@@ -402,8 +402,10 @@ class TaskMetric(Metric):
         super().merge_state(incoming_state)
 
     def _reduce_states(self, incoming_state: dict[str, Any]) -> None:
-        if missing := {"totals", "sums_of"} - set(incoming_state):
-            raise ValueError(f"incoming_state: got no {sorted(missing)}, expected a metric_state of this class")
+        for name in ("sums_of", "totals"):
+            if not isinstance(incoming_state.get(name), Tensor):
+                found = type(incoming_state.get(name)).__name__
+                raise ValueError(f"incoming_state: got {found} as {name}, expected the metric_state of such a metric")
         try:
             check_same(decode(incoming_state["sums_of"]), self._description)
         except ValueError as error:

@@ -103,7 +103,12 @@ def _weighted_losses(
     elif valid is not None and not takes_valid and not isinstance(loss_type, LossType):
         labels = _fill_missing(labels, valid, tasks)
     logits, labels = (
-        _mask_gradient(values, weights if values.ndim == weights.ndim else weights.unsqueeze(-1), by_weight)
+        _mask_gradient(
+            values,
+            weights if values.ndim == weights.ndim else weights.unsqueeze(-1),
+            by_weight=by_weight,
+            is_by_row=isinstance(loss_type, LossType),
+        )
         for values in (logits, labels)
     )
     loss = row_losses(loss_type, logits, labels, pos_weight, counted if takes_valid else None)
@@ -125,12 +130,12 @@ def _fill_missing(labels: Tensor, valid: Tensor, tasks: int) -> Tensor:
     return columns.where(valid, first).view(labels.shape)
 
 
-def _mask_gradient(values: Tensor, weights: Tensor, by_weight: bool) -> Tensor:
+def _mask_gradient(values: Tensor, weights: Tensor, *, by_weight: bool, is_by_row: bool) -> Tensor:
     """The values, whose gradient is exactly 0 where the weight is 0, whatever comes back to it."""
     if not values.is_floating_point() or not (by_weight or values.requires_grad):
         return values
     if by_weight:
-        return _MaskedGradient.apply(values, weights)  # type: ignore[no-untyped-call, no-any-return]
+        return _MaskedGradient.apply(values, weights, is_by_row)  # type: ignore[no-untyped-call, no-any-return]
     return values.where(weights != 0, values.detach())
 
 
@@ -138,32 +143,38 @@ class _MaskedGradient(torch.autograd.Function):
     """The values, whose gradient is exactly 0 where the weight is 0, but not its derivative.
 
     The gradient by a logit is w·l'(x): 0 at w = 0, with the derivative l'(x) by w, from which weights that start at 0
-    are learned.
+    are learned. So where each row is known to be by itself, only what is not finite is masked; else all is, in value.
     """
 
     generate_vmap_rule = True
 
     @staticmethod
-    def forward(values: Tensor, _: Tensor) -> Tensor:
+    def forward(values: Tensor, _: Tensor, __: bool) -> Tensor:
         return values.clone()
 
     @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Tensor, Tensor], _: Tensor) -> None:
+    def setup_context(ctx: Any, inputs: tuple[Tensor, Tensor, bool], _: Tensor) -> None:
         ctx.save_for_backward(inputs[1])
         ctx.save_for_forward(inputs[1])
+        ctx.is_by_row = inputs[2]
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
-        return _MaskedGradient._mask(ctx, grad), None
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
+        return _MaskedGradient._mask(ctx, grad), None, None
 
     @staticmethod
-    def jvp(ctx: Any, tangent: Tensor, _: Tensor | None) -> Tensor:
+    def jvp(ctx: Any, tangent: Tensor, *_: None) -> Tensor:
         return _MaskedGradient._mask(ctx, tangent)
 
     @staticmethod
     def _mask(ctx: Any, grad: Tensor) -> Tensor:
         (weights,) = ctx.saved_tensors
-        return grad.where(weights != 0, (grad - grad.detach()).nan_to_num(0.0, 0.0, 0.0))
+        masked = grad
+        if not ctx.is_by_row:
+            with torch.no_grad():
+                value = grad * 1.0  # detach() can't be batched by is_grads_batched
+            masked = grad - value
+        return grad.where(weights != 0, masked.nan_to_num(0.0, 0.0, 0.0))
 
 
 class _SummedBCE(torch.autograd.Function):

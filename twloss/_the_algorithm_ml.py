@@ -192,7 +192,8 @@ def _over_ranks(
 ) -> dict[str, Tensor]:
     """All losses, their weights and their keys' hashes, through one collective, in the widest dtype."""
     values = torch.cat([loss.detach().to(sum_dtype(loss.device)).flatten() for loss in losses.values()])
-    names = ColumnNames(losses, "local_loss")
+    # With the shapes, since values are added by position.
+    names = ColumnNames((f"{key}{list(loss.shape) or ''}" for key, loss in losses.items()), "local_loss")
     if weights is None:
         packed = torch.cat((values, names.row(values)))
     else:

@@ -256,6 +256,40 @@ def test_class_labels() -> None:
     assert model.loss.train_metric.update_count == 1
 
 
+class Tempered(MultiTaskLoss):
+    """A loss with a forward of its own."""
+
+    def forward(self, logits: Any, labels: Any, weights: Any = None, *, normalizer: Any = None) -> dict[str, Tensor]:
+        """Of logits at a temperature."""
+        return super().forward(logits / 2.0, labels, weights, normalizer=normalizer)
+
+
+class TemperedOne(Loss):
+    """The same of one task."""
+
+    def forward(self, logits: Any, labels: Any, weights: Any = None, *, normalizer: Any = None) -> Tensor:
+        """Of logits at a temperature."""
+        return super().forward(logits / 2.0, labels, weights, normalizer=normalizer)
+
+
+@pytest.mark.parametrize(
+    "loss", [Tempered("bce_with_logits", TASKS), TemperedOne("bce_with_logits")], ids=lambda loss: type(loss).__name__
+)
+def test_what_a_subclass_does_to_its_inputs_is_done_once(loss: nn.Module) -> None:
+    class Holder(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.loss = loss
+
+        def forward(self, logits: Tensor, labels: Tensor) -> Any:
+            return self.loss(logits, labels)
+
+    logits, labels = torch.randn(4, 2, dtype=torch.float64), torch.ones(4, 2)
+    result = fx.symbolic_trace(Holder())(logits, labels)
+    value = result if isinstance(result, Tensor) else result["loss"]
+    assert torch.allclose(value, F.binary_cross_entropy_with_logits(logits / 2, labels.double()), rtol=1e-12)
+
+
 @pytest.mark.parametrize(
     "loss", [Loss("bce_with_logits"), MultiTaskLoss("bce_with_logits", TASKS)], ids=["Loss", "MultiTaskLoss"]
 )

@@ -249,3 +249,15 @@ def test_a_mapping_in_another_order_is_reduced_by_key(ranks: RankPool, weighted:
         assert text == ""
         assert list(result) == list(keys[rank == ranks.world_size - 1])
         assert result == pytest.approx({key: len(key) + mean for key in keys[0]}, rel=1e-15)
+
+
+def mapping_of_shapes(rank: int) -> str:
+    """Two losses with as many values in all, whose shapes are those of the other rank's the other way round."""
+    sizes = {"x": 1 + rank, "y": 2 - rank}
+    return error_of(lambda: get_global_loss_detached({key: torch.ones(size) for key, size in sizes.items()}))
+
+
+def test_a_mapping_of_other_shapes_raises_on_every_rank(two_ranks: RankPool) -> None:
+    for text in two_ranks.run(mapping_of_shapes):
+        assert "'x[" in text
+        assert "expected the same" in text

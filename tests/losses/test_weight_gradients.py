@@ -305,3 +305,30 @@ def test_learning_to_reweight_with_a_single_loss(gradient: Any) -> None:
     eps = torch.zeros(6, 2, dtype=torch.float64, requires_grad=True)
     found = gradient(problem, Loss("bce_with_logits"), eps)
     assert torch.allclose(found, by_autograd(problem, plain(plain_bce), eps), rtol=1e-10, atol=1e-15)
+
+
+@by_kind
+@pytest.mark.filterwarnings("ignore:.torch.jit.script. is deprecated:DeprecationWarning")  # gradcheck's own
+def test_second_derivatives_fit_the_first_at_weights_of_0_too(kind: str) -> None:
+    """By weight and logit, in either order; of a callable, whose rows may be coupled, only where no weight is 0."""
+    logits, labels, weights = inputs(kind)
+    if kind == "callable":
+        weights = (weights.detach() + 0.5).requires_grad_()
+    loss = MultiTaskLoss(task_loss_reduction="sum", tasks=TASKS, global_batch=True, **KINDS[kind])
+    assert torch.autograd.gradgradcheck(lambda x, w: loss(x, labels, w)["loss"], (logits, weights))
+    assert torch.autograd.gradcheck(
+        lambda x, w: loss(x, labels, w)["loss"],
+        (logits, (weights.detach() + 0.5).requires_grad_()),
+        check_forward_ad=True,
+    )
+
+
+@by_kind
+def test_many_gradients_at_once(kind: str) -> None:
+    """``is_grads_batched``, which knows fewer operations than ``torch.vmap``."""
+    logits, labels, weights = inputs(kind)
+    result = MultiTaskLoss(tasks=TASKS, **KINDS[kind])(logits, labels, weights)["loss/a"]
+    singly = torch.autograd.grad(result, [logits, weights], retain_graph=True)
+    at_once = torch.autograd.grad([result], [logits, weights], [tensor([1.0, 3.0])], is_grads_batched=True)
+    for one, both in zip(singly, at_once):
+        assert torch.allclose(both, torch.stack((one, 3 * one)), rtol=1e-12, atol=0)

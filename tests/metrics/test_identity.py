@@ -81,10 +81,13 @@ def test_sums_that_do_not_say_what_they_are_of_are_not_merged(kind: Kind) -> Non
     batches = kind.batches(3)
     metric = fed(kind.make(), batches)
     totals = fed(kind.make(), kind.batches(2)).metric_state["totals"]
-    for state in ({"totals": totals}, {"totals": totals, "others": totals}):
+    for state in ({"totals": totals}, {"totals": totals, "others": totals}, {"totals": totals, "sums_of": "like"}):
         with pytest.raises(ValueError, match="sums_of"):
             metric.merge_state(state)
         expect_result_of(kind, metric, batches)
+    with pytest.raises(ValueError, match="as totals"):
+        metric.merge_state({**metric.metric_state, "totals": 5})
+    expect_result_of(kind, metric, batches)
 
 
 # The rule of a loss.
