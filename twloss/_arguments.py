@@ -35,9 +35,10 @@ _INT64_BITS = 63
 
 def list_some(values: Collection[object], most: int = 5) -> str:
     """The first of the values, so that a message of a hundred thousand tasks stays one that can be read."""
-    items = dict(islice(values.items(), most)) if isinstance(values, Mapping) else list(islice(values, most))
-    shown = str(items)
-    return shown if len(items) == len(values) else f"{shown[:-1]}, … {len(values):,} in all{shown[-1]}"
+    items = values.items() if isinstance(values, Mapping) else values
+    kind = next((kind for kind in (dict, tuple) if isinstance(values, kind)), list)
+    shown = str(kind(islice(items, most)))
+    return shown if len(values) <= most else f"{shown[:-1]}, … {len(values):,} in all{shown[-1]}"
 
 
 def check_names(name: str, values: Collection[str], tasks: Sequence[str], verb: str = "got") -> None:
@@ -46,7 +47,7 @@ def check_names(name: str, values: Collection[str], tasks: Sequence[str], verb: 
     missing, unknown = [task for task in tasks if task not in values], [key for key in given if key not in known]
     if missing or unknown:
         raise ValueError(
-            f"{name}: {verb} {list_some(given)}, expected {list_some(tasks)}: "
+            f"{name}: {verb} {list_some(given)}, expected {list_some(list(tasks))}: "
             f"missing tasks {list_some(missing)}, unknown tasks {list_some(unknown)}"
         )
 
@@ -54,9 +55,11 @@ def check_names(name: str, values: Collection[str], tasks: Sequence[str], verb: 
 def check_choice(name: str, value: object, choices: Sequence[str], otherwise: str = "") -> None:
     """Raise unless ``value`` is one of the strings; ``otherwise`` tells what else would have been right."""
     if not isinstance(value, str):
-        raise TypeError(f"{name}: got {type(value).__name__}, expected one of {list_some(choices, 12)}{otherwise}")
+        raise TypeError(
+            f"{name}: got {type(value).__name__}, expected one of {list_some(list(choices), 12)}{otherwise}"
+        )
     if value not in choices:
-        raise ValueError(f"{name}: got {value!r}, expected one of {list_some(choices, 12)}{otherwise}")
+        raise ValueError(f"{name}: got {value!r}, expected one of {list_some(list(choices), 12)}{otherwise}")
 
 
 def check_global_reduction(value: object) -> None:
@@ -74,7 +77,7 @@ def check_tasks(tasks: Sequence[str]) -> tuple[str, ...]:
             raise TypeError(f"tasks: got a name of type {type(task).__name__}, expected str")
     if not tasks or "" in tasks or len(set(tasks)) < len(tasks):
         twice = [task for task, count in Counter(tasks).items() if count > 1]
-        found = f"{list_some(tasks)}{f' with {list_some(twice)} more than once' if twice else ''}"
+        found = f"{list_some(list(tasks))}{f' with {list_some(twice)} more than once' if twice else ''}"
         raise ValueError(f"tasks: got {found}, expected one or more names, each once and not empty")
     # Of an Enum of strings the values: in a key it would be written "Task.LIKE".
     return tuple(str.__str__(task) for task in tasks)
@@ -109,7 +112,7 @@ def per_task_numbers(name: str, values: PerTask | None, tasks: Sequence[str]) ->
     numbers: list[Any] = [*values] if is_list else [values] * len(tasks)  # type: ignore[misc]
     if len(numbers) != len(tasks):
         raise ValueError(
-            f"{name}: got {len(numbers)} values, expected {len(tasks)}, one for each of {list_some(tasks)}"
+            f"{name}: got {len(numbers)} values, expected {len(tasks)}, one for each of {list_some(list(tasks))}"
         )
     return tuple(float(check_number(name, number)) for number in numbers)
 

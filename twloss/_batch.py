@@ -179,17 +179,25 @@ def _columns(name: str, values: Mapping[str, Tensor], tasks: tuple[str, ...], ha
     """The tasks' own tensors, ``(rows,)`` or ``(rows, classes)``, which fit one another."""
     check_names(name, values, tasks)
     columns = [_column(f"{name}[{task!r}]", values[task], has_classes) for task in tasks]
-    rows = dict(zip(tasks, (column.shape[0] for column in columns)))
-    if len(set(rows.values())) > 1:
+    rows = _one_task_of_each(tasks, [column.shape[0] for column in columns])
+    if len(rows) > 1:
         raise ValueError(f"{name}: got {list_some(rows)} rows, expected the same number for every task")
-    devices = dict(zip(tasks, (str(column.device) for column in columns)))
-    if len(set(devices.values())) > 1:
+    devices = _one_task_of_each(tasks, [str(column.device) for column in columns])
+    if len(devices) > 1:
         raise ValueError(f"{name}: got {list_some(devices)}, expected the same device for every task")
     if name == "logits":
         for task, column in zip(tasks, columns):
             if column.dtype not in _FLOATS:
                 _refuse_dtype(f"logits[{task!r}]", column)
     return columns
+
+
+def _one_task_of_each(tasks: tuple[str, ...], values: list[Any]) -> dict[str, Any]:
+    """The first task with each of the values: all that a message of a hundred thousand tasks has to tell."""
+    of_value: dict[Any, str] = {}
+    for task, value in zip(tasks, values):
+        of_value.setdefault(value, task)
+    return {task: value for value, task in of_value.items()}
 
 
 def _stack(name: str, columns: list[Tensor]) -> Tensor:

@@ -31,6 +31,7 @@ from twloss._arguments import (
     check_process_group,
     check_tasks,
     label_name,
+    list_some,
     per_task_numbers,
     warn_local_normalizer,
     warn_unless_mean,
@@ -83,7 +84,7 @@ class _TaskLosses(nn.Module):
         if pos_weights is not None and self.loss_type is not LossType.BCE_WITH_LOGITS:
             raise ValueError(f"{name}: got one with {self.loss_type}, expected it with BCE_WITH_LOGITS only")
         if pos_weights is not None and min(pos_weights) < 0:
-            raise ValueError(f"{name}: got {pos_weights}, expected numbers >= 0")
+            raise ValueError(f"{name}: got {list_some(pos_weights)}, expected numbers >= 0")
         check_process_group(process_group)
         check_choice("mean_over", mean_over, get_args(MeanOver))
         if not isinstance(global_batch, bool):
@@ -130,7 +131,8 @@ class _TaskLosses(nn.Module):
         """The settings, for repr()."""
         name = getattr(self.loss_type, "value", self.loss_type)
         rule = self._reduction.over_rows
-        return f"{name}, tasks={self.tasks}, reduction={rule}, global_batch={self.global_batch}"
+        tasks = None if self.tasks is None else list_some(self.tasks, 12)
+        return f"{name}, tasks={tasks}, reduction={rule}, global_batch={self.global_batch}"
 
     def _losses(
         self,
@@ -214,7 +216,10 @@ class _TaskLosses(nn.Module):
             raise ValueError(f"quality: got {quality} with {self.loss_type}, expected it with BCE_WITH_LOGITS only")
         if isinstance(quality, bool):
             return RankingQuality(self.tasks, ignore_index=self.ignore_index, process_group=self.process_group)
-        found, expected = (f"tasks={each.tasks}, ignore_index={each.ignore_index}" for each in (quality, self))
+        found, expected = (
+            f"tasks={each.tasks and list_some(each.tasks)}, ignore_index={each.ignore_index}"
+            for each in (quality, self)
+        )
         if quality.tasks != self.tasks or label_name(quality.ignore_index) != label_name(self.ignore_index):
             raise ValueError(f"quality: got one with {found}, expected {expected} as for the loss")
         if quality.process_group not in (None, self.process_group):

@@ -20,7 +20,7 @@ from torchmetrics.utilities.exceptions import TorchMetricsUserError
 from torchmetrics.utilities.prints import rank_zero_warn
 
 from twloss._accumulator import add_once, state_on, value_of, zero_state
-from twloss._arguments import NanStrategy, check_choice, check_process_group, check_tasks, check_window
+from twloss._arguments import NanStrategy, check_choice, check_process_group, check_tasks, check_window, list_some
 from twloss._checkpoint import SAVED_NAMES, check_same, decode, encode, load_sums, save_sums
 from twloss._ranks import ColumnNames, group_from_state, group_to_state, sum_over_ranks, world_size
 from twloss._scalar_view import ScalarView
@@ -254,7 +254,8 @@ class TaskMetric(Metric):
         if self._nan_strategy not in ("warn", "error"):
             return
         counts = {task: int(n - k) for task, n, k in zip(self.tasks or ("loss",), offered, counted) if n > k}
-        message = f"{type(self).__name__}: sums that were not finite, left out of the running sums: {counts} updates"
+        found = f"sums that were not finite, left out of the running sums: {list_some(counts, 12)} updates"
+        message = f"{type(self).__name__}: {found}"
         if self._nan_strategy == "error":
             raise RuntimeError(message)
         rank_zero_warn(message)
@@ -334,7 +335,9 @@ class TaskMetric(Metric):
             if not isinstance(result, Mapping):
                 raise TypeError(f"val: got {type(result).__name__}, expected a result of compute() or a list of some")
             if missing := [key for key in keys if key not in result]:
-                raise ValueError(f"val: got the keys {list(result)}, expected {missing} among them")
+                raise ValueError(
+                    f"val: got the keys {list_some(list(result))}, expected {list_some(missing)} among them"
+                )
         # (keys, steps), where and as matplotlib reads them.
         columns = [torch.stack([torch.as_tensor(each[key], device="cpu").double() for key in keys]) for each in results]
         values = torch.column_stack(columns)

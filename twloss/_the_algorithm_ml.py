@@ -153,7 +153,7 @@ def _named(local_loss: Tensor | Mapping[str, Tensor]) -> dict[str, Tensor]:
         check_dense(f"local_loss[{key!r}]", loss, kind="floating")
     devices = [str(loss.device) for loss in local_loss.values()]
     if len(set(devices)) != 1:
-        raise ValueError(f"local_loss: got {devices}, expected one or more tensors of one device")
+        raise ValueError(f"local_loss: got {list_some(devices)}, expected one or more tensors of one device")
     return {key: local_loss[key] for key in sorted(local_loss, key=str)}
 
 
