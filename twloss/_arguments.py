@@ -35,7 +35,7 @@ _INT64_BITS = 63
 
 def list_some(values: Collection[object], most: int = 5) -> str:
     """The first of the values, so that a message of a hundred thousand tasks stays one that can be read."""
-    items = values.items() if isinstance(values, Mapping) else values
+    items: Any = values.items() if isinstance(values, Mapping) else values
     kind = next((kind for kind in (dict, tuple) if isinstance(values, kind)), list)
     shown = str(kind(islice(items, most)))
     return shown if len(values) <= most else f"{shown[:-1]}, … {len(values):,} in all{shown[-1]}"
