@@ -173,7 +173,7 @@ def check_number(name: str, value: object) -> float:
         finite = False
     if not finite or (isinstance(value, int) and value.bit_length() > _INT64_BITS):
         raise ValueError(f"{name}: got {value}, expected a finite number")
-    return value  # type: ignore[return-value]
+    return value if isinstance(value, (int, float)) else float(value)
 
 
 def check_ignore_index(ignore_index: object) -> float | None:

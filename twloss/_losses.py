@@ -43,7 +43,7 @@ from twloss._ranking_quality import RankingQuality
 from twloss._ranks import group_from_state, group_to_state, sum_over_ranks_with_gradient, world_size
 from twloss._reduction import GlobalReduction, Reduction
 from twloss._row_sums import TaskSums, sum_rows, sum_weights
-from twloss._torch import takes_keyword
+from twloss._torch import has_forward_hooks, takes_keyword
 
 
 class _TaskLosses(nn.Module):
@@ -61,6 +61,7 @@ class _TaskLosses(nn.Module):
     _settings = frozenset({
         "loss_type", "tasks", "reduction", "task_loss_reduction", "global_reduction", "pos_weight", "pos_weights",
         "mean_over", "ignore_index", "global_batch", "gradient_reduction", "process_group", "quality",
+        "train_metric", "eval_metric", "train_quality", "eval_quality",
     })  # fmt: skip
 
     def __init__(
@@ -143,8 +144,9 @@ class _TaskLosses(nn.Module):
     ) -> dict[str, Tensor]:
         """The losses of a batch, whose sums are added to the running ones."""
         if (proxy := find_proxy(logits, labels, weights, normalizer)) is not None:
-            # What a subclass's own forward does to the inputs is in the graph already, and must not be done twice.
-            method = None if type(self).forward.__module__ == __name__ else "_losses"
+            # What a subclass's own forward, or a hook, does is in the graph already, and must not be done twice.
+            is_plain = type(self).forward.__module__ == __name__ and not has_forward_hooks(self)
+            method = None if is_plain else "_losses"
             result = record_call(proxy, self, method, logits, labels, weights, normalizer=normalizer)
             if self.tasks is None and method is None:
                 return {"loss": result}
@@ -159,12 +161,16 @@ class _TaskLosses(nn.Module):
         loss_sum, counted = sum_rows(self.loss_type, batch, pos_weight, tasks, takes_valid=self._takes_valid)
         sums = TaskSums(loss_sum, weight)
         if self.global_batch:
-            names = self.train_metric._names
-            sums = sum_over_ranks_with_gradient(sums, names, self.process_group, self.gradient_reduction)
+            sums = sum_over_ranks_with_gradient(sums, self.train_metric._names, self.process_group)
         if normalizer is not None:
             sums = TaskSums(sums.loss_sum, normalizer)
         dtype = batch.logits.dtype
-        losses = self._reduction.reduce(sums, self._task_weights.like(batch.logits), dtype, is_final=False)
+        factor = 1.0
+        if self.global_batch and self.gradient_reduction == "sum":
+            # Each rank has the whole gradient of the reduction's own parameters too.
+            factor /= world_size(self.process_group)
+        task_weights = self._task_weights.like(batch.logits)
+        losses = self._reduction.reduce(sums, task_weights, dtype, is_final=False, gradient_factor=factor)
         # Last, so that a batch whose loss could not be computed is not in the running sums either.
         if counted is not None:
             self._track(batch, TaskSums(counted, weight))
@@ -196,6 +202,10 @@ class _TaskLosses(nn.Module):
         self._task_weights.set(per_task_numbers("task_weights", values, self.tasks or ("loss",)))
 
     def __setattr__(self, name: str, value: Any) -> None:
+        if name == "task_weights" and name not in self._settings:
+            # Past nn.Module, which would register a parameter or a module under the name.
+            object.__setattr__(self, name, value)
+            return
         if name in self._settings and "train_metric" in self.__dict__.get("_modules", ()):
             raise AttributeError(f"{name}: got a change of it, expected a new loss that is made with it")
         super().__setattr__(name, value)
@@ -258,7 +268,7 @@ class _TaskLosses(nn.Module):
         return self
 
     def __getstate__(self) -> dict[str, Any]:
-        return group_to_state(self.__dict__)
+        return group_to_state(super().__getstate__())  # type: ignore[no-untyped-call]
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(group_from_state(state))  # type: ignore[no-untyped-call]

@@ -7,6 +7,7 @@ DistributedDataParallel overwrites every rank's buffers with those of rank 0 at 
 
 from __future__ import annotations
 
+import os
 import threading
 from collections.abc import Callable, Generator, Mapping, Sequence
 from contextlib import contextmanager
@@ -28,7 +29,9 @@ from twloss._torch import is_transformed, plain_tensors
 
 # So that no update is lost, nor seen by half, where another thread updates, computes or calls the metric. One for all:
 # it is held for microseconds, and a metric with a lock of its own could not be copied.
-_LOCK = threading.Lock()
+# Held again where a signal's handler interrupts, and by the thread that forks, so that no child has it held for ever.
+_LOCK = threading.RLock()
+os.register_at_fork(before=_LOCK.acquire, after_in_parent=_LOCK.release, after_in_child=_LOCK.release)
 
 
 class TaskMetric(Metric):
@@ -154,12 +157,15 @@ class TaskMetric(Metric):
         """Add a batch, as update() does, and return the result of this batch alone."""
         sums = self._sum_batch(*args, **kwargs)
         batch = self._pack(sums)
-        shared = self._sum_over_ranks(batch, self.dist_sync_fn, None) if self.dist_sync_on_step else batch
+        shared = self._sum_over_ranks(batch, self.dist_sync_fn, None) if self._is_shared_on_step() else batch
         results = self._name_results(shared.expand(len(self._horizons), *shared.shape))
         if not is_transformed(*sums):
             self._put(batch, in_place=False)
-        self._forward_cache: Any = results
+            self._forward_cache: Any = results
         return results
+
+    def _is_shared_on_step(self) -> bool:
+        return bool(self.dist_sync_on_step and self.distributed_available_fn())
 
     def _add(self, sums: Sequence[Tensor | float]) -> None:
         """Add a batch's sums, which need not be detached; what a transform runs is no batch."""
@@ -214,15 +220,15 @@ class TaskMetric(Metric):
         Raises:
             RuntimeError: with ``nan_strategy="error"``, if an update was not finite.
         """
-        return self._compute_since(None)
+        return self._compute_since(None, self.sync_on_compute)
 
-    def _compute_since(self, snapshot: Tensor | None) -> dict[str, Tensor]:
+    def _compute_since(self, snapshot: Tensor | None, is_over_ranks: bool) -> dict[str, Tensor]:
         """What compute() gives for the rows that came after a snapshot, on each rank its own; None: after reset()."""
         sums = self._copy_sums()
         if snapshot is not None:
             self._refuse_between_syncs("compute() of a view that was reset")
             sums -= snapshot.to(sums.device)
-        if self.sync_on_compute and not self._is_synced and self.distributed_available_fn():
+        if is_over_ranks and not self._is_synced and self.distributed_available_fn():
             sums = self._sum_over_ranks(sums, self.dist_sync_fn, None)
         counted, offered = sums[0, -2:].tolist()
         if not any(offered) and not sums[-1, -1].any():
@@ -288,6 +294,7 @@ class TaskMetric(Metric):
     @nan_strategy.setter
     def nan_strategy(self, value: NanStrategy) -> None:
         check_choice("nan_strategy", value, get_args(NanStrategy))
+        self._refuse_between_syncs("a new nan_strategy")
         self._nan_strategy = value
         self._sign()
 
@@ -303,9 +310,9 @@ class TaskMetric(Metric):
 
     def reset(self) -> None:
         """Set the sums to 0."""
-        with plain_tensors():
+        with _LOCK, plain_tensors():
             super().reset()
-        self._restarts += 1
+            self._restarts += 1
 
     def plot(self, val: Any = None, ax: Any = None) -> Any:
         """Plot a result as a point for each key, or several as a line for each; the global loss black and bold.
@@ -402,12 +409,14 @@ class TaskMetric(Metric):
         self._refuse_between_syncs("merge_state")
         if isinstance(incoming_state, TaskMetric):
             incoming_state._refuse_between_syncs("merge_state")
-        super().merge_state(incoming_state)
+        with _LOCK:
+            super().merge_state(incoming_state)
 
     def _reduce_states(self, incoming_state: dict[str, Any]) -> None:
         for name in ("sums_of", "totals"):
-            if not isinstance(incoming_state.get(name), Tensor):
-                found = type(incoming_state.get(name)).__name__
+            value = incoming_state.get(name)
+            if not isinstance(value, Tensor) or value.is_meta or value.is_complex():
+                found = f"{value.dtype} on {value.device}" if isinstance(value, Tensor) else type(value).__name__
                 raise ValueError(f"incoming_state: got {found} as {name}, expected the metric_state of such a metric")
         try:
             check_same(decode(incoming_state["sums_of"]), self._description)
@@ -450,8 +459,10 @@ class TaskMetric(Metric):
         # Numbers, since multiprocessing would put a tensor into memory that all processes share; beside them an empty
         # tensor, which tells the device, whatever the pickle makes of it.
         state = group_to_state(super().__getstate__())
-        numbers = None if self.totals.is_meta else self.totals.tolist()
-        return {**state, "totals": (self.totals.new_empty(0), numbers, self.totals.shape)}
+        state.pop("_compiled_call_impl", None)  # as nn.Module does, of which Metric does not ask it
+        with _LOCK:
+            numbers = None if self.totals.is_meta else self.totals.tolist()
+            return {**state, "totals": (self.totals.new_empty(0), numbers, self.totals.shape)}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         like, numbers, shape = state["totals"]
@@ -466,7 +477,8 @@ class TaskMetric(Metric):
         destination = super().state_dict(destination, prefix, keep_vars)
         if self._persistent["totals"]:
             local: Any = self._cache["totals"] if self._is_synced and self._cache else self.totals
-            saved = save_sums(value_of(local), self._description, self.process_group)
+            with _LOCK:
+                saved = save_sums(value_of(local), self._description, self.process_group)
             destination.update({prefix + name: value for name, value in saved.items()})
         return destination
 

@@ -16,7 +16,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from twloss._accumulator import sum_dtype
-from twloss._arguments import GradientReduction, TaskConstants, list_some
+from twloss._arguments import TaskConstants, list_some
 from twloss._row_sums import TaskSums
 from twloss._torch import assert_async, process_group_named
 
@@ -81,7 +81,7 @@ class ColumnNames:
 
 
 def sum_over_ranks_with_gradient(
-    sums: TaskSums, names: ColumnNames, process_group: dist.ProcessGroup | None, gradient_reduction: GradientReduction
+    sums: TaskSums, names: ColumnNames, process_group: dist.ProcessGroup | None
 ) -> TaskSums:
     """The sums of this step's rows of all ranks, in the widest dtype; for one rank the sums at hand.
 
@@ -89,7 +89,6 @@ def sum_over_ranks_with_gradient(
         sums: this rank's.
         names: of the tasks, which are the same on all ranks; else a RuntimeError.
         process_group: the ranks; None: all.
-        gradient_reduction: what of the ranks' gradients is to be that of one process: their "mean" or "sum".
     """
     ranks = world_size(process_group)
     if ranks == 1:
@@ -97,24 +96,40 @@ def sum_over_ranks_with_gradient(
     loss_sum = sums.loss_sum.to(sum_dtype(sums.loss_sum.device))
     weight = sums.weight if isinstance(sums.weight, Tensor) else torch.full_like(loss_sum, sums.weight)
     packed = torch.stack((loss_sum, weight, names.row(loss_sum)))
-    factor = ranks if gradient_reduction == "mean" else 1
-    loss_sum, weight, row = _SumOverRanks.apply(packed, process_group, factor).unbind(0)  # type: ignore[no-untyped-call]
+    loss_sum, weight, row = _SumOverRanks.apply(packed, process_group, ranks).unbind(0)  # type: ignore[no-untyped-call]
     assert_async(names.agree(row, ranks), names.fault)
     return TaskSums(loss_sum, weight)
 
 
+def scale_gradient(values: Tensor, factor: float) -> Tensor:
+    """The values, whose gradient is multiplied by a factor."""
+    scaled: Tensor = _ScaledGradient.apply(values, factor)  # type: ignore[no-untyped-call]
+    return scaled
+
+
+class _ScaledGradient(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, values: Tensor, factor: float) -> Tensor:
+        ctx.factor = factor
+        return values.clone()
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+        return grad * ctx.factor, None
+
+
 class _SumOverRanks(torch.autograd.Function):
-    """Forward: Σ over ranks. Backward: the gradient times a factor, with no collective.
+    """Forward: Σ over ranks. Backward: the gradient times the number of ranks, with no collective.
 
     Every rank computes the same loss L of the same sum S = Σ_r s_r, so each knows dL/dS = dL/ds_r, its own part of the
-    one process's gradient. Where DDP then averages over ranks, the factor undoes the average's division.
+    one process's gradient. DDP then averages over ranks; the factor undoes the average's division.
     """
 
     @staticmethod
-    def forward(ctx: Any, values: Tensor, process_group: dist.ProcessGroup | None, factor: int) -> Tensor:
-        ctx.factor = factor
+    def forward(ctx: Any, values: Tensor, process_group: dist.ProcessGroup | None, ranks: int) -> Tensor:
+        ctx.ranks = ranks
         return sum_over_ranks(values, process_group)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
-        return grad * ctx.factor, None, None
+        return grad * ctx.ranks, None, None

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 from twloss._arguments import RowReduction, TaskReduction, check_dense
+from twloss._ranks import scale_gradient
 from twloss._row_sums import TaskSums
 from twloss._torch import takes_keyword
 
@@ -51,7 +52,13 @@ class Reduction:
         return cls(keys, over_rows, over_tasks, callable(over_tasks) and takes_keyword(over_tasks, "present"))
 
     def reduce(
-        self, sums: TaskSums, task_weights: Tensor | None, dtype: torch.dtype, *, is_final: bool
+        self,
+        sums: TaskSums,
+        task_weights: Tensor | None,
+        dtype: torch.dtype,
+        *,
+        is_final: bool,
+        gradient_factor: float = 1.0,
     ) -> dict[str, Tensor]:
         """The losses of sums.
 
@@ -61,6 +68,7 @@ class Reduction:
             dtype: of the result.
             is_final: False for a batch's, to train on: without data a loss is 0 with a gradient of 0, and its head
                 stays in the graph. True for what compute() gives: NaN, as nothing was measured.
+            gradient_factor: what the gradients of all losses are multiplied by.
 
         Returns:
             0-dim losses.
@@ -75,6 +83,8 @@ class Reduction:
             loss = self._over_tasks(losses, present, task_weights, is_final=is_final).to(losses)
         if is_final and present is not None:
             losses, loss = losses.where(present, math.nan), loss.where(present.any(), math.nan)
+        if gradient_factor != 1:
+            losses, loss = scale_gradient(losses, gradient_factor), scale_gradient(loss, gradient_factor)
         return dict(zip(self.keys, (loss,) if len(self.keys) == 1 else (*losses.unbind(0), loss)))
 
     def _over_rows(self, sums: TaskSums, present: Tensor | None) -> Tensor:

@@ -45,7 +45,8 @@ class ScalarView(Metric):
         owner: TaskMetric
 
     def __init__(self, owner: TaskMetric, key: str, higher_is_better: bool | None = None) -> None:
-        super().__init__(compute_with_cache=False, dist_sync_on_step=owner.dist_sync_on_step)
+        settings = {"dist_sync_on_step": owner.dist_sync_on_step, "sync_on_compute": owner.sync_on_compute}
+        super().__init__(compute_with_cache=False, **settings)
         # In __dict__, where nn.Module does not look for submodules: its sums would be saved twice.
         known = {"higher_is_better": higher_is_better, "is_differentiable": owner.is_differentiable}
         self.__dict__.update(owner=owner, **known)
@@ -85,7 +86,8 @@ class ScalarView(Metric):
         restarts, snapshot = self._since
         # The owner's own reset() starts all of its views anew.
         is_valid = restarts == self.owner._restarts
-        return self.owner._compute_since(snapshot if is_valid else None)[self.key]
+        is_over_ranks = self.sync_on_compute and self.owner.sync_on_compute
+        return self.owner._compute_since(snapshot if is_valid else None, is_over_ranks)[self.key]
 
     def reset(self) -> None:
         """Start this view anew; the owner's sums, which other views read, stay."""

@@ -29,6 +29,8 @@ OVERRIDDEN = {
     "_persistent": "persistent(True) has no other getter.",
     "_defaults": "reset() would bring the sums back to the device that they were made on.",
     "_device": "metric.device would stay what it was.",
+    "_forward_hooks": "In a graph of torch.fx a loss's hooks would run twice.",
+    "_forward_pre_hooks": "As for those above.",
     "_forward_cache": "MetricCollection and Lightning read there what forward() gave.",
     "_filter_kwargs": "A view in a MetricCollection would get the arguments of all its metrics.",
     "_plot": "torchmetrics' own picture, of which plot() changes a few lines.",
@@ -128,6 +130,11 @@ def takes_keyword(function: object, name: str) -> bool:
         inspect.Parameter.POSITIONAL_OR_KEYWORD,
         inspect.Parameter.KEYWORD_ONLY,
     )
+
+
+def has_forward_hooks(module: nn.Module) -> bool:
+    """Whether a call of it runs hooks, which torch.fx traces too; there is no public way to ask."""
+    return bool(module._forward_hooks or module._forward_pre_hooks)
 
 
 def assert_async(condition: Tensor, message: str) -> None:

@@ -290,6 +290,18 @@ def test_what_a_subclass_does_to_its_inputs_is_done_once(loss: nn.Module) -> Non
     assert torch.allclose(value, F.binary_cross_entropy_with_logits(logits / 2, labels.double()), rtol=1e-12)
 
 
+def test_hooks_of_the_loss_run_once() -> None:
+    def features_of(loss: MultiTaskLoss, logits: Tensor, labels: Tensor, *_: Tensor) -> Tensor:
+        result: Tensor = loss(logits, labels)["loss"]
+        return result
+
+    model = Model(features_of)
+    model.loss.register_forward_hook(lambda _, __, losses: {key: 2 * loss for key, loss in losses.items()})
+    graph = traced(model)
+    inputs = (torch.randn(4, 3, dtype=torch.float64), torch.ones(4, 2), torch.ones(4), torch.ones(()))
+    assert torch.allclose(graph(*inputs), model(*inputs), rtol=1e-12)
+
+
 @pytest.mark.parametrize(
     "loss", [Loss("bce_with_logits"), MultiTaskLoss("bce_with_logits", TASKS)], ids=["Loss", "MultiTaskLoss"]
 )

@@ -84,6 +84,49 @@ def test_gradients_over_ranks_are_those_of_one_process(two_ranks: RankPool, rule
         assert errors.gradient <= 1e-12
 
 
+class Learned(nn.Module):
+    """A reduction with a parameter."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.scale = nn.Parameter(torch.tensor([0.3, -0.2, 0.1], dtype=torch.float64))
+
+    def forward(self, losses: Tensor) -> Tensor:
+        """Weighed by its parameter, and not linear in the losses."""
+        return ((-self.scale).exp() * losses.square() + self.scale).sum()
+
+
+def learned_gradients(rank: int, parts: list[Rows], rule: Any) -> tuple[list[float], list[float]]:
+    """The gradients by a reduction's parameter and by a head, over ranks."""
+    torch.manual_seed(0)
+    weight = torch.randn(3, dtype=torch.float64, requires_grad=True)
+    loss = MultiTaskLoss("bce_with_logits", TASKS, "mean", Learned(), global_batch=True, gradient_reduction=rule)
+    loss(parts[rank].features[:, :3] * weight, parts[rank].labels)["loss"].backward()
+    found = []
+    for parameter in (*loss.parameters(), weight):
+        grad = parameter.grad
+        assert grad is not None
+        dist.all_reduce(grad)
+        found.append((grad / (dist.get_world_size() if rule == "mean" else 1)).tolist())
+    return found[0], found[1]
+
+
+@pytest.mark.parametrize("rule", ["mean", "sum"])
+def test_a_reductions_own_parameters_have_the_gradient_of_one_process(two_ranks: RankPool, rule: str) -> None:
+    parts = case_parts(Settings(3), 2, weighted=False)
+    rows = joined(parts)
+    torch.manual_seed(0)
+    weight = torch.randn(3, dtype=torch.float64, requires_grad=True)
+    learned = Learned()
+    losses = F.binary_cross_entropy_with_logits(rows.features[:, :3] * weight, rows.labels.double(), reduction="none")
+    learned(losses.mean(0)).backward()
+    assert learned.scale.grad is not None
+    assert weight.grad is not None
+    for of_scale, of_weight in two_ranks.run(learned_gradients, parts, rule):
+        assert of_scale == pytest.approx(learned.scale.grad.tolist(), rel=1e-12)
+        assert of_weight == pytest.approx(weight.grad.tolist(), rel=1e-12)
+
+
 def logits_of(case: Settings, rows: Rows) -> Tensor:
     """What the ranker makes of rows."""
     with torch.no_grad():

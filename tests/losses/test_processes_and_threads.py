@@ -5,8 +5,11 @@ from __future__ import annotations
 import copy
 import json
 import math
+import os
 import pickle
+import signal
 import sys
+import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from multiprocessing.reduction import ForkingPickler
@@ -199,3 +202,70 @@ def test_calls_of_a_metric_from_two_threads_are_all_counted(other: str) -> None:
     assert weights_of(metric) == pytest.approx([2.0 * (1 + feeders * steps)] * 2, rel=1e-12)
     total = math.fsum([1.0, feeders * steps * (steps + 1) / 2])
     assert metric.compute()["loss/like"].item() == pytest.approx(total / (1 + feeders * steps), rel=1e-12)
+
+
+def test_a_fork_while_another_thread_computes_leaves_a_child_that_can_update() -> None:
+    metric = GlobalLoss(["a"])
+    metric.update(torch.ones(1), 1.0)
+    stop = threading.Event()
+
+    def compute() -> None:
+        while not stop.is_set():
+            metric.compute()
+
+    thread = threading.Thread(target=compute)
+    thread.start()
+    try:
+        for _ in range(20):
+            child = os.fork()
+            if child == 0:
+                signal.alarm(20)  # a child that hangs ends by it
+                metric.update(torch.ones(1), 1.0)
+                os._exit(0)
+            assert os.waitpid(child, 0)[1] == 0
+    finally:
+        stop.set()
+        thread.join()
+
+
+def test_a_signals_handler_may_compute_while_it_interrupts_an_update() -> None:
+    metric = GlobalLoss(["a"])
+    values: list[float] = []
+    before = signal.signal(signal.SIGALRM, lambda *_: values.append(metric.compute()["loss"].item()))
+    signal.setitimer(signal.ITIMER_REAL, 0.002, 0.002)
+    try:
+        for _ in range(20_000):
+            metric.update(torch.ones(1), 1.0)
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0.0)
+        signal.signal(signal.SIGALRM, before)
+    assert metric.update_count == 20_000
+    assert values
+
+
+def test_states_that_are_merged_while_another_thread_updates_lose_no_row() -> None:
+    metric, other = GlobalLoss(["a"]), GlobalLoss(["a"])
+    other.update(torch.ones(1), 1.0)
+
+    def update() -> None:
+        for _ in range(5000):
+            metric.update(torch.ones(1), 1.0)
+
+    thread = threading.Thread(target=update)
+    thread.start()
+    merged = 0
+    while thread.is_alive():
+        metric.merge_state(other.metric_state)
+        merged += 1
+    thread.join()
+    assert metric.update_count == 5000 + merged
+
+
+def test_a_copy_of_a_compiled_loss_counts_by_itself() -> None:
+    loss = MultiTaskLoss("bce_with_logits", ["a", "b"])
+    loss.compile(backend="eager")
+    logits, labels = torch.zeros(3, 2), torch.ones(3, 2)
+    loss(logits, labels)
+    for copied in (copy.deepcopy(loss), pickle.loads(pickle.dumps(loss))):
+        copied(logits, labels)
+        assert (copied.train_metric.update_count, loss.train_metric.update_count) == (2, 1)

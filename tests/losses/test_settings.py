@@ -405,3 +405,13 @@ def test_the_weights_are_those_of_torchs_own_loss_times_a_factor() -> None:
     loss.task_weights = {"a": 0.0, "b": 3.0, "c": 0.0}
     plain = F.binary_cross_entropy_with_logits(logits[:, 1], labels[:, 1])
     assert loss(logits, labels)["loss"].item() == pytest.approx(plain.item(), rel=1e-12)
+
+
+def test_a_parameter_may_be_set_as_weights_and_a_module_may_not() -> None:
+    loss = MultiTaskLoss("bce_with_logits", ["a", "b"])
+    loss.task_weights = torch.nn.Parameter(torch.tensor([2.0, 3.0]))
+    assert loss.task_weights == (2.0, 3.0)
+    with pytest.raises(TypeError, match="task_weights: got Linear"):
+        loss.task_weights = torch.nn.Linear(1, 1)  # type: ignore[assignment]
+    assert loss.task_weights == (2.0, 3.0)
+    assert not list(loss.parameters())

@@ -590,3 +590,17 @@ def test_set_dtype_of_a_view_is_that_of_its_owner() -> None:
     assert owner.totals.dtype == twin.totals.dtype
     assert torch.equal(owner.totals, twin.totals)
     assert value(view) == value(twin) == close(expected(EARLY))
+
+
+def compute_on_the_first_rank(rank: int, of_view: bool) -> float:
+    """A view's value where only the first rank asks, and asks for its own rows."""
+    metric = GlobalLoss(["a"])
+    view = metric.scalar("loss")
+    (view if of_view else metric).sync_on_compute = False
+    metric.update(torch.tensor([1.0 + rank]), 1.0)
+    return view.compute().item() if rank == 0 else 0.0
+
+
+@pytest.mark.parametrize("of_view", [True, False])
+def test_a_view_of_one_rank_alone_waits_for_no_other(two_ranks: RankPool, of_view: bool) -> None:
+    assert two_ranks.run(compute_on_the_first_rank, of_view) == [1.0, 0.0]
