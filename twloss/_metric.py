@@ -31,7 +31,8 @@ from twloss._torch import is_transformed, plain_tensors
 # it is held for microseconds, and a metric with a lock of its own could not be copied.
 # Held again where a signal's handler interrupts, and by the thread that forks, so that no child has it held for ever.
 _LOCK = threading.RLock()
-os.register_at_fork(before=_LOCK.acquire, after_in_parent=_LOCK.release, after_in_child=_LOCK.release)
+if hasattr(os, "register_at_fork"):  # not on Windows, which has no fork
+    os.register_at_fork(before=_LOCK.acquire, after_in_parent=_LOCK.release, after_in_child=_LOCK.release)
 
 
 class TaskMetric(Metric):
