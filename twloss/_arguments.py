@@ -43,11 +43,11 @@ def list_some(values: Collection[object], most: int = 5) -> str:
 
 def check_names(name: str, values: Collection[str], tasks: Sequence[str], verb: str = "got") -> None:
     """Raise unless the keys are the tasks' names."""
-    given, known = list(values), set(tasks)
-    missing, unknown = [task for task in tasks if task not in values], [key for key in given if key not in known]
+    known = set(tasks)
+    missing, unknown = [task for task in tasks if task not in values], [key for key in values if key not in known]
     if missing or unknown:
         raise ValueError(
-            f"{name}: {verb} {list_some(given)}, expected {list_some(list(tasks))}: "
+            f"{name}: {verb} {list_some(list(values))}, expected {list_some(list(tasks))}: "
             f"missing tasks {list_some(missing)}, unknown tasks {list_some(unknown)}"
         )
 
@@ -249,7 +249,7 @@ def warn_local_normalizer() -> None:
 
 
 def _callers_level() -> int:
-    """The stacklevel, for warn_unless_mean, of the first frame outside of this package."""
+    """The stacklevel, for a warning of this file's, of the first frame outside of this package."""
     frame, level = sys._getframe(2), 2
     while frame.f_back is not None and frame.f_globals.get("__package__") == __package__:
         frame, level = frame.f_back, level + 1

@@ -297,6 +297,8 @@ class Loss(_TaskLosses):
         {'loss': tensor(0.4100, dtype=torch.float64)}
     """
 
+    _settings = _TaskLosses._settings | {"task_weights"}
+
     def __init__(
         self,
         loss_type: LossType | LossName | LossFunction,
@@ -325,8 +327,6 @@ class Loss(_TaskLosses):
             quality=quality,
         )
         warn_unless_mean(global_batch, reduction=reduction)
-
-    _settings = _TaskLosses._settings | {"task_weights"}
 
     @torch.jit.unused
     def forward(

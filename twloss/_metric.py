@@ -158,15 +158,13 @@ class TaskMetric(Metric):
         """Add a batch, as update() does, and return the result of this batch alone."""
         sums = self._sum_batch(*args, **kwargs)
         batch = self._pack(sums)
-        shared = self._sum_over_ranks(batch, self.dist_sync_fn, None) if self._is_shared_on_step() else batch
+        is_over_ranks = self.dist_sync_on_step and self.distributed_available_fn()
+        shared = self._sum_over_ranks(batch, self.dist_sync_fn, None) if is_over_ranks else batch
         results = self._name_results(shared.expand(len(self._horizons), *shared.shape))
         if not is_transformed(*sums):
             self._put(batch, in_place=False)
             self._forward_cache: Any = results
         return results
-
-    def _is_shared_on_step(self) -> bool:
-        return bool(self.dist_sync_on_step and self.distributed_available_fn())
 
     def _add(self, sums: Sequence[Tensor | float]) -> None:
         """Add a batch's sums, which need not be detached; what a transform runs is no batch."""

@@ -104,10 +104,10 @@ class Reduction:
             losses = losses * task_weights
         if callable(self.over_tasks):
             # A copy: what it does in place must not reach the tasks' own entries.
-            inputs: tuple[Tensor, ...] = (losses.clone(),)
+            losses, options = losses.clone(), {}
             if self.takes_present:
-                inputs += (torch.ones_like(losses, dtype=torch.bool) if present is None else present,)
-            return _call_reduction(self.over_tasks, inputs, is_final=is_final)
+                options["present"] = torch.ones_like(losses, dtype=torch.bool) if present is None else present
+            return _call_reduction(self.over_tasks, losses, options, is_final=is_final)
         if self.over_tasks == "sum":
             return losses.sum()
         if self.over_tasks == "mean":
@@ -133,9 +133,10 @@ def _with_neutral_absents(losses: Tensor, present: Tensor, reduction: str) -> Te
     return losses.masked_fill(absent & low, -math.inf).masked_fill(absent & ~low, math.inf)
 
 
-def _call_reduction(reduction: Callable[..., Tensor], inputs: tuple[Tensor, ...], *, is_final: bool) -> Tensor:
-    """What a callable makes of the losses, or the losses and which of them are present."""
-    losses, options = inputs[0], dict(zip(("present",), inputs[1:]))
+def _call_reduction(
+    reduction: Callable[..., Tensor], losses: Tensor, options: dict[str, Tensor], *, is_final: bool
+) -> Tensor:
+    """What a callable makes of the losses and, in the options, of which are present."""
     if is_final and isinstance(reduction, nn.Module) and (parameters := dict(reduction.named_parameters())):
         # In the dtype of a module's parameters, at least float32, and where they are; others take float64. Outside of
         # its wrapped model's forward, FSDP2 leaves a rank no more than its shards of them.

@@ -1,7 +1,7 @@
 """From a batch to its sums: weight times loss, exactly 0 where a row is left out, summed over the rows.
 
-A ``Batch`` ``(rows, tasks)`` comes in; two ``TaskSums`` ``(tasks,)`` go out: one to train on, and one, detached and in
-the widest dtype, for the running sums.
+A ``Batch`` ``(rows, tasks)`` comes in; what the mean divides by and two Σ w·l ``(tasks,)`` go out: one to train on, and
+one, detached and in the widest dtype, for the running sums. Together they are ``TaskSums``.
 """
 
 from __future__ import annotations
@@ -105,7 +105,7 @@ def _weighted_losses(
     logits, labels = (
         _mask_gradient(
             values,
-            weights if values.ndim == weights.ndim else weights.unsqueeze(-1),
+            counted if values.ndim == counted.ndim else counted.unsqueeze(-1),
             by_weight=by_weight,
             is_by_row=isinstance(loss_type, LossType),
         )
@@ -130,17 +130,17 @@ def _fill_missing(labels: Tensor, valid: Tensor, tasks: int) -> Tensor:
     return columns.where(valid, first).view(labels.shape)
 
 
-def _mask_gradient(values: Tensor, weights: Tensor, *, by_weight: bool, is_by_row: bool) -> Tensor:
-    """The values, whose gradient is exactly 0 where the weight is 0, whatever comes back to it."""
+def _mask_gradient(values: Tensor, counted: Tensor, *, by_weight: bool, is_by_row: bool) -> Tensor:
+    """The values, whose gradient is exactly 0 where a row does not count, whatever comes back to it."""
     if not values.is_floating_point() or not (by_weight or values.requires_grad):
         return values
     if by_weight:
-        return _MaskedGradient.apply(values, weights, is_by_row)  # type: ignore[no-untyped-call, no-any-return]
-    return values.where(weights != 0, values.detach())
+        return _MaskedGradient.apply(values, counted, is_by_row)  # type: ignore[no-untyped-call, no-any-return]
+    return values.where(counted, values.detach())
 
 
 class _MaskedGradient(torch.autograd.Function):
-    """The values, whose gradient is exactly 0 where the weight is 0, but not its derivative.
+    """The values, whose gradient is exactly 0 where a row does not count, but not its derivative.
 
     The gradient by a logit is w·l'(x): 0 at w = 0, with the derivative l'(x) by w, from which weights that start at 0
     are learned. So where each row is known to be by itself, only what is not finite is masked; else all is, in value.
@@ -168,13 +168,13 @@ class _MaskedGradient(torch.autograd.Function):
 
     @staticmethod
     def _mask(ctx: Any, grad: Tensor) -> Tensor:
-        (weights,) = ctx.saved_tensors
+        (counted,) = ctx.saved_tensors
         masked = grad
         if not ctx.is_by_row:
             with torch.no_grad():
                 value = grad * 1.0  # detach() can't be batched by is_grads_batched
             masked = grad - value
-        return grad.where(weights != 0, masked.nan_to_num(0.0, 0.0, 0.0))
+        return grad.where(counted, masked.nan_to_num(0.0, 0.0, 0.0))
 
 
 class _SummedBCE(torch.autograd.Function):
