@@ -3,7 +3,9 @@
 A batch takes this way::
 
     _losses.py         forward, from top to bottom; what it gives is trained on
+    _type_groups.py    the tasks of each loss type, where they differ                      and their sums, joined
     _batch.py          tensors or mappings -> one aligned Batch                            (rows, tasks)
+    _columns.py        mappings task -> tensor, stacked                                    (rows, tasks)
     _row_sums.py       Σ w·l over the rows -> TaskSums                                     (tasks,)
     _loss_type.py      the formula of each loss, unreduced                                 (rows, tasks)
     _ranks.py          TaskSums of all ranks, with their gradient                          (tasks,)
@@ -17,8 +19,9 @@ Each file imports only what stands above it::
     _torch.py          every private name of torch and torchmetrics in use
     _accumulator.py
     _arguments.py      constructor arguments, checked
-    _batch.py
+    _columns.py
     _loss_type.py
+    _batch.py
     _row_sums.py
     _ranks.py
     _reduction.py
@@ -27,6 +30,7 @@ Each file imports only what stands above it::
     _metric.py
     _global_loss.py
     _ranking_quality.py  RankingQuality: normalised entropy and calibration of all rows of all steps and ranks
+    _type_groups.py
     _losses.py
     _the_algorithm_ml.py  the signatures of the-algorithm-ml
 """

@@ -22,6 +22,7 @@ from twloss._accumulator import sum_dtype
 from twloss._torch import plain_tensors, tensor_of
 
 PerTask = float | Sequence[float] | Mapping[str, float] | Tensor
+IgnoreIndex = float | Mapping[str, float] | None
 
 LossName = Literal["bce_with_logits", "cross_entropy"]
 RowReduction = Literal["mean", "sum"]
@@ -41,15 +42,24 @@ def list_some(values: Collection[object], most: int = 5) -> str:
     return shown if len(values) <= most else f"{shown[:-1]}, … {len(values):,} in all{shown[-1]}"
 
 
-def check_names(name: str, values: Collection[str], tasks: Sequence[str], verb: str = "got") -> None:
-    """Raise unless the keys are the tasks' names."""
+def check_names(
+    name: str, values: Collection[str], tasks: Sequence[str], verb: str = "got", *, if_missing: str = ""
+) -> None:
+    """Raise unless the keys are the tasks' names; ``if_missing`` tells what to do about one that is not there."""
     known = set(tasks)
     missing, unknown = [task for task in tasks if task not in values], [key for key in values if key not in known]
     if missing or unknown:
         raise ValueError(
             f"{name}: {verb} {list_some(list(values))}, expected {list_some(list(tasks))}: "
-            f"missing tasks {list_some(missing)}, unknown tasks {list_some(unknown)}"
+            f"missing tasks {list_some(missing)}, unknown tasks {list_some(unknown)}{if_missing if missing else ''}"
         )
+
+
+def check_some_of(name: str, values: Collection[str], tasks: Sequence[str], which: str = "tasks") -> None:
+    """Raise unless the keys are names of some of the tasks."""
+    known = set(tasks)
+    if unknown := [key for key in values if key not in known]:
+        raise ValueError(f"{name}: got {list_some(unknown)}, expected names of {which} only: {list_some(list(tasks))}")
 
 
 def check_choice(name: str, value: object, choices: Sequence[str], otherwise: str = "") -> None:
@@ -127,17 +137,24 @@ class TaskConstants:
         numbers: one a task, or None.
         compiled_default: what stands for None in compiled code, where numbers that are set later would have it compiled
             again.
+        dtype: of the tensors; None: that which is asked for.
     """
 
-    def __init__(self, numbers: tuple[float, ...] | None, compiled_default: tuple[float, ...] | None = None) -> None:
+    def __init__(
+        self,
+        numbers: tuple[float, ...] | None,
+        compiled_default: tuple[float, ...] | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
         self.numbers = numbers
         self._compiled_default = compiled_default
+        self.dtype = dtype
         self.place(torch.get_default_device())
 
     def place(self, device: torch.device) -> None:
         """Have the tensors at hand: a compiled forward that had to make them would be compiled again."""
         self._tensors: dict[tuple[torch.device, torch.dtype], Tensor] = {}
-        for dtype in {torch.float32, sum_dtype(device)}:
+        for dtype in {self.dtype or torch.float32, self.dtype or sum_dtype(device)}:
             self._make((device, dtype))
 
     def set(self, numbers: tuple[float, ...] | None) -> None:
@@ -147,11 +164,11 @@ class TaskConstants:
             self._make(key)
 
     def like(self, values: Tensor) -> Tensor | None:
-        """The numbers on the device and in the dtype of values."""
+        """The numbers on the device of values, and in their dtype."""
         # In this order: compiled code must not depend on whether numbers were set.
         if (self._compiled_default is None or not torch.compiler.is_compiling()) and self.numbers is None:
             return None
-        key = values.device, values.dtype
+        key = values.device, self.dtype or values.dtype
         if key not in self._tensors:
             self._make(key)
         return self._tensors[key]
@@ -176,26 +193,56 @@ def check_number(name: str, value: object) -> float:
     return value if isinstance(value, (int, float)) else float(value)
 
 
-def check_ignore_index(ignore_index: object) -> float | None:
-    """The label that says "missing": None, or a number, NaN included."""
-    if ignore_index is None or (isinstance(ignore_index, float) and math.isnan(ignore_index)):
+def check_ignore_index(ignore_index: object, tasks: Sequence[str] | None) -> IgnoreIndex:
+    """The label that says "missing": None, or a number, NaN included; with tasks also a mapping task -> number.
+
+    A mapping comes back as one number, or None, where that says the same.
+    """
+    if isinstance(ignore_index, Mapping):
+        if tasks is None:
+            raise TypeError(f"ignore_index: got {type(ignore_index).__name__} for one task, expected a number or None")
+        check_some_of("ignore_index", ignore_index, tasks)
+        return labels_of(
+            {task: _check_label(ignore_index[task]) for task in tasks if ignore_index.get(task) is not None}, tasks
+        )
+    return None if ignore_index is None else _check_label(ignore_index)
+
+
+def _check_label(label: object) -> float:
+    if isinstance(label, bool) or not isinstance(label, Real):
+        raise TypeError(f"ignore_index: got {type(label).__name__}, expected a number or None")
+    if isinstance(label, float) and math.isnan(label):
+        return label
+    return check_number("ignore_index", label) if isinstance(label, int) else float(label)
+
+
+def label_of(ignore_index: IgnoreIndex, task: str) -> float | None:
+    """The label that says "missing" for a task."""
+    return ignore_index.get(task) if isinstance(ignore_index, Mapping) else ignore_index
+
+
+def labels_of(ignore_index: IgnoreIndex, tasks: Sequence[str]) -> IgnoreIndex:
+    """The part of an ``ignore_index`` that is these tasks'; one number, or None, where they all have it."""
+    if not isinstance(ignore_index, Mapping):
         return ignore_index
-    if isinstance(ignore_index, bool) or not isinstance(ignore_index, Real):
-        raise TypeError(f"ignore_index: got {type(ignore_index).__name__}, expected a number or None")
-    return check_number("ignore_index", ignore_index) if isinstance(ignore_index, int) else float(ignore_index)
+    of_name = {label_name(label): label for label in (label_of(ignore_index, task) for task in tasks)}
+    if len(of_name) == 1:
+        return next(iter(of_name.values()))
+    return {task: ignore_index[task] for task in tasks if task in ignore_index}
 
 
-def label_name(ignore_index: float | None) -> str:
+def label_name(ignore_index: IgnoreIndex) -> str | dict[str, str]:
     """The same text for the same label, NaN and numbers of other types included."""
+    if isinstance(ignore_index, Mapping):
+        return {task: str(float(label)) for task, label in ignore_index.items()}
     return str(None if ignore_index is None else float(ignore_index))
 
 
-def check_class_label(ignore_index: float | None) -> None:
-    """Raise unless a class index can be equal to it."""
-    if ignore_index is not None and not float(ignore_index).is_integer():
-        raise ValueError(
-            f"ignore_index: got {ignore_index} with CROSS_ENTROPY, expected an integer, as class indices are"
-        )
+def check_class_labels(ignore_index: IgnoreIndex) -> None:
+    """Raise unless class indices can be equal to it."""
+    for label in ignore_index.values() if isinstance(ignore_index, Mapping) else [ignore_index]:
+        if label is not None and not float(label).is_integer():
+            raise ValueError(f"ignore_index: got {label} with CROSS_ENTROPY, expected an integer, as class indices are")
 
 
 def check_dense(name: str, values: object, *, verb: str = "got", tensor: str = "a Tensor", kind: str = "real") -> None:

@@ -47,7 +47,7 @@ def check_same(found: dict[str, Any], expected: dict[str, Any]) -> None:
     for name in ("tasks", "window", *(name for name in expected if name in found)):
         pair = [each.get(name, "unknown") for each in (found, expected)]
         if pair[0] != pair[1]:
-            shown = [list_some(value, 12) if isinstance(value, list) else repr(value) for value in pair]
+            shown = [list_some(value, 12) if isinstance(value, (list, dict)) else repr(value) for value in pair]
             raise ValueError(f"got sums of {name}={shown[0]}, expected {name}={shown[1]}")
 
 

@@ -13,7 +13,7 @@ from typing import Protocol
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 from twloss._arguments import LossName, check_dense
 
@@ -51,18 +51,33 @@ class LossType(str, Enum):
     """Cross-entropy of the classes' logits against a class index c: ``-log softmax(x)[c]``."""
 
 
-def resolve_loss_type(loss_type: LossType | LossName | LossFunction) -> LossType | LossFunction:
+def resolve_loss_type(
+    loss_type: LossType | LossName | LossFunction, argument: str = "loss_type"
+) -> LossType | LossFunction:
     """The ``LossType`` of a name; a callable stays what it is."""
     if isinstance(loss_type, str):
         try:
             return LossType(loss_type)
         except ValueError:
             names = [member.value for member in LossType]
-            raise ValueError(f"loss_type: got {loss_type!r}, expected one of {names} or a callable") from None
+            raise ValueError(f"{argument}: got {loss_type!r}, expected one of {names} or a callable") from None
     # A class is callable too, but what it makes is no loss: nn.BCEWithLogitsLoss without its parentheses.
-    if callable(loss_type) and not isinstance(loss_type, type):
-        return loss_type
-    raise TypeError(f"loss_type: got {type(loss_type).__name__}, expected a LossType, its name or a callable")
+    if not callable(loss_type) or isinstance(loss_type, type):
+        raise TypeError(f"{argument}: got {type(loss_type).__name__}, expected a LossType, its name or a callable")
+    reduction = getattr(loss_type, "reduction", "none")
+    if isinstance(loss_type, nn.Module) and reduction != "none":
+        raise ValueError(
+            f"{argument}: got a {type(loss_type).__name__} with reduction={reduction!r}, expected one made with "
+            "reduction='none', which gives the loss of each row"
+        )
+    return loss_type
+
+
+def loss_type_name(loss_type: LossType | LossFunction) -> str:
+    """A text that tells types apart, in another process too; a callable's ends in "()"."""
+    if isinstance(loss_type, LossType):
+        return loss_type.value
+    return f"{getattr(loss_type, '__qualname__', type(loss_type).__qualname__)}()"
 
 
 def row_losses(
@@ -71,18 +86,21 @@ def row_losses(
     labels: Tensor,
     pos_weight: Tensor | None = None,
     valid: Tensor | None = None,
+    *,
+    shape: torch.Size | None = None,
 ) -> Tensor:
     """The loss of each row and task, for autograd to differentiate.
 
     Args:
         loss_type: what to compute.
         logits: ``(rows, tasks)``, or ``(rows, tasks, classes)`` against class indices.
-        labels: ``(rows, tasks)``.
+        labels: ``(rows, tasks)``; for a callable also ``(rows, tasks, classes)``.
         pos_weight: ``(tasks,)``, the factor p of the positive term; BCE_WITH_LOGITS only.
         valid: ``(rows, tasks)`` bool, for a callable that has a parameter of this name; else None.
+        shape: ``(rows, tasks)``, what a callable has to give; None: the labels' own.
 
     Returns:
-        A tensor of the labels' shape and the logits' dtype.
+        A tensor of that shape and the logits' dtype.
     """
     if loss_type is LossType.BCE_WITH_LOGITS:
         return _bce(logits, labels, pos_weight)
@@ -90,15 +108,36 @@ def row_losses(
         rows = F.cross_entropy(logits.flatten(0, -2), labels.flatten(), reduction="none", ignore_index=_NO_LABEL)
         return rows.view(labels.shape)
     assert not isinstance(loss_type, LossType)
-    function: Callable[..., Tensor] = loss_type
-    loss = function(logits, labels) if valid is None else function(logits, labels, valid=valid)
-    check_dense("loss_type", loss, verb="the callable gave", kind="floating")
-    if loss.shape != labels.shape or loss.device != labels.device:
+    loss = _call(loss_type, logits, labels, valid)
+    shape = labels.shape if shape is None else shape
+    if loss.shape != shape or loss.device != labels.device:
         raise ValueError(
             f"loss_type: the callable gave a loss of shape {tuple(loss.shape)} on {loss.device}, expected the labels' "
-            f"shape {tuple(labels.shape)} (unreduced: reduction='none') on {labels.device}"
+            f"shape {tuple(shape)} (unreduced: reduction='none') on {labels.device}"
         )
     return loss.to(logits.dtype)
+
+
+def _call(function: Callable[..., Tensor], logits: Tensor, labels: Tensor, valid: Tensor | None) -> Tensor:
+    """What a callable makes of the rows."""
+    if isinstance(function, (nn.CrossEntropyLoss, nn.NLLLoss)) and logits.ndim > 2:
+        # To these, and to no others of torch's, the classes are the second dimension.
+        labels = labels.movedim(-1, 1) if labels.ndim == logits.ndim else labels
+        logits = logits.movedim(-1, 1)
+    loss = function(logits, labels) if valid is None else function(logits, labels, valid=valid)
+    check_dense("loss_type", loss, verb="the callable gave", kind="floating")
+    return loss
+
+
+@torch.no_grad()
+def has_soft_labels(loss_type: LossFunction, logits: Tensor, labels: Tensor, *, takes_valid: bool) -> bool:
+    """Whether the labels' last dimension is one of classes, over which a callable gives one loss.
+
+    Its answer to the first 0 rows tells: a loss may have the shape of labels such as (rows, 4), or be (rows,).
+    """
+    none, no_labels = logits[:0], labels[:0]
+    loss = _call(loss_type, none, no_labels, torch.ones_like(no_labels, dtype=torch.bool) if takes_valid else None)
+    return loss.shape == no_labels.shape[:-1]
 
 
 def _bce(logits: Tensor, labels: Tensor, pos_weight: Tensor | None) -> Tensor:

@@ -7,27 +7,24 @@ to ``train_metric`` or ``eval_metric``, by the module's mode.
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, ClassVar, get_args
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.fx import Proxy
 
-from twloss._accumulator import sum_dtype
 from twloss._arguments import (
     GradientReduction,
-    LossName,
+    IgnoreIndex,
     MeanOver,
     PerTask,
     RowReduction,
     TaskConstants,
     check_choice,
-    check_class_label,
-    check_dense,
     check_global_reduction,
     check_ignore_index,
-    check_number,
     check_process_group,
     check_tasks,
     label_name,
@@ -36,14 +33,25 @@ from twloss._arguments import (
     warn_local_normalizer,
     warn_unless_mean,
 )
-from twloss._batch import Batch, TaskTensors, align, find_proxy, record_call
+from twloss._batch import Batch, align, find_proxy, record_call
+from twloss._columns import TaskTensors
 from twloss._global_loss import GlobalLoss
-from twloss._loss_type import LossFunction, LossType, resolve_loss_type
+from twloss._loss_type import LossType, loss_type_name
 from twloss._ranking_quality import RankingQuality
 from twloss._ranks import group_from_state, group_to_state, sum_over_ranks_with_gradient, world_size
 from twloss._reduction import GlobalReduction, Reduction
 from twloss._row_sums import TaskSums, sum_rows, sum_weights
-from twloss._torch import has_forward_hooks, takes_keyword
+from twloss._torch import has_forward_hooks
+from twloss._type_groups import (
+    TaskLossType,
+    group_by_type,
+    join_sums,
+    join_tasks,
+    order_of_groups,
+    resolve_loss_types,
+    resolve_pos_weights,
+    split_inputs,
+)
 
 
 class _TaskLosses(nn.Module):
@@ -66,71 +74,69 @@ class _TaskLosses(nn.Module):
 
     def __init__(
         self,
-        loss_type: LossType | LossName | LossFunction,
+        loss_type: TaskLossType | Mapping[str, TaskLossType],
         tasks: tuple[str, ...] | None,
         reduction: Reduction,
         *,
-        pos_weights: tuple[float, ...] | None,
+        pos_weights: PerTask | None,
         task_weights: tuple[float, ...] | None,
         mean_over: MeanOver,
-        ignore_index: float | None,
+        ignore_index: IgnoreIndex,
         global_batch: bool,
         gradient_reduction: GradientReduction,
         process_group: dist.ProcessGroup | None,
         quality: bool | RankingQuality,
     ) -> None:
         super().__init__()
-        self.loss_type = resolve_loss_type(loss_type)
-        name = "pos_weight" if tasks is None else "pos_weights"
-        if pos_weights is not None and self.loss_type is not LossType.BCE_WITH_LOGITS:
-            raise ValueError(f"{name}: got one with {self.loss_type}, expected it with BCE_WITH_LOGITS only")
-        if pos_weights is not None and min(pos_weights) < 0:
-            raise ValueError(f"{name}: got {list_some(pos_weights)}, expected numbers >= 0")
+        types = resolve_loss_types(loss_type, tasks)
+        numbers = resolve_pos_weights(pos_weights, types, tasks)
         check_process_group(process_group)
         check_choice("mean_over", mean_over, get_args(MeanOver))
         if not isinstance(global_batch, bool):
             raise TypeError(f"global_batch: got {type(global_batch).__name__}, expected a bool")
         check_choice("gradient_reduction", gradient_reduction, get_args(GradientReduction))
+        self.loss_type = types
         self.tasks = tasks
         self.mean_over = mean_over
-        self.ignore_index = check_ignore_index(ignore_index)
-        if self.loss_type is LossType.CROSS_ENTROPY:
-            check_class_label(self.ignore_index)
+        self.ignore_index = check_ignore_index(ignore_index, tasks)
         self.global_batch = global_batch
         self.gradient_reduction = gradient_reduction
         self.process_group = process_group
-        setattr(self, name, pos_weights)
+        setattr(self, "pos_weight" if tasks is None else "pos_weights", numbers)
+        groups = group_by_type(types, tasks, numbers, self.ignore_index)
+        for group, own_type in groups:
+            setattr(self, group.attribute, own_type)
+        self._groups = tuple(group for group, _ in groups)
+        self._order = order_of_groups(self._groups, tasks)
         self._reduction = reduction
         # A module is trained with the loss, as its submodule.
         self.global_reduction = reduction.over_tasks
         setattr(self, "reduction" if tasks is None else "task_loss_reduction", reduction.over_rows)
-        self._takes_valid = callable(self.loss_type) and takes_keyword(self.loss_type, "valid")
-        ones = (1.0,) * len(tasks or ("loss",))
-        self._pos_weights, self._task_weights = TaskConstants(pos_weights), TaskConstants(task_weights, ones)
+        self._task_weights = TaskConstants(task_weights, (1.0,) * len(tasks or ("loss",)))
         self.quality = quality is not False
         for name in ("train_metric", "eval_metric"):
             metric = GlobalLoss(tasks, reduction.over_rows, reduction.over_tasks, process_group=process_group)
-            metric._become_part_of(self._task_weights, self._describe())
+            metric._become_part_of(self._task_weights, self._describe(numbers))
             self.add_module(name, metric)
         for name in ("train_quality", "eval_quality") if self.quality else ():
             self.add_module(name, self._own_quality(quality))
 
-    def _describe(self) -> dict[str, Any]:
+    def _describe(self, pos_weights: tuple[float, ...] | None) -> dict[str, Any]:
         """What the sums are of, in JSON's types."""
-        if isinstance(self.loss_type, LossType):
-            name = self.loss_type.value
-        else:
-            name = f"{getattr(self.loss_type, '__qualname__', type(self.loss_type).__qualname__)}()"
+        types = self.loss_type
         return {
-            "loss_type": name,
+            "loss_type": list(map(loss_type_name, types.values()))
+            if isinstance(types, dict)
+            else loss_type_name(types),
             "mean_over": self.mean_over,
-            "pos_weights": None if self._pos_weights.numbers is None else list(self._pos_weights.numbers),
+            "pos_weights": None if pos_weights is None else list(pos_weights),
             "ignore_index": label_name(self.ignore_index),
         }
 
     def extra_repr(self) -> str:
         """The settings, for repr()."""
-        name = getattr(self.loss_type, "value", self.loss_type)
+        types = self.loss_type
+        name = list_some(types, 12) if isinstance(types, dict) else getattr(types, "value", types)
         rule = self._reduction.over_rows
         tasks = None if self.tasks is None else list_some(self.tasks, 12)
         return f"{name}, tasks={tasks}, reduction={rule}, global_batch={self.global_batch}"
@@ -144,48 +150,68 @@ class _TaskLosses(nn.Module):
     ) -> dict[str, Tensor]:
         """The losses of a batch, whose sums are added to the running ones."""
         if (proxy := find_proxy(logits, labels, weights, normalizer)) is not None:
-            # What a subclass's own forward, or a hook, does is in the graph already, and must not be done twice.
-            is_plain = type(self).forward.__module__ == __name__ and not has_forward_hooks(self)
-            method = None if is_plain else "_losses"
-            result = record_call(proxy, self, method, logits, labels, weights, normalizer=normalizer)
-            if self.tasks is None and method is None:
-                return {"loss": result}
-            return {key: result[key] for key in self._reduction.keys}
-        has_classes = self.loss_type is LossType.CROSS_ENTROPY if isinstance(self.loss_type, LossType) else None
-        batch = align(logits, labels, weights, self.tasks, has_classes=has_classes, ignore_index=self.ignore_index)
-        tasks = 1 if self.tasks is None else len(self.tasks)
-        if normalizer is not None:
-            normalizer = self._check_normalizer(normalizer, tasks, batch.logits.device)
-        pos_weight = self._pos_weights.like(batch.logits)
-        weight = sum_weights(batch, tasks, self.mean_over, self._reduction.over_rows)
-        loss_sum, counted = sum_rows(self.loss_type, batch, pos_weight, tasks, takes_valid=self._takes_valid)
-        sums = TaskSums(loss_sum, weight)
+            return self._record(proxy, logits, labels, weights, normalizer)
+        groups, parts = self._groups, [(logits, labels, weights)]
+        if self.tasks is not None and len(groups) > 1:
+            parts = split_inputs(groups, self.tasks, logits, labels, weights)
+        batches, sums, detached = [], [], []
+        for group, part in zip(groups, parts):
+            loss_type, size, takes_valid = getattr(self, group.attribute), group.size, group.takes_valid
+            batch = align(*part, group.tasks, loss_type, group.ignore_index, takes_valid=takes_valid)
+            pos_weight = group.pos_weights.like(batch.logits)
+            weight = sum_weights(batch, size, self.mean_over, self._reduction.over_rows)
+            loss_sum, wide = sum_rows(loss_type, batch, pos_weight, size, takes_valid=takes_valid)
+            batches.append(batch)
+            sums.append(TaskSums(loss_sum, weight))
+            detached.append(wide)
+        local = total = sums[0] if len(sums) == 1 else join_sums(sums, self._order)
         if self.global_batch:
-            sums = sum_over_ranks_with_gradient(sums, self.train_metric._names, self.process_group)
+            total = sum_over_ranks_with_gradient(local, self.train_metric._names, self.process_group)
         if normalizer is not None:
-            sums = TaskSums(sums.loss_sum, normalizer)
-        dtype = batch.logits.dtype
+            total = TaskSums(total.loss_sum, self._check_normalizer(normalizer, local.loss_sum))
         factor = 1.0
         if self.global_batch and self.gradient_reduction == "sum":
             # Each rank has the whole gradient of the reduction's own parameters too.
             factor /= world_size(self.process_group)
-        task_weights = self._task_weights.like(batch.logits)
-        losses = self._reduction.reduce(sums, task_weights, dtype, is_final=False, gradient_factor=factor)
+        task_weights = self._task_weights.like(local.loss_sum)
+        dtype = local.loss_sum.dtype
+        losses = self._reduction.reduce(total, task_weights, dtype, is_final=False, gradient_factor=factor)
         # Last, so that a batch whose loss could not be computed is not in the running sums either.
-        if counted is not None:
-            self._track(batch, TaskSums(counted, weight))
+        self._track(batches, local.weight, detached)
         return losses
 
-    def _track(self, batch: Batch, sums: TaskSums) -> None:
+    def _record(self, proxy: Proxy, *inputs: Any) -> dict[str, Tensor]:
+        """What stands for the losses in a graph of torch.fx that is being traced."""
+        # What a subclass's own forward, or a hook, does is in the graph already, and must not be done twice.
+        is_plain = type(self).forward.__module__ == __name__ and not has_forward_hooks(self)
+        method = None if is_plain else "_losses"
+        *tensors, normalizer = inputs
+        result = record_call(proxy, self, method, *tensors, normalizer=normalizer)
+        if self.tasks is None and method is None:
+            return {"loss": result}
+        return {key: result[key] for key in self._reduction.keys}
+
+    def _check_normalizer(self, normalizer: Tensor | float, loss_sum: Tensor) -> Tensor | float:
+        is_averaged = self.gradient_reduction == "mean" and not self.global_batch
+        if is_averaged and not torch.compiler.is_compiling() and world_size(self.process_group) > 1:
+            warn_local_normalizer()
+        return self._reduction.check_normalizer(normalizer, loss_sum)
+
+    def _track(self, batches: Sequence[Batch], weight: Tensor | float, sums: Sequence[Tensor | None]) -> None:
         """Add a batch and its detached sums to the metrics of this mode; to none of them where one refuses it."""
+        known = [each for each in sums if each is not None]
+        if len(known) < len(sums):
+            return
         mode = "train" if self.training else "eval"
         metric: GlobalLoss = getattr(self, f"{mode}_metric")
-        packed = metric._pack(sums)
+        packed = metric._pack(TaskSums(known[0] if len(known) == 1 else join_tasks(known, self._order), weight))
         if self.quality:
             quality: RankingQuality = getattr(self, f"{mode}_quality")
-            # Without pos_weights its log loss is the loss.
-            known = sums.loss_sum if self._pos_weights.numbers is None else None
-            quality._put(quality._pack(quality._sum_aligned(batch, known)))
+            for group, batch, loss_sum in zip(self._groups, batches, known):
+                if getattr(self, group.attribute) is LossType.BCE_WITH_LOGITS:
+                    # Without pos_weights its log loss is the loss.
+                    is_loss = group.pos_weights.numbers is None
+                    quality._put(quality._pack(quality._sum_aligned(batch, loss_sum if is_loss else None)))
         metric._put(packed)
 
     @property
@@ -206,7 +232,8 @@ class _TaskLosses(nn.Module):
             # Past nn.Module, which would register a parameter or a module under the name.
             object.__setattr__(self, name, value)
             return
-        if name in self._settings and "train_metric" in self.__dict__.get("_modules", ()):
+        is_setting = name in self._settings or name.startswith("loss_type_")
+        if is_setting and "train_metric" in self.__dict__.get("_modules", ()):
             raise AttributeError(f"{name}: got a change of it, expected a new loss that is made with it")
         super().__setattr__(name, value)
 
@@ -222,16 +249,21 @@ class _TaskLosses(nn.Module):
         """A metric for the quality of this loss's logits, as the argument says."""
         if not isinstance(quality, (bool, RankingQuality)):
             raise TypeError(f"quality: got {type(quality).__name__}, expected a bool or a RankingQuality")
-        if self.loss_type is not LossType.BCE_WITH_LOGITS:
-            raise ValueError(f"quality: got {quality} with {self.loss_type}, expected it with BCE_WITH_LOGITS only")
+        groups = [group for group in self._groups if getattr(self, group.attribute) is LossType.BCE_WITH_LOGITS]
+        if not groups:
+            types = list_some(self.loss_type) if isinstance(self.loss_type, dict) else self.loss_type
+            raise ValueError(f"quality: got {quality} with {types}, expected it with BCE_WITH_LOGITS only")
+        (group,) = groups
         if isinstance(quality, bool):
-            return RankingQuality(self.tasks, ignore_index=self.ignore_index, process_group=self.process_group)
+            return RankingQuality(group.tasks, ignore_index=group.ignore_index, process_group=self.process_group)
         found, expected = (
             f"tasks={each.tasks and list_some(each.tasks)}, ignore_index={each.ignore_index}"
-            for each in (quality, self)
+            for each in (quality, group)
         )
-        if quality.tasks != self.tasks or label_name(quality.ignore_index) != label_name(self.ignore_index):
-            raise ValueError(f"quality: got one with {found}, expected {expected} as for the loss")
+        if quality.tasks != group.tasks or label_name(quality.ignore_index) != label_name(group.ignore_index):
+            raise ValueError(
+                f"quality: got one with {found}, expected {expected}, as the loss's tasks with BCE_WITH_LOGITS have"
+            )
         if quality.process_group not in (None, self.process_group):
             raise ValueError("quality: got one with another process_group, expected that of the loss, or none")
         own = copy.deepcopy(quality)
@@ -239,31 +271,9 @@ class _TaskLosses(nn.Module):
         own.reset()
         return own
 
-    def _check_normalizer(self, normalizer: Tensor | float, tasks: int, device: torch.device) -> Tensor | float:
-        over_rows, over_tasks = self._reduction.over_rows, self._reduction.over_tasks
-        if over_rows != "mean" or over_tasks not in ("mean", "sum"):
-            rule = f"reduction={over_rows!r}"
-            if self.tasks is not None:
-                rule = f"task_loss_{rule} and global_reduction={over_tasks!r}"
-            raise ValueError(
-                f"normalizer: got one with {rule}, expected 'mean' over rows, and 'mean' or 'sum' over tasks: no other "
-                "loss is the sum of those of its parts"
-            )
-        is_averaged = self.gradient_reduction == "mean" and not self.global_batch
-        if is_averaged and not torch.compiler.is_compiling() and world_size(self.process_group) > 1:
-            warn_local_normalizer()
-        if not isinstance(normalizer, Tensor):
-            return check_number("normalizer", normalizer)
-        check_dense("normalizer", normalizer)
-        if normalizer.shape not in ((), (tasks,)):
-            raise ValueError(f"normalizer: got shape {tuple(normalizer.shape)}, expected () or ({tasks},)")
-        if normalizer.device != device:
-            raise ValueError(f"normalizer: got a tensor on {normalizer.device}, expected {device}")
-        return normalizer.detach().to(sum_dtype(device)).expand(tasks)
-
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> _TaskLosses:
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
-        for constants in (self._pos_weights, self._task_weights):
+        for constants in (self._order, self._task_weights, *(group.pos_weights for group in self._groups)):
             constants.place(fn(torch.empty(0, device=self.train_metric.device)).device)
         return self
 
@@ -301,7 +311,7 @@ class Loss(_TaskLosses):
 
     def __init__(
         self,
-        loss_type: LossType | LossName | LossFunction,
+        loss_type: TaskLossType,
         reduction: RowReduction = "mean",
         *,
         pos_weight: float | Tensor | None = None,
@@ -317,7 +327,7 @@ class Loss(_TaskLosses):
             loss_type,
             None,
             Reduction.of(None, reduction, "mean"),
-            pos_weights=per_task_numbers("pos_weight", pos_weight, ("loss",)),
+            pos_weights=pos_weight,
             task_weights=None,
             mean_over=mean_over,
             ignore_index=ignore_index,
@@ -403,7 +413,7 @@ class MultiTaskLoss(_TaskLosses):
 
     def __init__(
         self,
-        loss_type: LossType | LossName | LossFunction,
+        loss_type: TaskLossType | Mapping[str, TaskLossType],
         tasks: Sequence[str],
         task_loss_reduction: RowReduction = "mean",
         global_reduction: GlobalReduction = "mean",
@@ -411,7 +421,7 @@ class MultiTaskLoss(_TaskLosses):
         *,
         task_weights: PerTask | None = None,
         mean_over: MeanOver = "rows",
-        ignore_index: float | None = None,
+        ignore_index: IgnoreIndex = None,
         global_batch: bool = False,
         gradient_reduction: GradientReduction = "mean",
         process_group: dist.ProcessGroup | None = None,
@@ -424,7 +434,7 @@ class MultiTaskLoss(_TaskLosses):
             loss_type,
             tasks,
             Reduction.of(tasks, task_loss_reduction, global_reduction),
-            pos_weights=per_task_numbers("pos_weights", pos_weights, tasks),
+            pos_weights=pos_weights,
             task_weights=per_task_numbers("task_weights", task_weights, tasks),
             mean_over=mean_over,
             ignore_index=ignore_index,

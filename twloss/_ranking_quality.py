@@ -13,8 +13,9 @@ import torch
 from torch import Tensor
 
 from twloss._accumulator import sum_wide
-from twloss._arguments import NanStrategy, check_choice, check_ignore_index, label_name
-from twloss._batch import Batch, TaskTensors, align
+from twloss._arguments import IgnoreIndex, NanStrategy, check_choice, check_ignore_index, check_tasks, label_name
+from twloss._batch import Batch, align
+from twloss._columns import TaskTensors
 from twloss._loss_type import LossType, bce_values, row_losses
 from twloss._metric import TaskMetric
 from twloss._torch import is_transformed, weigh
@@ -43,7 +44,8 @@ class RankingQuality(TaskMetric):
 
     Args:
         tasks: the tasks' names, or None for the one-task form, whose keys are "ne", "rce", ….
-        ignore_index: the label that says "missing", NaN allowed; such rows are in no sum.
+        ignore_index: the label that says "missing", NaN allowed; such rows are in no sum. Also a mapping task -> label;
+            a task that is left out has none.
         window: also give the quality of the last ``window`` updates of each rank, under keys that begin "window_".
         nan_strategy: as for ``GlobalLoss``.
         kwargs: ``Metric``'s own, such as ``process_group``.
@@ -66,12 +68,12 @@ class RankingQuality(TaskMetric):
         self,
         tasks: Sequence[str] | None,
         *,
-        ignore_index: float | None = None,
+        ignore_index: IgnoreIndex = None,
         window: int | None = None,
         nan_strategy: NanStrategy = "warn",
         **kwargs: Any,
     ) -> None:
-        ignore_index = check_ignore_index(ignore_index)
+        ignore_index = check_ignore_index(ignore_index, None if tasks is None else check_tasks(tasks))
         of = {"ignore_index": label_name(ignore_index)}
         super().__init__(tasks, 4, nan_strategy=nan_strategy, window=window, of=of, options=kwargs)
         self.ignore_index = ignore_index
@@ -128,14 +130,14 @@ class RankingQuality(TaskMetric):
     def _sum_batch(
         self, logits: TaskTensors, labels: TaskTensors, weights: TaskTensors | None = None
     ) -> Sequence[Tensor | float]:
-        batch = align(logits, labels, weights, self.tasks, has_classes=False, ignore_index=self.ignore_index)
+        batch = align(logits, labels, weights, self.tasks, LossType.BCE_WITH_LOGITS, self.ignore_index)
         return self._sum_aligned(batch, None)
 
     @torch.no_grad()
     def _sum_aligned(self, batch: Batch, loss_sum: Tensor | None) -> Sequence[Tensor | float]:
         """Σ w·l, where it is known the given one, Σ w, Σ w·y and Σ w·σ(x) of rows that are aligned."""
         tasks = 1 if self.tasks is None else len(self.tasks)
-        logits, labels, weights, _ = batch
+        logits, labels, weights, _, _ = batch
         if loss_sum is None:
             is_plain = not (torch.compiler.is_compiling() or is_transformed(logits, labels, weights))
             loss = (

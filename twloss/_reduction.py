@@ -15,7 +15,8 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 
-from twloss._arguments import RowReduction, TaskReduction, check_dense
+from twloss._accumulator import sum_dtype
+from twloss._arguments import RowReduction, TaskReduction, check_dense, check_number
 from twloss._ranks import scale_gradient
 from twloss._row_sums import TaskSums
 from twloss._torch import takes_keyword
@@ -50,6 +51,25 @@ class Reduction:
         """The reduction of these tasks; None: of one, whose only key is "loss"."""
         keys = (*(f"loss/{task}" for task in tasks or ()), "loss")
         return cls(keys, over_rows, over_tasks, callable(over_tasks) and takes_keyword(over_tasks, "present"))
+
+    def check_normalizer(self, normalizer: Tensor | float, loss_sum: Tensor) -> Tensor | float:
+        """What means divide by in place of the weights of ``loss_sum`` ``(tasks,)``, after checks."""
+        if self.over_rows != "mean" or self.over_tasks not in ("mean", "sum"):
+            rule = f"reduction={self.over_rows!r}"
+            if len(self.keys) > 1:
+                rule = f"task_loss_{rule} and global_reduction={self.over_tasks!r}"
+            raise ValueError(
+                f"normalizer: got one with {rule}, expected 'mean' over rows, and 'mean' or 'sum' over tasks: no other "
+                "loss is the sum of those of its parts"
+            )
+        if not isinstance(normalizer, Tensor):
+            return check_number("normalizer", normalizer)
+        check_dense("normalizer", normalizer)
+        if normalizer.shape not in ((), loss_sum.shape):
+            raise ValueError(f"normalizer: got shape {tuple(normalizer.shape)}, expected () or {tuple(loss_sum.shape)}")
+        if normalizer.device != loss_sum.device:
+            raise ValueError(f"normalizer: got a tensor on {normalizer.device}, expected {loss_sum.device}")
+        return normalizer.detach().to(sum_dtype(loss_sum.device)).expand(loss_sum.shape)
 
     def reduce(
         self,

@@ -50,8 +50,9 @@ def sum_rows(
     """
     if loss_type is LossType.BCE_WITH_LOGITS and batch.logits.ndim == 0:
         # One row of one task, to which pos_weight (1,) and the sums' gradient (1,) can be broadcast.
-        batch = Batch(*(None if values is None else values.unsqueeze(0) for values in batch))  # type: ignore[arg-type]
-    logits, labels, weights, _ = batch
+        weights, valid = (None if each is None else each.unsqueeze(0) for each in (batch.weights, batch.valid))
+        batch = Batch(batch.logits.unsqueeze(0), batch.labels.unsqueeze(0), weights, valid, torch.Size([1]))
+    logits, labels, weights, _, _ = batch
     is_traced = is_transformed(logits, labels, weights)
     if loss_type is LossType.BCE_WITH_LOGITS and not (
         # Only the logits' derivative can be asked for, and by the backward pass; the compiler fuses the plain form.
@@ -74,7 +75,7 @@ def sum_weights(batch: Batch, tasks: int, mean_over: MeanOver, over_rows: RowRed
         return sum_wide(batch.weights if over_rows == "mean" else batch.weights.abs(), tasks)
     if batch.valid is not None:
         return sum_wide(batch.valid, tasks)
-    return batch.labels.numel() // tasks
+    return batch.shape.numel() // tasks
 
 
 def _weighted_losses(
@@ -90,10 +91,10 @@ def _weighted_losses(
 
     Only that by the weight is not: it is the row's loss.
     """
-    logits, labels, weights, valid = batch
+    logits, labels, weights, valid, shape = batch
     if weights is None:
-        counted = torch.ones_like(labels, dtype=torch.bool) if takes_valid else None
-        return row_losses(loss_type, logits, labels, pos_weight, counted)
+        counted = torch.ones(shape, dtype=torch.bool, device=labels.device) if takes_valid else None
+        return row_losses(loss_type, logits, labels, pos_weight, counted, shape=shape)
     counted = weights != 0
     # May the derivative by a weight be asked for, of the gradient too? The compiler knows none of the second order.
     by_weight = is_traced or (weights.requires_grad and not torch.compiler.is_compiling())
@@ -111,7 +112,7 @@ def _weighted_losses(
         )
         for values in (logits, labels)
     )
-    loss = row_losses(loss_type, logits, labels, pos_weight, counted if takes_valid else None)
+    loss = row_losses(loss_type, logits, labels, pos_weight, counted if takes_valid else None, shape=shape)
     if by_weight or weights.requires_grad:
         return loss.where(counted | loss.isfinite(), 0.0) * weights
     return weigh(loss, weights)
@@ -122,12 +123,15 @@ def _fill_missing(labels: Tensor, valid: Tensor, tasks: int) -> Tensor:
 
     Of a task that has none, a callable sees 0.5, or class 0: what most losses are finite at.
     """
-    columns, valid = labels.reshape(-1, tasks), valid.reshape(-1, tasks)
+    columns, valid = labels.reshape(-1, tasks, *labels.shape[valid.ndim :]), valid.reshape(-1, tasks)
     if len(columns) == 0:
         return labels
-    first = columns.gather(0, valid.byte().argmax(0, keepdim=True))
-    first = first.where(valid.any(0), 0.5 if labels.is_floating_point() else 0)
-    return columns.where(valid, first).view(labels.shape)
+    first, any_valid = valid.byte().argmax(0, keepdim=True), valid.any(0)
+    if columns.ndim > 2:  # of soft labels the row's all
+        first, any_valid, valid = first.unsqueeze(2), any_valid.unsqueeze(1), valid.unsqueeze(2)
+    real = columns.gather(0, first.expand(1, *columns.shape[1:]))
+    real = real.where(any_valid, 0.5 if labels.is_floating_point() else 0)
+    return columns.where(valid, real).view(labels.shape)
 
 
 def _mask_gradient(values: Tensor, counted: Tensor, *, by_weight: bool, is_by_row: bool) -> Tensor:
@@ -202,7 +206,7 @@ class _SummedBCE(torch.autograd.Function):
             return (None,) * 5
         logits, labels, weights, pos_weight = ctx.saved_tensors
         if torch.is_grad_enabled():  # To be differentiated again.
-            batch = Batch(logits, labels, weights, None)
+            batch = Batch(logits, labels, weights, None, labels.shape)
             loss = _weighted_losses(LossType.BCE_WITH_LOGITS, batch, pos_weight, ctx.tasks)
             return *torch.autograd.grad(loss, logits, grad.expand_as(loss), create_graph=True), None, None, None, None
         slope = bce_slopes(logits, labels, pos_weight)

@@ -1,0 +1,234 @@
+"""Mappings task -> tensor, brought into one tensor: where tasks have fewer rows than others, padded, and told so.
+
+Tensors ``(rows,)`` or ``(rows, classes)`` come in, as many as there are tasks; ``(rows, tasks)`` or
+``(rows, tasks, classes)`` go out, by a number of kernels that does not depend on how many they are.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from typing import Any, NamedTuple, NoReturn
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from twloss._accumulator import sum_dtype
+from twloss._arguments import IgnoreIndex, check_dense, check_names, label_name, label_of
+
+TaskTensors = Tensor | Mapping[str, Tensor]
+
+FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+
+
+class Stacked(NamedTuple):
+    """Inputs as tensors; what was one is as it came, unchecked."""
+
+    logits: Any
+    labels: Any
+    weights: Any
+    valid: Tensor | None
+    """``(rows, tasks)`` bool, False where a task has no such row or its label is missing; None: not looked at."""
+
+
+def stack_inputs(
+    logits: TaskTensors,
+    labels: TaskTensors,
+    weights: TaskTensors | None,
+    tasks: tuple[str, ...],
+    *,
+    has_classes: bool | None,
+    ignore_index: IgnoreIndex,
+) -> Stacked:
+    """Those inputs that are mappings, as tensors; the arguments are those of ``align``."""
+    inputs: dict[str, Any] = {"logits": logits, "labels": labels, "weights": weights}
+    of_classes = {"logits": has_classes, "labels": False if has_classes else has_classes, "weights": False}
+    columns = {
+        name: _columns(name, values, tasks, of_classes[name])
+        for name, values in inputs.items()
+        if isinstance(values, Mapping)
+    }
+    is_ragged = _is_ragged(inputs, columns, tasks)
+    for name, each in columns.items():
+        same = _of_one_dtype(name, each)
+        inputs[name] = _stack(_with_as_many_classes(same) if name == "logits" and has_classes else same)
+    valid = None
+    if "labels" in columns:
+        valid = _are_valid(columns["labels"], inputs["labels"], tasks, ignore_index, is_ragged=is_ragged)
+    return Stacked(**inputs, valid=valid)
+
+
+def split_by_task(name: str, values: TaskTensors, tasks: tuple[str, ...]) -> Mapping[str, Tensor]:
+    """A tensor's columns under their tasks' names, for tasks that are computed apart; a mapping as it is."""
+    if isinstance(values, Mapping):
+        _check_task_names(name, values, tasks)
+        return values
+    check_dense(name, values)
+    if name == "weights" and (values.ndim == 1 or values.shape[1:] == (1,)):
+        return dict.fromkeys(tasks, values)
+    if values.ndim < 2 or values.shape[1] != len(tasks):
+        raise ValueError(f"{name}: got shape {tuple(values.shape)}, expected (rows, {len(tasks)})")
+    return dict(zip(tasks, values.unbind(1)))
+
+
+def is_valid(labels: Tensor, tasks: tuple[str, ...] | None, ignore_index: IgnoreIndex, *, is_soft: bool) -> Tensor:
+    """Where the labels ``(rows, tasks)`` are not the one that says "missing".
+
+    Soft ones, ``(rows, tasks, classes)``, are missing where one of the classes' is.
+    """
+    if not isinstance(ignore_index, Mapping):
+        return _differ(labels, ignore_index, is_soft=is_soft)
+    assert tasks is not None
+    names = [label_name(label_of(ignore_index, task)) for task in tasks]
+    # Numbers that came from Python would make a GPU's host wait.
+    yes, no = (torch.full((), value, device=labels.device) for value in (True, False))
+    valid = torch.ones(labels.shape[:2], dtype=torch.bool, device=labels.device)
+    for label in {label_name(label): label for label in ignore_index.values()}.values():
+        others = torch.stack([no if name == label_name(label) else yes for name in names])
+        valid &= _differ(labels, label, is_soft=is_soft) | others
+    return valid
+
+
+def _differ(labels: Tensor, ignore_index: float | None, *, is_soft: bool) -> Tensor:
+    if ignore_index is None:
+        differ = torch.ones_like(labels, dtype=torch.bool)
+    elif math.isnan(ignore_index):
+        differ = ~labels.isnan()
+    elif labels.is_floating_point():
+        differ = labels != ignore_index
+    else:
+        # A comparison wraps the number into the labels' dtype (156 == -100 in uint8); int64 holds every label.
+        differ = labels.to(torch.int64) != ignore_index
+    return differ.all(-1) if is_soft else differ
+
+
+def _are_valid(
+    columns: list[Tensor], labels: Tensor, tasks: tuple[str, ...], ignore_index: IgnoreIndex, *, is_ragged: bool
+) -> Tensor | None:
+    """``is_valid`` of the tasks' own labels, False too where a task has no row; None: all are."""
+    is_soft = labels.ndim > 2
+    if ignore_index is not None and any(column.dtype != columns[0].dtype for column in columns):
+        # Each in its own: once widened, a -999 of bfloat16 is -1000.
+        own = [label_of(ignore_index, task) for task in tasks]
+        return _stack([_differ(column, label, is_soft=is_soft) for column, label in zip(columns, own)], is_mask=True)
+    there = None
+    if is_ragged:
+        yes = torch.ones(labels.shape[0], dtype=torch.bool, device=labels.device)
+        there = _stack([yes[: column.shape[0]] for column in columns], is_mask=True)
+    if ignore_index is None:
+        return there
+    valid = is_valid(labels, tasks, ignore_index, is_soft=is_soft)
+    return valid if there is None else valid & there
+
+
+def _columns(name: str, values: Mapping[str, Tensor], tasks: tuple[str, ...], has_classes: bool | None) -> list[Tensor]:
+    """The tasks' own tensors, ``(rows,)`` or ``(rows, classes)``; of different numbers of rows."""
+    _check_task_names(name, values, tasks)
+    columns = [_column(f"{name}[{task!r}]", values[task], has_classes) for task in tasks]
+    first = columns[0]
+    for task, column in zip(tasks, columns):
+        if column.device != first.device:
+            devices = {tasks[0]: str(first.device), task: str(column.device)}
+            raise ValueError(f"{name}: got {devices}, expected the same device for every task")
+        if has_classes is None and column.shape[1:] != first.shape[1:]:
+            shapes = {tasks[0]: tuple(first.shape), task: tuple(column.shape)}
+            raise ValueError(
+                f"{name}: got shapes {shapes}, expected one number of classes for the tasks of one callable"
+            )
+        if name == "logits" and column.dtype not in FLOATS:
+            refuse_dtype(f"logits[{task!r}]", column)
+    return columns
+
+
+def _column(name: str, values: Tensor, has_classes: bool | None) -> Tensor:
+    """One task's ``(rows,)``, or ``(rows, classes)`` where there are classes; None: where there are several columns."""
+    check_dense(name, values)
+    if values.ndim == 2 and (has_classes or (has_classes is None and values.shape[1] != 1)):
+        if values.shape[1] == 0:
+            raise ValueError(f"{name}: got shape {tuple(values.shape)}, expected (rows, classes), at least one class")
+        return values
+    if has_classes:
+        raise ValueError(f"{name}: got shape {tuple(values.shape)}, expected (rows, classes), at least one class")
+    if values.ndim == 2 and values.shape[1] == 1:
+        return values.squeeze(1)
+    if values.ndim != 1:
+        raise ValueError(f"{name}: got shape {tuple(values.shape)}, expected (rows,) or (rows, 1)")
+    return values
+
+
+def _check_task_names(name: str, values: Mapping[str, Tensor], tasks: tuple[str, ...]) -> None:
+    check_names(name, values, tasks, if_missing="; a task that has no rows in this batch is given tensors of 0 rows")
+
+
+def _is_ragged(inputs: dict[str, Any], columns: dict[str, list[Tensor]], tasks: tuple[str, ...]) -> bool:
+    """Whether tasks differ in their numbers of rows, of which labels and weights have as many as logits, task by task.
+
+    Where no tasks differ, it is seen later whether the inputs do.
+    """
+    rows = {name: [column.shape[0] for column in each] for name, each in columns.items()}
+    uneven = [name for name, each in rows.items() if any(count != each[0] for count in each)]
+    if not uneven:
+        return False
+    if tensors := [name for name, values in inputs.items() if values is not None and name not in columns]:
+        first, *others = zip(tasks, rows[uneven[0]])
+        found = dict([first, next(other for other in others if other[1] != first[1])])
+        raise ValueError(
+            f"{uneven[0]}: got {found} rows, expected the same number for every task, as {tensors[0]} is no mapping"
+        )
+    for name, each in rows.items():
+        for task, count, expected in zip(tasks, each, rows["logits"]):
+            if count != expected:
+                raise ValueError(f"{name}[{task!r}]: got {count} rows, expected {expected} as in logits[{task!r}]")
+    return True
+
+
+def _stack(columns: list[Tensor], *, is_mask: bool = False) -> Tensor:
+    """``(rows, tasks, …)``, padded with False in a mask, else with the task's first row, or another's if it has none.
+
+    So a callable sees real rows there too, and no logit that it can't take.
+    """
+    longest = max(column.shape[0] for column in columns)
+    if all(column.shape[0] == longest for column in columns):
+        return torch.stack(columns, dim=1)
+    fullest = next(column for column in columns if column.shape[0] == longest)
+    no = fullest.new_zeros(1) if is_mask else None
+    parts = []
+    for column in columns:
+        parts.append(column)
+        if missing := longest - column.shape[0]:
+            row = (column if column.shape[0] else fullest)[:1].detach() if no is None else no
+            parts.append(row.expand(missing, *row.shape[1:]))
+    # Views, but for one kernel.
+    return torch.cat(parts).view(len(columns), longest, *fullest.shape[1:]).transpose(0, 1)
+
+
+def _with_as_many_classes(columns: list[Tensor]) -> list[Tensor]:
+    """Logits of classes, -inf for the classes that a task does not have.
+
+    That is probability 0, gradient 0, and a loss of infinity for a label that is one of them.
+    """
+    classes = max(column.shape[1] for column in columns)
+    return [
+        column if column.shape[1] == classes else F.pad(column, (0, classes - column.shape[1]), value=-math.inf)
+        for column in columns
+    ]
+
+
+def _of_one_dtype(name: str, columns: list[Tensor]) -> list[Tensor]:
+    """Columns whose dtypes differ, in one that holds their values: torch.stack would round 2^24 + 1 to float32."""
+    dtypes = {column.dtype for column in columns}
+    if len(dtypes) == 1:
+        return columns
+    if not any(dtype.is_floating_point for dtype in dtypes):
+        wide = torch.int64
+    elif name == "logits":
+        wide = torch.float64 if torch.float64 in dtypes else torch.float32
+    else:
+        wide = sum_dtype(columns[0].device)
+    return [column.to(wide) for column in columns]
+
+
+def refuse_dtype(name: str, logits: Tensor) -> NoReturn:
+    """Say which dtypes logits may have."""
+    raise TypeError(f"{name}: got {logits.dtype}, expected float16, bfloat16, float32 or float64")
