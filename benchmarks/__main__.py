@@ -21,6 +21,7 @@ from benchmarks.kernels import kernels
 from benchmarks.limit import limit
 from benchmarks.machine import describe_machine, steady_machine
 from benchmarks.memory import memory
+from benchmarks.mixed_types import mixed_types
 from benchmarks.precision import precision
 from benchmarks.quality_cost import quality_cost
 from benchmarks.report import Report, as_table, write_json, write_markdown
@@ -37,6 +38,7 @@ BENCHMARKS: dict[str, Benchmark] = {
     "step_cost": step_cost,
     "tracking_cost": tracking_cost,
     "quality_cost": quality_cost,
+    "mixed_types": mixed_types,
     "limit": limit,
     "kernels": kernels,
     "calls": calls,

@@ -190,7 +190,7 @@ def _stack(columns: list[Tensor], *, is_mask: bool = False) -> Tensor:
     """
     longest = max(column.shape[0] for column in columns)
     if all(column.shape[0] == longest for column in columns):
-        return torch.stack(columns, dim=1)
+        return torch.stack(columns).transpose(0, 1)
     fullest = next(column for column in columns if column.shape[0] == longest)
     no = fullest.new_zeros(1) if is_mask else None
     parts = []

@@ -20,6 +20,7 @@ BENCHMARKS = [
     "step_cost",
     "tracking_cost",
     "quality_cost",
+    "mixed_types",
     "limit",
     "kernels",
     "calls",

@@ -1,0 +1,220 @@
+"""Tasks of different kinds with rows of their own: random settings and rows, a model of them, and the oracle's view."""
+
+from __future__ import annotations
+
+import math
+import warnings
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from hypothesis import strategies as st
+from torch import Tensor, nn
+
+from tests.support import reference
+from tests.support.cases import FEATURES, REDUCTIONS, norm, numbers
+from twloss import MultiTaskLoss
+
+CLASSES = {"binary": 1, "squared": 1, "three classes": 3, "five classes": 5}
+
+
+def squared(logits: Tensor, labels: Tensor) -> Tensor:
+    """A regression's loss."""
+    return (logits - labels).square()
+
+
+TYPES: dict[str, Any] = {
+    "binary": "bce_with_logits",
+    "squared": squared,
+    "three classes": "cross_entropy",
+    "five classes": "cross_entropy",
+}
+
+
+@dataclass(frozen=True)
+class Mixed:
+    """The arguments of a ``MultiTaskLoss`` whose tasks differ, as values that travel to other processes."""
+
+    kinds: tuple[str, ...]
+    """Of each task, a key of ``TYPES``."""
+    task_loss_reduction: Any = "mean"
+    global_reduction: Any = "mean"
+    pos_weights: dict[str, float] | None = None
+    task_weights: Sequence[float] | None = None
+    mean_over: Any = "rows"
+    ignore_index: dict[str, float] | None = None
+    weighted: bool = False
+
+    def names(self) -> list[str]:
+        """The tasks' names, which no attribute could have."""
+        return [f"a.{t} {kind}" for t, kind in enumerate(self.kinds)]
+
+    def loss(self, **kwargs: Any) -> MultiTaskLoss:
+        """The loss, without the warning of reductions that are chosen on purpose."""
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", UserWarning)
+            return MultiTaskLoss(
+                {task: TYPES[kind] for task, kind in zip(self.names(), self.kinds)},
+                self.names(),
+                self.task_loss_reduction,
+                norm if self.global_reduction == "norm" else self.global_reduction,
+                self.pos_weights,
+                task_weights=self.task_weights,
+                mean_over=self.mean_over,
+                ignore_index=self.ignore_index,
+                **kwargs,
+            )
+
+    def rule(self) -> reference.Rule:
+        """The oracle's settings."""
+        return reference.Rule(self.task_loss_reduction, self.global_reduction, self.mean_over, self.task_weights)
+
+
+@dataclass(frozen=True)
+class Part:
+    """One task's rows: features ``(rows, FEATURES)``, labels and weights ``(rows,)``."""
+
+    features: Tensor
+    labels: Tensor
+    weights: Tensor | None
+
+
+Batch = dict[str, Part]
+
+
+class Ranker(nn.Module):
+    """A head a task, of known parameters, and the loss of them all."""
+
+    def __init__(self, case: Mixed, **kwargs: Any) -> None:
+        super().__init__()
+        self.names = case.names()
+        self.heads = nn.ModuleList(nn.Linear(FEATURES, CLASSES[kind], dtype=torch.float64) for kind in case.kinds)
+        with torch.no_grad():
+            for t, parameter in enumerate(self.heads.parameters()):
+                parameter.copy_((torch.arange(parameter.numel()) + 7 * t).double().sin().view_as(parameter))
+        self.loss = case.loss(**kwargs)
+
+    def forward(self, batch: Batch, normalizer: Tensor | float | None = None) -> dict[str, Tensor]:
+        """The losses of a batch."""
+        logits = {task: head(batch[task].features) for task, head in zip(self.names, self.heads)}
+        labels = {task: batch[task].labels for task in reversed(self.names)}
+        weights = {task: part.weights for task, part in batch.items() if part.weights is not None}
+        losses: dict[str, Tensor] = self.loss(logits, labels, weights or None, normalizer=normalizer)
+        return losses
+
+
+def random_batch(case: Mixed, sizes: Sequence[int], seed: int) -> Batch:
+    """So many rows of each task, with weights of 0 among the weights, and missing labels where they may be missing."""
+    generator = torch.Generator().manual_seed(seed)
+
+    def rand(*shape: int) -> Tensor:
+        return torch.rand(*shape, generator=generator, dtype=torch.float64)
+
+    batch = {}
+    for task, kind, rows in zip(case.names(), case.kinds, sizes):
+        labels = (rand(rows) * CLASSES[kind]).long() if "classes" in kind else rand(rows)
+        missing = (case.ignore_index or {}).get(task)
+        if missing is not None:
+            labels = labels.masked_fill(rand(rows) < 0.4, missing)
+        weights = rand(rows) * (rand(rows) < 0.8) if case.weighted else None
+        batch[task] = Part(2 * rand(rows, FEATURES) - 1, labels, weights)
+    return batch
+
+
+def joined(batches: Sequence[Batch]) -> Batch:
+    """The rows of several batches."""
+    return {
+        task: Part(
+            torch.cat([batch[task].features for batch in batches]),
+            torch.cat([batch[task].labels for batch in batches]),
+            None if first.weights is None else torch.cat([w for b in batches if (w := b[task].weights) is not None]),
+        )
+        for task, first in batches[0].items()
+    }
+
+
+def columns(case: Mixed, batch: Batch) -> dict[str, list[reference.Row]]:
+    """The oracle's view of rows that a ``Ranker`` has seen; a slope of 1, to be multiplied by that of each output."""
+    return {task: [row for row, _ in rows] for task, rows in _rows(case, batch).items()}
+
+
+def parameter_gradients(case: Mixed, batch: Batch) -> list[list[float]]:
+    """The oracle's gradients of the ``Ranker``'s parameters, flattened, in their order."""
+    rows = _rows(case, batch)
+    factors = reference.gradients(columns(case, batch), case.rule())
+    result = []
+    for task, of_task in rows.items():
+        outputs = [[factor * slope for slope in slopes] for factor, (_, slopes) in zip(factors[task], of_task)]
+        width = CLASSES[case.kinds[case.names().index(task)]]
+        features = batch[task].features.tolist()
+        result.append(
+            [math.fsum(g[c] * x[f] for g, x in zip(outputs, features)) for c in range(width) for f in range(FEATURES)]
+        )
+        result.append([math.fsum(g[c] for g in outputs) for c in range(width)])
+    return result
+
+
+def _rows(case: Mixed, batch: Batch) -> dict[str, list[tuple[reference.Row, list[float]]]]:
+    """Each row, and the derivative of its loss by each output of the head."""
+    result: dict[str, list[tuple[reference.Row, list[float]]]] = {}
+    heads: list[Any] = list(Ranker(case).heads)
+    for head, task, kind in zip(heads, case.names(), case.kinds):
+        part = batch[task]
+        matrix, bias = head.weight.tolist(), head.bias.tolist()
+        result[task] = []
+        for n, x in enumerate(part.features.tolist()):
+            outputs = [math.fsum([b, *(a * v for a, v in zip(line, x))]) for line, b in zip(matrix, bias)]
+            label = part.labels[n].item()
+            weight = 1.0 if part.weights is None else part.weights[n].item()
+            missing = (case.ignore_index or {}).get(task)
+            if missing is not None and (math.isnan(label) if math.isnan(missing) else label == missing):
+                result[task].append((reference.Row(math.nan, 1.0, weight, valid=False), [0.0] * len(outputs)))
+                continue
+            loss, slopes = _row_loss(kind, outputs, label, (case.pos_weights or {}).get(task, 1.0))
+            result[task].append((reference.Row(loss, 1.0, weight), slopes))
+    return result
+
+
+def _row_loss(kind: str, outputs: list[float], label: float, pos_weight: float) -> tuple[float, list[float]]:
+    if kind == "binary":
+        (logit,) = outputs
+        return (
+            reference.bce_with_logits(logit, label, pos_weight),
+            [reference.bce_slope(logit, label, pos_weight)],
+        )
+    if kind == "squared":
+        return (outputs[0] - label) ** 2, [2 * (outputs[0] - label)]
+    total = math.fsum(map(math.exp, outputs))
+    slopes = [math.exp(x) / total - (c == label) for c, x in enumerate(outputs)]
+    return reference.cross_entropy(outputs, int(label)), slopes
+
+
+@st.composite
+def mixed_cases(draw: st.DrawFn, world_size: int) -> tuple[Mixed, list[list[Batch]]]:
+    """Settings, and the batches by step, by rank; a task's rows are as many as they happen to be."""
+    kinds = tuple(draw(st.lists(st.sampled_from(tuple(TYPES)), min_size=1, max_size=5)))
+    names = Mixed(kinds).names()
+    binary = [task for task, kind in zip(names, kinds) if kind == "binary"]
+    some = st.dictionaries(st.sampled_from(binary), st.floats(0.1, 30.0)) if binary else st.nothing()
+    labels = {
+        task: draw(st.sampled_from((None, -1.0) if "classes" in kind else (None, -1.0, 7.5, math.nan)))
+        for task, kind in zip(names, kinds)
+    }
+    case = Mixed(
+        kinds,
+        draw(st.sampled_from(("mean", "sum"))),
+        draw(st.sampled_from(REDUCTIONS)),
+        draw(st.none() | some),
+        draw(numbers(len(kinds))),
+        draw(st.sampled_from(("rows", "weights"))),
+        draw(st.just({task: label for task, label in labels.items() if label is not None}) | st.none()),
+        draw(st.booleans()),
+    )
+    sizes = st.just([0] * len(kinds)) | st.lists(st.integers(0, 4), min_size=len(kinds), max_size=len(kinds))
+    steps = draw(st.integers(1, 3))
+    seed = draw(st.integers(0, 2**31))
+    return case, [
+        [random_batch(case, draw(sizes), seed + world_size * step + rank) for rank in range(world_size)]
+        for step in range(steps)
+    ]
