@@ -162,25 +162,21 @@ def _check_task_names(name: str, values: Mapping[str, Tensor], tasks: tuple[str,
 
 
 def _is_ragged(inputs: dict[str, Any], columns: dict[str, list[Tensor]], tasks: tuple[str, ...]) -> bool:
-    """Whether tasks differ in their numbers of rows, of which labels and weights have as many as logits, task by task.
-
-    Where no tasks differ, it is seen later whether the inputs do.
-    """
+    """Whether tasks differ in their numbers of rows; each has as many labels and weights as logits."""
     rows = {name: [column.shape[0] for column in each] for name, each in columns.items()}
+    for name, each in rows.items():
+        for task, count, expected in zip(tasks, each, rows.get("logits", ())):
+            if count != expected:
+                raise ValueError(f"{name}[{task!r}]: got {count} rows, expected {expected} as in logits[{task!r}]")
     uneven = [name for name, each in rows.items() if any(count != each[0] for count in each)]
-    if not uneven:
-        return False
-    if tensors := [name for name, values in inputs.items() if values is not None and name not in columns]:
+    tensors = [name for name, values in inputs.items() if values is not None and name not in columns]
+    if uneven and tensors:
         first, *others = zip(tasks, rows[uneven[0]])
         found = dict([first, next(other for other in others if other[1] != first[1])])
         raise ValueError(
             f"{uneven[0]}: got {found} rows, expected the same number for every task, as {tensors[0]} is no mapping"
         )
-    for name, each in rows.items():
-        for task, count, expected in zip(tasks, each, rows["logits"]):
-            if count != expected:
-                raise ValueError(f"{name}[{task!r}]: got {count} rows, expected {expected} as in logits[{task!r}]")
-    return True
+    return bool(uneven)
 
 
 def _stack(columns: list[Tensor], *, is_mask: bool = False) -> Tensor:
