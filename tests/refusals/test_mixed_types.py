@@ -113,7 +113,7 @@ BATCHES: list[Any] = [
     (
         {"logits": {**GOOD["logits"], "time": torch.zeros(2, 3)}},
         ValueError,
-        "logits: got shape (2, 1, 3) with labels",
+        "loss_type: the callable gave a loss of shape (2, 2, 3)",
         "the labels' shape",
     ),
     ({"logits": {**GOOD["logits"], "time": [1.0]}}, TypeError, "logits['time']: got list", "a Tensor"),

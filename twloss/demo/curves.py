@@ -30,7 +30,7 @@ def save_curves(path: Path, points: Sequence[Point], base_rate: Losses) -> None:
     evaluation.sharey(train)
     _draw_bars(last, "eval, at the end", points[-1].eval, base_rate)
     for panel in (train, evaluation, last):
-        panel.set_ylabel("binary cross-entropy (nats)")
+        panel.set_ylabel("cross-entropy (nats); stars: squared error (stars²)")
         panel.set_axisbelow(True)
     handles = [*train.lines, last.lines[0]]
     figure.legend(handles=handles, loc="outside upper center", ncols=len(handles), frameon=False)

@@ -1,6 +1,7 @@
 """MovieLens as tensors: a device comes in, the ``Rows`` to train on and those to evaluate go out.
 
-A row is one rating, and its labels ``(rows, tasks)`` are what the user made of the movie. The split is by time: all
+A row is one rating, and its labels ``(rows, tasks)`` are what the user made of the movie: events, and the stars
+themselves. The split is by time: all
 rows to evaluate are later than the training rows. So most of their users, and many of their movies, have no row in
 training; they get the id 0, "unknown".
 """
@@ -17,7 +18,7 @@ from torch import Tensor
 
 __all__ = ["TASKS", "Rows", "Split", "load_movielens"]
 
-TASKS = ("like", "love", "dislike")
+TASKS = ("like", "love", "dislike", "stars")
 
 TRAINING_SHARE = 0.8
 
@@ -31,7 +32,7 @@ class Rows:
     genres: Tensor
     """``(rows, genres)`` float64, 1 where the movie has the genre."""
     labels: Tensor
-    """``(rows, tasks)`` float64, 1 where the task's event took place."""
+    """``(rows, tasks)`` float64: 1 where the task's event took place, and the number of stars, 0.5 to 5."""
     timestamps: Tensor
     """``(rows,)`` int64, in seconds."""
 
@@ -80,6 +81,6 @@ def _genres(column: pd.Series, earlier: pd.Series) -> Tensor:
 
 
 def _labels(rating: pd.Series) -> Tensor:
-    """The events of ``TASKS``, from 0.5 to 5 stars."""
-    events = pd.DataFrame({"like": rating >= 4, "love": rating == 5, "dislike": rating <= 2})
-    return torch.tensor(events[list(TASKS)].to_numpy(), dtype=torch.float64)
+    """The labels of ``TASKS``, from 0.5 to 5 stars."""
+    labels = pd.DataFrame({"like": rating >= 4, "love": rating == 5, "dislike": rating <= 2, "stars": rating})
+    return torch.tensor(labels[list(TASKS)].to_numpy(dtype="float64"))

@@ -8,9 +8,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from twloss import LossType, MultiTaskLoss
+from twloss import MultiTaskLoss
 from twloss.demo.movielens import TASKS, Rows, Split
-from twloss.demo.ranker import Ranker
+from twloss.demo.ranker import LOSS_TYPES, Ranker, constant_logits
 from twloss.demo.training import Losses
 
 __all__ = ["base_rate_losses", "one_process_losses"]
@@ -23,11 +23,11 @@ def one_process_losses(ranker: Ranker, rows: Rows) -> Losses:
 
 
 def base_rate_losses(split: Split) -> Losses:
-    """The evaluation's losses of a constant prediction: each task's share of positives in the training rows."""
-    logits = split.train.labels.mean(0).logit()
+    """The evaluation's losses of a constant prediction: each label's mean in the training rows."""
+    logits = constant_logits(split.train.labels.mean(0))
     return _losses(logits.expand_as(split.eval.labels), split.eval.labels)
 
 
 def _losses(logits: Tensor, labels: Tensor) -> Losses:
-    loss = MultiTaskLoss(LossType.BCE_WITH_LOGITS, TASKS)
+    loss = MultiTaskLoss(LOSS_TYPES, TASKS)
     return {key: value.item() for key, value in loss(logits, labels).items()}

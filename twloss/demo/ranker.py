@@ -10,7 +10,14 @@ from torch import Tensor, nn
 from twloss import LossType, MultiTaskLoss
 from twloss.demo.movielens import TASKS, Rows
 
-__all__ = ["Ranker", "build_ranker"]
+__all__ = ["LOSS_TYPES", "Ranker", "build_ranker", "constant_logits"]
+
+LOSS_TYPES: dict[str, LossType | nn.Module] = {
+    "like": LossType.BCE_WITH_LOGITS,
+    "love": LossType.BCE_WITH_LOGITS,
+    "dislike": LossType.BCE_WITH_LOGITS,
+    "stars": nn.MSELoss(reduction="none"),
+}
 
 
 class Ranker(nn.Module):
@@ -19,23 +26,23 @@ class Ranker(nn.Module):
     Args:
         vocabulary: the number of ids in each column of the ids, "unknown" included.
         genres: the number of genres.
-        base_rates: ``(tasks,)``, each label's mean in training; what the model predicts before it has learnt.
+        means: ``(tasks,)``, each label's mean in training; what the model predicts before it has learnt.
         width: of the embeddings.
     """
 
-    def __init__(self, vocabulary: Sequence[int], genres: int, base_rates: Tensor, width: int = 32) -> None:
+    def __init__(self, vocabulary: Sequence[int], genres: int, means: Tensor, width: int = 32) -> None:
         super().__init__()
         embeddings = [nn.Embedding(size, width) for size in vocabulary]
         self.embeddings = nn.ModuleList(embeddings)
         self.genres = nn.Linear(genres, width)
         self.heads = nn.Linear(width, len(TASKS))
         # global_batch: the loss, and the gradient, of the rows of all ranks, however unevenly they are shared out.
-        # quality: the normalised entropy and the calibration beside it.
-        self.loss = MultiTaskLoss(LossType.BCE_WITH_LOGITS, TASKS, global_batch=True, quality=True)
+        # quality: the normalised entropy and the calibration beside it, of the binary tasks.
+        self.loss = MultiTaskLoss(LOSS_TYPES, TASKS, global_batch=True, quality=True)
         for embedding in embeddings:
             nn.init.normal_(embedding.weight, std=0.05)
         with torch.no_grad():
-            self.heads.bias.copy_(base_rates.logit())
+            self.heads.bias.copy_(constant_logits(means))
 
     def logits(self, ids: Tensor, genres: Tensor) -> Tensor:
         """The scores ``(rows, tasks)`` of ids ``(rows, 3)`` and genres ``(rows, genres)``."""
@@ -49,6 +56,12 @@ class Ranker(nn.Module):
         """``{"loss/<task>": …, "loss": …}``; adds the batch to the loss's running sums."""
         losses: dict[str, Tensor] = self.loss(self.logits(ids, genres), labels)
         return losses
+
+
+def constant_logits(means: Tensor) -> Tensor:
+    """The logits ``(tasks,)`` that predict each task's mean label: of a regression the mean itself."""
+    is_binary = torch.tensor([LOSS_TYPES[task] is LossType.BCE_WITH_LOGITS for task in TASKS], device=means.device)
+    return means.where(~is_binary, means.logit())
 
 
 def build_ranker(train_rows: Rows) -> Ranker:

@@ -17,8 +17,9 @@ TOLERANCE = 1e-12
 
 CAPTION = (
     "train loss: over the last {interval:,} rows trained on, with some of their ids made unknown. eval loss: after "
-    "the training, on the latest ratings, all of them later than the training rows. base rate: the eval loss of "
-    "always predicting the training rows' share of positives. eval NE: the normalised entropy, eval loss over the "
+    "the training, on the latest ratings, all of them later than the training rows; of the events binary cross-"
+    "entropy in nats, of the stars the squared error. base rate: the eval loss of always predicting the training rows' share of "
+    "positives, or their mean number of stars. eval NE: the normalised entropy, eval loss over the "
     "entropy of the eval rows' own share of positives. calibration: positives predicted for each one observed. Batches "
     "are global, and so are all numbers: any number of ranks gives these, those of one process."
 )
@@ -49,7 +50,8 @@ def print_table(console: Console, title: str, points: Sequence[Point], base_rate
         losses = (f"{value:.4f}" for value in (last.train[key], loss, base_rate[key]))
         gain = f"{1 - loss / base_rate[key]:.1%}"
         task = "all (mean)" if key == "loss" else key.removeprefix("loss/")
-        quality = ("" if key == "loss" else f"{last.quality[f'{name}/{task}']:.3f}" for name in ("ne", "calibration"))
+        of_task = (last.quality.get(f"{name}/{task}") for name in ("ne", "calibration"))
+        quality = ("" if value is None else f"{value:.3f}" for value in of_task)
         table.add_row(task, *losses, gain, *quality, f"{last.rows_seen:,}", f"{eval_rows:,}")
     console.print(table)
 

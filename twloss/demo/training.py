@@ -46,7 +46,7 @@ class Point(NamedTuple):
     eval: Losses
     """Of all rows to evaluate."""
     quality: Quality
-    """Of the predictions for all rows to evaluate."""
+    """Of the predictions for all rows to evaluate; of the binary tasks."""
 
 
 def train(ranker: Ranker, split: Split, options: Options, console: Console) -> list[Point]:
