@@ -374,15 +374,19 @@ class MultiTaskLoss(_TaskLosses):
 
     Args:
         loss_type: a ``LossType``, its name, or a callable ``(logits, labels) -> loss`` that gives the unreduced loss in
-            the labels' shape ``(rows, tasks)``.
+            the labels' shape ``(rows, tasks)``, or in that without their last dimension where it is one of classes.
+            Also a mapping task -> one of these; tasks with the same one are computed in one call. A module is trained
+            with the loss, as its submodule.
         tasks: the tasks' names, in the order of the columns.
         task_loss_reduction: "mean" or "sum", over rows.
         global_reduction: "mean", "sum", "min", "max", "median", or a callable ``(tasks,) -> 0-dim``, which may be a
             module with parameters (it is then a submodule of the loss). A callable gets 0 for a task without data.
-        pos_weights: the factors of the positive terms; a number, or one a task. BCE_WITH_LOGITS only.
+        pos_weights: the factors of the positive terms; a number, or one a task. BCE_WITH_LOGITS only; where the types
+            differ, a mapping that names some of the tasks that have it, or a number for all that do.
         task_weights: factors of the tasks' losses inside the reduction over tasks; their own entries stay raw.
         mean_over: "rows" divides by the number of valid rows, "weights" by the sum of their weights.
-        ignore_index: the label that says "missing", NaN allowed; such rows are in no sum and get no gradient.
+        ignore_index: the label that says "missing", NaN allowed; such rows are in no sum and get no gradient. Also a
+            mapping task -> label; a task that is left out has none.
         global_batch: return, on every rank, the losses of this step's rows of all ranks, with the gradient that makes
             DDP's average the gradient of one process. One collective in forward, in evaluation too, so every rank
             has to call it equally often: a rank that has run out of rows with an empty batch.
@@ -390,7 +394,7 @@ class MultiTaskLoss(_TaskLosses):
             ``global_batch`` it is the gradient of one process. With "sum" so is that by inputs, which stays a rank's.
         process_group: the ranks to sum over; None: all.
         quality: True, or a ``RankingQuality`` to be copied, for running sums of the quality of the predictions, without
-            the pos_weights, from the logits at hand; BCE_WITH_LOGITS only.
+            the pos_weights, from the logits at hand; of the tasks with BCE_WITH_LOGITS, which a given one has to have.
 
     Attributes:
         train_metric: the ``GlobalLoss`` that forward feeds in training mode.
@@ -457,7 +461,8 @@ class MultiTaskLoss(_TaskLosses):
         """The losses of a batch.
 
         Each of the three inputs may also be a mapping task -> ``(rows,)`` or ``(rows, 1)``; with CROSS_ENTROPY the
-        logits map to ``(rows, classes)``, and the numbers of classes may differ.
+        logits map to ``(rows, classes)``, and the numbers of classes may differ. Where all three are mappings, so may
+        the numbers of rows; a task without any has tensors of 0 rows.
 
         Args:
             logits: ``(rows, tasks)``, or ``(rows, tasks, classes)`` for CROSS_ENTROPY.

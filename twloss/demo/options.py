@@ -31,8 +31,9 @@ def parse_options(arguments: Sequence[str] | None = None) -> Options:
     """The options in ``arguments`` (None: the command line's); exits with status 2 and one message if any is wrong."""
     parser = _Parser(
         prog="python -m twloss",
-        description="Train a small ranker with four tasks on MovieLens, three binary ones and a regression, and evaluate "
-        "it. On several ranks: torchrun --standalone --nproc-per-node=2 -m twloss. The number of ranks does not change the result.",
+        description="Train a small ranker with four tasks on MovieLens, three binary ones and a regression, and "
+        "evaluate it. On several ranks: torchrun --standalone --nproc-per-node=2 -m twloss. The number of ranks does "
+        "not change the result.",
     )
     add = parser.add_argument
     add("--epochs", type=_whole_number(1), default=6, metavar="N", help="default: %(default)s")

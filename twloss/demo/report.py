@@ -17,11 +17,11 @@ TOLERANCE = 1e-12
 
 CAPTION = (
     "train loss: over the last {interval:,} rows trained on, with some of their ids made unknown. eval loss: after "
-    "the training, on the latest ratings, all of them later than the training rows; of the events binary cross-"
-    "entropy in nats, of the stars the squared error. base rate: the eval loss of always predicting the training rows' share of "
-    "positives, or their mean number of stars. eval NE: the normalised entropy, eval loss over the "
-    "entropy of the eval rows' own share of positives. calibration: positives predicted for each one observed. Batches "
-    "are global, and so are all numbers: any number of ranks gives these, those of one process."
+    "the training, on the latest ratings, all of them later than the training rows. The loss of the stars is the "
+    "squared error, the others are in nats. base rate: the eval loss of always predicting the training rows' share of "
+    "positives, or their mean stars. eval NE: the normalised entropy, eval loss over the entropy of the eval rows' own "
+    "share of positives. calibration: positives predicted for each one observed. Batches are global, and so are all "
+    "numbers: any number of ranks gives these, those of one process."
 )
 
 

@@ -125,6 +125,23 @@ def callables() -> None:
     MultiTaskLoss("bce_with_logits", TASKS, pos_weights=torch.ones(2), task_weights=3)
 
 
+def tasks_of_different_kinds() -> None:
+    """A loss type for each task."""
+    loss = MultiTaskLoss(
+        {"like": "bce_with_logits", "reply": nn.MSELoss(reduction="none")},
+        TASKS,
+        pos_weights={"like": 2.0},
+        ignore_index={"reply": -1},
+    )
+    assert_type(
+        loss({"like": torch.zeros(4), "reply": torch.ones(0)}, {"like": torch.ones(4), "reply": torch.ones(0)}),
+        dict[str, Tensor],
+    )
+    MultiTaskLoss({"like": LossType.BCE_WITH_LOGITS, "reply": lambda x, y: (x - y) ** 2}, TASKS)
+    MultiTaskLoss({"like": squared_error, "reply": Pinball()}, TASKS)
+    RankingQuality(TASKS, ignore_index={"like": -1})
+
+
 def first(losses: Tensor) -> Tensor:
     """A reduction over tasks that is a function."""
     return losses[0]
@@ -167,4 +184,4 @@ def metrics() -> None:
     assert_type([kind.value for kind in LossType], list[str])
 
 
-PARTS = [train, multi_task_losses, one_task_losses, callables, builders, metrics]
+PARTS = [train, multi_task_losses, one_task_losses, callables, tasks_of_different_kinds, builders, metrics]
