@@ -1,4 +1,4 @@
-"""Mappings task -> tensor, brought into one tensor: where tasks have fewer rows than others, padded, and told so.
+"""Mappings task -> tensor, stacked into one tensor, in which a task with fewer rows than others is padded.
 
 Tensors ``(rows,)`` or ``(rows, classes)`` come in, as many as there are tasks; ``(rows, tasks)`` or
 ``(rows, tasks, classes)`` go out, by a number of kernels that does not depend on how many they are.
@@ -86,7 +86,7 @@ def is_valid(labels: Tensor, tasks: tuple[str, ...] | None, ignore_index: Ignore
     valid = torch.ones(labels.shape[:2], dtype=torch.bool, device=labels.device)
     for label in {label_name(label): label for label in ignore_index.values()}.values():
         others = torch.stack([no if name == label_name(label) else yes for name in names])
-        valid &= _differ(labels, label, is_soft=is_soft) | others
+        valid = valid & (_differ(labels, label, is_soft=is_soft) | others)
     return valid
 
 
@@ -144,12 +144,10 @@ def _columns(name: str, values: Mapping[str, Tensor], tasks: tuple[str, ...], ha
 def _column(name: str, values: Tensor, has_classes: bool | None) -> Tensor:
     """One task's ``(rows,)``, or ``(rows, classes)`` where there are classes; None: where there are several columns."""
     check_dense(name, values)
-    if values.ndim == 2 and (has_classes or (has_classes is None and values.shape[1] != 1)):
-        if values.shape[1] == 0:
+    if has_classes or (has_classes is None and values.ndim == 2 and values.shape[1] != 1):
+        if values.ndim != 2 or values.shape[1] == 0:
             raise ValueError(f"{name}: got shape {tuple(values.shape)}, expected (rows, classes), at least one class")
         return values
-    if has_classes:
-        raise ValueError(f"{name}: got shape {tuple(values.shape)}, expected (rows, classes), at least one class")
     if values.ndim == 2 and values.shape[1] == 1:
         return values.squeeze(1)
     if values.ndim != 1:

@@ -65,7 +65,7 @@ def resolve_loss_type(
     if not callable(loss_type) or isinstance(loss_type, type):
         raise TypeError(f"{argument}: got {type(loss_type).__name__}, expected a LossType, its name or a callable")
     reduction = getattr(loss_type, "reduction", "none")
-    if isinstance(loss_type, nn.Module) and reduction != "none":
+    if isinstance(loss_type, nn.Module) and isinstance(reduction, str) and reduction != "none":
         raise ValueError(
             f"{argument}: got a {type(loss_type).__name__} with reduction={reduction!r}, expected one made with "
             "reduction='none', which gives the loss of each row"
@@ -133,10 +133,15 @@ def _call(function: Callable[..., Tensor], logits: Tensor, labels: Tensor, valid
 def has_soft_labels(loss_type: LossFunction, logits: Tensor, labels: Tensor, *, takes_valid: bool) -> bool:
     """Whether the labels' last dimension is one of classes, over which a callable gives one loss.
 
-    Its answer to the first 0 rows tells: a loss may have the shape of labels such as (rows, 4), or be (rows,).
+    Its answer to 0 rows tells: a loss may have the shape of labels such as (rows, 4), or be (rows,). A callable that
+    can't answer has to give the labels' shape.
     """
-    none, no_labels = logits[:0], labels[:0]
-    loss = _call(loss_type, none, no_labels, torch.ones_like(no_labels, dtype=torch.bool) if takes_valid else None)
+    no_rows, no_labels = logits[:0], labels[:0]
+    valid = torch.ones_like(no_labels, dtype=torch.bool) if takes_valid else None
+    try:
+        loss = _call(loss_type, no_rows, no_labels, valid)
+    except (IndexError, RuntimeError):
+        return False
     return loss.shape == no_labels.shape[:-1]
 
 

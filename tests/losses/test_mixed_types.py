@@ -429,6 +429,15 @@ def test_a_trace_gives_the_same_and_counts_each_run_once(form: str) -> None:
         assert model.loss.train_metric.update_count == step
 
 
+def test_labels_for_missing_by_task_under_vmap() -> None:
+    loss = MultiTaskLoss(TYPES, NAMES, ignore_index={"click": -1.0, "time": 2.0})
+    logits, labels = torch.randn(2, 4, 3), torch.tensor([-1.0, 2.0, 1.0]).repeat(2, 4, 1)
+    labels[:, 1:] = torch.rand(2, 3, 3)
+    found = torch.vmap(lambda x, y: loss(x, y)["loss"])(logits, labels)
+    expected = torch.stack([loss(x, y)["loss"] for x, y in zip(logits, labels)])
+    torch.testing.assert_close(found, expected)
+
+
 def test_what_a_transform_runs_is_not_counted() -> None:
     loss = MultiTaskLoss(TYPES, NAMES)
     logits, labels = random_inputs()

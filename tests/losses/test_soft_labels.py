@@ -140,6 +140,14 @@ def test_elementwise_callables_stay_elementwise() -> None:
     assert loss.item() == pytest.approx(expected / 16, rel=1e-13)
 
 
+def test_a_callable_that_takes_no_empty_batch_is_elementwise() -> None:
+    logits, labels = random_inputs(4, 3)
+    loss = Loss(lambda x, y: (x - y).square() / y.max())(logits, labels, torch.ones(4, 1))
+    rows = zip(logits.flatten().tolist(), labels.flatten().tolist())
+    expected = math.fsum((x - y) ** 2 for x, y in rows) / 12 / max(labels.flatten().tolist())
+    assert loss.item() == pytest.approx(expected, rel=1e-13)
+
+
 def test_no_rows_are_no_data() -> None:
     logits = torch.zeros(0, 3, requires_grad=True)
     loss = Loss(soft)(logits, torch.zeros(0, 3))

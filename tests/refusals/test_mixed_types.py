@@ -73,6 +73,19 @@ def test_a_wrong_argument_of_one_task(
     expect_refusal(lambda: Loss(**arguments), error, starts, expected, arguments)
 
 
+def test_a_module_may_have_a_reduction_that_is_no_word() -> None:
+    class Reduces(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.reduction = nn.Linear(1, 1)
+
+        def forward(self, logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+            """The unreduced loss."""
+            return squared(logits, labels)
+
+    assert Loss(Reduces())(torch.ones(2), torch.zeros(2)).item() == 1.0
+
+
 def inputs(rows: dict[str, int], **wrong: torch.Tensor) -> dict[str, torch.Tensor]:
     """Logits of so many rows, with five classes for the stars."""
     return {task: torch.zeros(n, 5) if task == "stars" else torch.zeros(n) for task, n in rows.items()} | wrong
