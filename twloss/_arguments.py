@@ -252,7 +252,7 @@ def check_dense(name: str, values: object, *, verb: str = "got", tensor: str = "
         fault = type(values).__name__
     elif values.is_nested or values.layout != torch.strided:
         fault = f"a {'nested' if values.is_nested else str(values.layout).removeprefix('torch.')} tensor"
-    elif hasattr(values, "to_local"):
+    elif type(values) is not Tensor and hasattr(values, "to_local"):
         raise TypeError(
             f"{name}: {verb} a {type(values).__name__}, expected {tensor} of this rank, such as its .to_local()"
         )

@@ -183,8 +183,6 @@ def _stack(columns: list[Tensor], *, is_mask: bool = False) -> Tensor:
     So a callable sees real rows there too, and no logit that it can't take.
     """
     longest = max(column.shape[0] for column in columns)
-    if all(column.shape[0] == longest for column in columns):
-        return torch.stack(columns).transpose(0, 1)
     fullest = next(column for column in columns if column.shape[0] == longest)
     no = fullest.new_zeros(1) if is_mask else None
     parts = []
@@ -193,7 +191,7 @@ def _stack(columns: list[Tensor], *, is_mask: bool = False) -> Tensor:
         if missing := longest - column.shape[0]:
             row = (column if column.shape[0] else fullest)[:1].detach() if no is None else no
             parts.append(row.expand(missing, *row.shape[1:]))
-    # Views, but for one kernel.
+    # One kernel, and one in backward: that of torch.stack would leave a copy to each of the heads.
     return torch.cat(parts).view(len(columns), longest, *fullest.shape[1:]).transpose(0, 1)
 
 

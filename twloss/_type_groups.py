@@ -154,8 +154,8 @@ def split_inputs(
 def join_sums(sums: Sequence[TaskSums], order: TaskConstants) -> TaskSums:
     """The sums of several groups as those of all tasks."""
     loss_sums = [each.loss_sum for each in sums]
-    devices = list(dict.fromkeys(str(each.device) for each in loss_sums))
-    if len(devices) > 1:
+    if any(each.device != loss_sums[0].device for each in loss_sums):
+        devices = list(dict.fromkeys(str(each.device) for each in loss_sums))
         raise ValueError(f"logits: got {devices}, expected the same device for every task")
     weight = sums[0].weight
     if any(isinstance(each.weight, Tensor) or each.weight != weight for each in sums):

@@ -189,9 +189,12 @@ def kernels(loss_type: Any, tasks: int, form: str) -> int:
 
 
 @pytest.mark.parametrize("form", ["tensors", "mappings", "ragged"])
-def test_kernels_grow_with_the_types_and_not_with_the_tasks(form: str) -> None:
-    one, two = (LossType.BCE_WITH_LOGITS,), (LossType.BCE_WITH_LOGITS, squared)
+@pytest.mark.parametrize("regression", [squared, nn.MSELoss(reduction="none"), nn.HuberLoss(reduction="none")])
+def test_kernels_grow_with_the_types_and_not_with_the_tasks(form: str, regression: Any) -> None:
+    """Those of torch's own losses give a gradient in a layout of its own, of which each head would make a copy."""
+    one, two = (LossType.BCE_WITH_LOGITS,), (LossType.BCE_WITH_LOGITS, regression)
     assert kernels(two, 10, form) == kernels(two, 100, form)
+    assert kernels((regression,), 10, form) == kernels((regression,), 100, form)
     assert kernels(two, 100, form) <= 2.2 * kernels(one, 100, form)
 
 
