@@ -137,7 +137,8 @@ def has_soft_labels(loss_type: LossFunction, logits: Tensor, labels: Tensor, *, 
     can't answer has to give the labels' shape.
     """
     no_rows, no_labels = logits[:0], labels[:0]
-    valid = torch.ones_like(no_labels, dtype=torch.bool) if takes_valid else None
+    # That of rows: an elementwise callable can't answer to it.
+    valid = torch.ones_like(no_labels[..., 0], dtype=torch.bool) if takes_valid else None
     try:
         loss = _call(loss_type, no_rows, no_labels, valid)
     except (IndexError, RuntimeError):

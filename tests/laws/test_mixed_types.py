@@ -10,15 +10,16 @@ import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from torch import nn
+from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from tests.support import reference
 from tests.support.mixed import Batch, Mixed, Ranker, columns, joined, mixed_cases, parameter_gradients, random_batch
 from tests.support.rank_pool import RankPool
+from twloss import MultiTaskLoss
 
 TOLERANCE = 1e-12
-on_ranks = settings(max_examples=40, suppress_health_check=[HealthCheck.function_scoped_fixture])
+on_ranks = settings(max_examples=30, suppress_health_check=[HealthCheck.function_scoped_fixture])
 
 
 def run_steps(rank: int, case: Mixed, steps: list[list[Batch]], options: dict[str, Any]) -> dict[str, Any]:
@@ -149,3 +150,87 @@ def run_warned(rank: int, case: Mixed, steps: list[list[Batch]], total: list[flo
         warnings.simplefilter("always")
         ranker(steps[0][rank], torch.tensor(total))
     return any("global_batch=True" in str(each.message) for each in caught)
+
+
+class LearnedNoise(nn.Module):
+    """A regression of which the noise is learned too."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.scale = nn.Parameter(torch.tensor(2.0, dtype=torch.float64))
+
+    def forward(self, logits: Tensor, labels: Tensor) -> Tensor:
+        """((x - y) / s)² + 2 log s."""
+        return ((logits - labels) / self.scale).square() + 2 * self.scale.log()
+
+
+LEARNED_NAMES = ("price", "event", "time")
+# Of each rank, the rows of each task: a rank without the learned type's, one without any, and one without the event.
+LEARNED_SIZES = [(0, 2, 0), (0, 0, 0), (3, 0, 1)]
+LEARNED_STEPS = 2
+
+
+class WithLearnedNoise(nn.Module):
+    """A head a task; two of the tasks share a type that has a parameter."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.heads = nn.ModuleList(nn.Linear(1, 1, dtype=torch.float64) for _ in LEARNED_NAMES)
+        self.noise = noise = LearnedNoise()
+        types: dict[str, Any] = {"price": noise, "event": "bce_with_logits", "time": noise}
+        self.loss = MultiTaskLoss(types, LEARNED_NAMES, global_batch=True)
+        with torch.no_grad():
+            for parameter in self.heads.parameters():
+                parameter.fill_(0.5)
+
+    def forward(self, features: dict[str, Tensor], labels: dict[str, Tensor]) -> Tensor:
+        """The global loss."""
+        logits = {task: head(features[task]) for task, head in zip(LEARNED_NAMES, self.heads)}
+        return self.loss(logits, labels)["loss"]
+
+
+def learned_parts(sizes: tuple[int, ...], seed: int) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """Features ``(rows, 1)`` and labels ``(rows,)`` of each task."""
+    generator = torch.Generator().manual_seed(seed)
+    inputs = [torch.rand(2, rows, generator=generator, dtype=torch.float64) for rows in sizes]
+    return (
+        {task: each[0].unsqueeze(1) for task, each in zip(LEARNED_NAMES, inputs)},
+        {task: each[1] for task, each in zip(LEARNED_NAMES, inputs)},
+    )
+
+
+def run_learned(rank: int) -> list[list[float]]:
+    """By step, what DDP makes of the gradient by the noise, and by each head's matrix and bias."""
+    ranker = WithLearnedNoise()
+    model = DistributedDataParallel(ranker)
+    found = []
+    for step in range(LEARNED_STEPS):
+        model.zero_grad()
+        # One step begins with the rank that has none at all.
+        model(*learned_parts(LEARNED_SIZES[(rank + step) % 3], rank + step)).backward()
+        gradients = [each.grad for each in (ranker.noise.scale, *ranker.heads.parameters())]
+        found.append([each.item() for each in gradients if isinstance(each, Tensor)])
+    return found
+
+
+def test_a_learned_type_has_the_gradient_of_one_process_though_ranks_have_none_of_its_rows(ranks: RankPool) -> None:
+    results = ranks.run(run_learned)
+    for step in range(LEARNED_STEPS):
+        parts = [learned_parts(LEARNED_SIZES[(r + step) % 3], r + step) for r in range(ranks.world_size)]
+        rows = {
+            task: [pair for x, y in parts for pair in zip(x[task].flatten().tolist(), y[task].tolist(), strict=True)]
+            for task in LEARNED_NAMES
+        }
+        present = sum(bool(each) for each in rows.values())
+        by_scale, by_head = 0.0, []
+        for task, pairs in rows.items():
+            share = 1 / (present * len(pairs)) if pairs else 0.0
+            errors = [0.5 * x + 0.5 - y for x, y in pairs]
+            if task == "event":
+                slopes = [share * reference.bce_slope(0.5 * x + 0.5, y) for x, y in pairs]
+            else:
+                slopes = [share * e / 2 for e in errors]  # 2e / s² at s = 2
+                by_scale += math.fsum(share * (1 - e * e / 4) for e in errors)  # 2/s - 2e²/s³
+            by_head += [math.fsum(g * x for g, (x, _) in zip(slopes, pairs)), math.fsum(slopes)]
+        for result in results:
+            assert result[step] == pytest.approx([by_scale, *by_head], rel=TOLERANCE, abs=TOLERANCE)

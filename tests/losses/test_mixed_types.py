@@ -14,8 +14,9 @@ from torch._dynamo.testing import CompileCounterWithBackend
 from torch.utils.checkpoint import checkpoint
 
 from benchmarks.counts import KernelLog
-from tests.support import reference
+from tests.support import quality_reference, reference
 from tests.support.mixed import squared
+from tests.support.results import assert_close
 from twloss import Loss, LossType, MultiTaskLoss, RankingQuality
 
 NAMES = ["click", "time", "like"]
@@ -464,3 +465,56 @@ def test_one_task_with_a_type_by_name_is_the_one_task_loss() -> None:
     logits, labels = random_inputs()
     alone = Loss(squared)(logits[:, 1], labels[:, 1]).item()
     assert MultiTaskLoss({"time": squared}, ["time"])(logits[:, 1:2], labels[:, 1:2])["loss"].item() == alone
+
+
+def test_quality_of_rows_of_their_own_is_that_of_each_binary_task_by_itself() -> None:
+    missing = {"click": -1.0, "like": math.nan}
+    loss = MultiTaskLoss(TYPES, NAMES, pos_weights={"like": 3.0}, ignore_index=missing, quality=True)
+    logits = {task: torch.randn(rows, dtype=torch.float64) for task, rows in zip(NAMES, (5, 2, 3))}
+    labels = {
+        "click": torch.tensor([1.0, 0.0, -1.0, 1.0, 0.0]),
+        "time": torch.rand(2),
+        "like": torch.tensor([math.nan, 1.0, 0.0]),
+    }
+    weights = {task: torch.rand(len(each), dtype=torch.float64) for task, each in labels.items()}
+    loss(logits, labels, weights)
+    columns = {
+        task: [
+            (x, y, w)
+            for x, y, w in zip(logits[task].tolist(), labels[task].tolist(), weights[task].tolist(), strict=True)
+            if y in (0.0, 1.0)
+        ]
+        for task in ("click", "like")
+    }
+    assert_close(numbers(loss.train_quality.compute()), quality_reference.result(columns))
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float64])
+def test_a_module_is_cast_with_the_loss_and_the_sums_are_not(dtype: torch.dtype) -> None:
+    module = Scaled()
+    loss = MultiTaskLoss({"a": module, "b": "bce_with_logits"}, ["a", "b"], pos_weights={"b": 2.0}).to(dtype)
+    losses = loss(torch.ones(2, 2, dtype=dtype), torch.zeros(2, 2))
+    assert module.scale.dtype == dtype
+    expected = [0.25 + 2 * math.log(2), reference.softplus(1.0)]
+    precision = torch.finfo(dtype).eps if dtype == torch.float16 else 1e-14
+    for found in (losses, loss.train_metric.compute()):
+        assert [found["loss/a"].item(), found["loss/b"].item()] == pytest.approx(expected, rel=max(precision, 1e-7))
+    assert loss.train_metric.totals.dtype == torch.float64
+    assert losses["loss"].dtype == (torch.float64 if dtype == torch.float64 else torch.float32)
+
+
+def test_to_the_meta_device_and_back() -> None:
+    """The groups' order, factors and parameters go with it."""
+    module = Scaled()
+    types: dict[str, Any] = {"a": module, "b": "bce_with_logits", "c": module}
+    loss = MultiTaskLoss(types, ["a", "b", "c"], pos_weights={"b": 2.0}, task_weights=[1.0, 2.0, 3.0])
+    loss.to("meta").to_empty(device="cpu")
+    with torch.no_grad():
+        module.scale.fill_(2.0)
+    loss.train_metric.reset()
+    labels = torch.tensor([[0.0, 1.0, -1.0]] * 2, dtype=torch.float64)
+    losses = loss(torch.ones(2, 3, dtype=torch.float64), labels)
+    by_task = [0.25 + 2 * math.log(2), 2 * reference.softplus(-1.0), 1.0 + 2 * math.log(2)]
+    total = math.fsum(w * each for w, each in zip((1, 2, 3), by_task)) / 3
+    for found in (losses, loss.train_metric.compute()):
+        assert list(numbers(found).values()) == pytest.approx([*by_task, total], rel=1e-6)

@@ -10,6 +10,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch._dynamo.testing import CompileCounterWithBackend
 
 from twloss import Loss, MultiTaskLoss
 
@@ -140,6 +141,23 @@ def test_elementwise_callables_stay_elementwise() -> None:
     assert loss.item() == pytest.approx(expected / 16, rel=1e-13)
 
 
+@pytest.mark.parametrize("rows", [1, 3])
+def test_elementwise_callables_with_valid_stay_elementwise(rows: int) -> None:
+    shapes = []
+
+    def squared(logits: Tensor, labels: Tensor, *, valid: Tensor) -> Tensor:
+        loss = (logits - labels).square().where(valid, 0.0)
+        shapes.append(tuple(loss.shape))
+        return loss
+
+    logits, labels = random_inputs(rows, 3)
+    labels[0, 1] = NAN
+    loss = Loss(squared, "sum", ignore_index=NAN, global_batch=True)(logits, labels)
+    pairs = zip(logits.flatten().tolist(), labels.flatten().tolist())
+    assert loss.item() == pytest.approx(math.fsum((x - y) ** 2 for x, y in pairs if not math.isnan(y)), rel=1e-13)
+    assert shapes == [(rows, 3)]
+
+
 def test_a_callable_that_takes_no_empty_batch_is_elementwise() -> None:
     logits, labels = random_inputs(4, 3)
     loss = Loss(lambda x, y: (x - y).square() / y.max())(logits, labels, torch.ones(4, 1))
@@ -184,3 +202,62 @@ def test_torchs_modules_of_classes_serve_several_tasks() -> None:
     mixed = MultiTaskLoss({"a": module, "b": "bce_with_logits"}, ["a", "b"])
     found = mixed({"a": logits[:, 0], "b": torch.zeros(4)}, {"a": labels[:, 0], "b": torch.zeros(4)})
     assert found["loss/a"].item() == pytest.approx(losses["loss/a"].item(), rel=1e-13)
+
+
+def masked(logits: Tensor, labels: Tensor, *, valid: Tensor) -> Tensor:
+    """0 by its own hand where a row is missing."""
+    return soft(logits, labels).where(valid, 0.0)
+
+
+@pytest.mark.parametrize("rows", [0, 1, 3, 4])
+@pytest.mark.parametrize("reduction", ["mean", "sum"])
+def test_one_task_with_a_callable_that_uses_valid(rows: int, reduction: Any) -> None:
+    """``valid`` is of the rows, as the loss is; as many rows as classes would broadcast to a loss for each label."""
+    logits, labels = random_inputs(rows, 3)
+    total = math.fsum(row_losses(logits, labels))
+    loss = Loss(masked, reduction, global_batch=True)(logits, labels)
+    assert loss.item() == pytest.approx(total / max(rows, 1) if reduction == "mean" else total, rel=1e-13)
+
+
+@pytest.mark.parametrize("rows", [3, 4])
+def test_one_task_with_a_callable_that_uses_valid_and_a_missing_row(rows: int) -> None:
+    logits, labels = random_inputs(rows, 3)
+    expected = math.fsum(row_losses(logits, labels)[1:]) / (rows - 1)
+    labels[0, 1] = NAN
+    loss = Loss(masked, ignore_index=NAN)
+    assert loss(logits, labels).item() == pytest.approx(expected, rel=1e-13)
+    assert loss.train_metric.compute()["loss"].item() == pytest.approx(expected, rel=1e-13)
+
+
+@pytest.mark.parametrize("shape", [(3,), (3, 1), (3, 3)])
+def test_weights_of_several_tasks_are_of_the_rows(shape: tuple[int, ...]) -> None:
+    """Three rows, tasks and classes, which nothing but their places tells apart."""
+    logits, labels = random_inputs(3, 3, 3)
+    weights = torch.rand(*shape, dtype=torch.float64)
+    losses = MultiTaskLoss(soft, ["a", "b", "c"])(logits, labels, weights)
+    factors = weights.view(3, -1).expand(3, 3)
+    for t, task in enumerate("abc"):
+        rows = zip(row_losses(logits[:, t], labels[:, t]), factors[:, t].tolist(), strict=True)
+        assert losses[f"loss/{task}"].item() == pytest.approx(math.fsum(w * row for row, w in rows) / 3, rel=1e-13)
+
+
+@pytest.mark.usefixtures("new_compiler")
+def test_soft_labels_of_one_task_compile_to_one_graph() -> None:
+    counter = CompileCounterWithBackend("aot_eager")
+    loss = Loss(soft)
+    compiled = torch.compile(loss, fullgraph=True, backend=counter)
+    seen = []
+    for _ in range(4):
+        logits, labels = random_inputs(4, 3)
+        seen += row_losses(logits, labels)
+        assert compiled(logits, labels).item() == pytest.approx(math.fsum(seen[-4:]) / 4, rel=1e-12)
+    assert counter.frame_count == 1
+    assert loss.train_metric.compute()["loss"].item() == pytest.approx(math.fsum(seen) / 16, rel=1e-12)
+
+
+def test_soft_labels_of_one_task_under_vmap() -> None:
+    logits, labels = random_inputs(2, 4, 3)
+    loss = Loss(soft)
+    expected = [math.fsum(row_losses(x, y)) / 4 for x, y in zip(logits, labels)]
+    assert torch.func.vmap(loss)(logits, labels).tolist() == pytest.approx(expected, rel=1e-13)
+    assert loss.train_metric.update_count == 0

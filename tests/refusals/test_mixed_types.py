@@ -163,3 +163,45 @@ def test_groups_on_two_devices_are_refused() -> None:
     loss = MultiTaskLoss({"a": squared, "b": "bce_with_logits"}, ["a", "b"])
     expect_refusal(lambda: loss(logits, logits), ValueError, "logits: got", "the same device", logits)
     assert loss.train_metric.update_count == 0
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        {"logits": {**GOOD["logits"], "time": torch.zeros(2, 3)}},
+        {"labels": {**LABELS, "stars": torch.zeros(3)}},
+        {"weights": {**LABELS, "stars": torch.ones(2)}},
+        {"normalizer": "3"},
+    ],
+    ids=["loss of a callable", "labels of a later type", "weights of a later type", "normalizer"],
+)
+def test_a_batch_that_one_type_refuses_is_in_no_quality_either(wrong: dict[str, Any]) -> None:
+    """The binary task comes first, and nothing is wrong with it."""
+    loss = MultiTaskLoss(TYPES, TASKS, quality=True)
+    for mode in (True, False):
+        loss.train(mode)
+        loss(**GOOD)
+        before = [metric.totals.tolist() for metric in (loss.train_quality, loss.eval_quality)]
+        with pytest.raises((TypeError, ValueError)):
+            loss(**{**GOOD, **wrong})
+        assert [metric.totals.tolist() for metric in (loss.train_quality, loss.eval_quality)] == before
+
+
+def test_soft_labels_of_several_tasks_take_no_weights_by_class() -> None:
+    def soft(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+        return -(labels * logits.log_softmax(-1)).sum(-1)
+
+    good: dict[str, Any] = {"logits": torch.zeros(4, 2, 3), "labels": torch.zeros(4, 2, 3), "weights": None}
+    loss = MultiTaskLoss(soft, ["a", "b"])
+    for shape in ((4, 2, 3), (4, 2, 1), (3,), (4, 3)):
+        expect_refused_batch(
+            loss, good, {"weights": torch.ones(shape)}, ValueError, f"weights: got shape {shape}", "(4, 2)"
+        )
+    expect_refused_batch(
+        MultiTaskLoss(nn.MSELoss(reduction="none"), ["a", "b"]),
+        good,
+        {},
+        ValueError,
+        "loss_type: the callable gave a loss of shape (4, 2, 3)",
+        "(4, 2)",
+    )
