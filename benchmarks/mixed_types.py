@@ -15,17 +15,18 @@ from torchmetrics import MeanMetric
 
 from benchmarks.counts import count_kernels
 from benchmarks.paired import Step, take_turns
+from benchmarks.rivals import LOOP_FORWARD
 from benchmarks.row import Row, as_much, at_least, at_most, speedup
-from benchmarks.workload import OURS, Setting
+from benchmarks.workload import OURS, Setting, make_workload, step_of
 from twloss import LossType, MultiTaskLoss
 
 __all__ = ["mixed_types"]
 
-LOOP, UPDATE, FORWARD = "loop over heads", "loop + MeanMetric.update", "loop + MeanMetric.forward"
+LOOP, UPDATE = "loop over heads", "loop + MeanMetric.update"
 ONE_TYPE = "one type"
 ROWS = (1024, 4096, 65536)
 TASKS = 10
-GOALS = {4096: {UPDATE: at_least(2), FORWARD: at_least(2)}}
+GOALS = {4096: {UPDATE: at_least(2), LOOP_FORWARD: at_least(2)}}
 KERNELS_GOAL = at_most(2.2)
 
 Heads = dict[str, Tensor]
@@ -40,17 +41,16 @@ def mixed_types(setting: Setting) -> Iterator[Row]:
             OURS: _step(_make_loss(_two_types(TASKS)).to(setting.device), logits, labels),
             LOOP: _loop(logits, labels, None),
             UPDATE: _loop(logits, labels, MeanMetric.update),
-            FORWARD: _loop(logits, labels, MeanMetric.forward),
+            LOOP_FORWARD: _loop(logits, labels, MeanMetric.forward),
         }
         timings = take_turns(steps, setting.device, setting.effort)
-        for rival in (LOOP, UPDATE, FORWARD):
+        for rival in (LOOP, UPDATE, LOOP_FORWARD):
             yield speedup(f"{rows:,} × {TASKS}", timings, OURS, rival, GOALS.get(rows, {}).get(rival))
     for tasks in (10, 100):
-        columns = torch.randn(64, tasks, device=setting.device, requires_grad=True)
-        events = torch.randint(0, 2, (64, tasks), device=setting.device).float()
+        work = make_workload(64, tasks, setting.device, weighted=False)
         one_type: Types = dict.fromkeys(_two_types(tasks), LossType.BCE_WITH_LOGITS)
         two, one = (
-            count_kernels(_step(_make_loss(types).to(setting.device), columns, events))
+            count_kernels(step_of(_make_loss(types).to(setting.device), work))
             for types in (_two_types(tasks), one_type)
         )
         yield as_much(f"{tasks} tasks", "kernels", two, KERNELS_GOAL, rival=ONE_TYPE, theirs=one)
@@ -72,10 +72,10 @@ def _make_heads(rows: int, device: torch.device) -> tuple[Heads, Heads]:
     return logits, labels
 
 
-def _step(loss: MultiTaskLoss, logits: Heads | Tensor, labels: Heads | Tensor) -> Step:
+def _step(loss: MultiTaskLoss, logits: Heads, labels: Heads) -> Step:
     def step() -> None:
         loss(logits, labels)["loss"].backward()
-        for head in logits.values() if isinstance(logits, dict) else [logits]:
+        for head in logits.values():
             head.grad = None
 
     return step

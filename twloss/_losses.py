@@ -156,7 +156,8 @@ class _TaskLosses(nn.Module):
             parts = split_inputs(groups, self.tasks, logits, labels, weights)
         batches, sums, detached = [], [], []
         for group, part in zip(groups, parts):
-            loss_type, size, takes_valid = getattr(self, group.attribute), group.size, group.takes_valid
+            loss_type, takes_valid = getattr(self, group.attribute), group.takes_valid
+            size = 1 if group.tasks is None else len(group.tasks)
             batch = align(*part, group.tasks, loss_type, group.ignore_index, takes_valid=takes_valid)
             pos_weight = group.pos_weights.like(batch.logits)
             weight = sum_weights(batch, size, self.mean_over, self._reduction.over_rows)

@@ -43,7 +43,6 @@ class TypeGroup(NamedTuple):
     """Of the loss, which holds the type there: a module is trained as its submodule."""
     tasks: tuple[str, ...] | None
     """None: the one task of a ``Loss``, which has no name."""
-    size: int
     pos_weights: TaskConstants
     ignore_index: IgnoreIndex
     takes_valid: bool
@@ -124,7 +123,7 @@ def _make_group(
     if loss_type is LossType.CROSS_ENTROPY:
         check_class_labels(ignore_index)
     takes_valid = not isinstance(loss_type, LossType) and takes_keyword(loss_type, "valid")
-    return TypeGroup(attribute, tasks, len(tasks or ("loss",)), TaskConstants(pos_weights), ignore_index, takes_valid)
+    return TypeGroup(attribute, tasks, TaskConstants(pos_weights), ignore_index, takes_valid)
 
 
 def order_of_groups(groups: Sequence[TypeGroup], tasks: tuple[str, ...] | None) -> TaskConstants:

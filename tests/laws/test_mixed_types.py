@@ -14,55 +14,37 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from tests.support import reference
-from tests.support.mixed import Batch, Mixed, Ranker, columns, joined, mixed_cases, parameter_gradients, random_batch
+from tests.support.laws import TOLERANCE, Columns, expect_exact_gradients, expect_split_invariance, run_steps
+from tests.support.mixed import (
+    Batch,
+    Mixed,
+    Ranker,
+    Scaled,
+    columns,
+    joined,
+    mixed_cases,
+    parameter_gradients,
+    random_batch,
+)
 from tests.support.rank_pool import RankPool
 from twloss import MultiTaskLoss
 
-TOLERANCE = 1e-12
 on_ranks = settings(max_examples=30, suppress_health_check=[HealthCheck.function_scoped_fixture])
 
 
-def run_steps(rank: int, case: Mixed, steps: list[list[Batch]], options: dict[str, Any]) -> dict[str, Any]:
-    """One rank's life: its part of every step, forward and backward, then compute()."""
-    ranker = Ranker(case, **options)
-    # DDP as it comes: with find_unused_parameters=False, a head that a step does not reach is an error.
-    model: nn.Module = DistributedDataParallel(ranker) if torch.distributed.is_initialized() else ranker
-    values, gradients = [], []
-    for parts in steps:
-        model.zero_grad()
-        losses = model(parts[rank])
-        losses["loss"].backward()
-        values.append({key: value.item() for key, value in losses.items()})
-        gradients.append([each.grad.flatten().tolist() for each in ranker.heads.parameters() if each.grad is not None])
-    computed = ranker.loss.train_metric.compute()
-    return {"values": values, "gradients": gradients, "computed": {key: v.item() for key, v in computed.items()}}
+def run(rank: int, case: Mixed, steps: list[list[Batch]], global_batch: bool) -> dict[str, Any]:
+    """The life of a ``Ranker``."""
+    return run_steps(rank, Ranker(case, global_batch=global_batch), steps)
 
 
-def expect_split_invariance(case: Mixed, steps: list[list[Batch]], results: list[dict[str, Any]]) -> None:
-    """compute() is the oracle's of all rows, in the tasks' order, and the same on all ranks."""
-    rows = joined([batch for parts in steps for batch in parts])
-    expected = reference.losses(columns(case, rows), case.rule())
-    for result in results:
-        assert result["computed"] == pytest.approx(expected, rel=TOLERANCE, abs=1e-300, nan_ok=True)
-        assert list(result["computed"]) == list(expected)
-        assert repr(result["computed"]) == repr(results[0]["computed"])
+def all_columns(case: Mixed, steps: list[list[Batch]]) -> Columns:
+    """The oracle's view of the rows of all steps and ranks."""
+    return columns(case, joined([batch for parts in steps for batch in parts]))
 
 
-def expect_exact_gradients(case: Mixed, steps: list[list[Batch]], results: list[dict[str, Any]]) -> None:
-    """Each step's losses and gradients are the oracle's of the rows of all ranks."""
-    for step, parts in enumerate(steps):
-        rows = joined(parts)
-        expected = reference.losses(columns(case, rows), case.rule())
-        expected = {key: 0.0 if math.isnan(value) else value for key, value in expected.items()}
-        if case.global_reduction == "norm" and not any(expected.values()):
-            expected["loss"] = 1.0
-        gradients = parameter_gradients(case, rows)
-        scale = max([1e-300, *(abs(value) for each in gradients for value in each)])
-        for result in results:
-            assert result["values"][step] == pytest.approx(expected, rel=TOLERANCE, abs=1e-300)
-            assert len(result["gradients"][step]) == len(gradients)
-            for ours, theirs in zip(result["gradients"][step], gradients):
-                assert ours == pytest.approx(theirs, rel=0, abs=TOLERANCE * scale)
+def by_step(case: Mixed, steps: list[list[Batch]]) -> list[tuple[Columns, list[list[float]]]]:
+    """The oracle's view of each step's rows of all ranks, and its gradients."""
+    return [(columns(case, joined(parts)), parameter_gradients(case, joined(parts))) for parts in steps]
 
 
 @given(mixed_cases(world_size=1))
@@ -70,9 +52,9 @@ def expect_exact_gradients(case: Mixed, steps: list[list[Batch]], results: list[
 def test_both_laws_on_one_process(case: tuple[Mixed, list[list[Batch]]]) -> None:
     options, steps = case
     for global_batch in (False, True):
-        results = [run_steps(0, options, steps, {"global_batch": global_batch})]
-        expect_split_invariance(options, steps, results)
-        expect_exact_gradients(options, steps, results)
+        results = [run(0, options, steps, global_batch)]
+        expect_split_invariance(options, all_columns(options, steps), results)
+        expect_exact_gradients(options, by_step(options, steps), results)
 
 
 @on_ranks
@@ -80,10 +62,10 @@ def test_both_laws_on_one_process(case: tuple[Mixed, list[list[Batch]]]) -> None
 @pytest.mark.parametrize("global_batch", [False, True])
 def test_both_laws_on_ranks(ranks: RankPool, data: st.DataObject, global_batch: bool) -> None:
     options, steps = data.draw(mixed_cases(ranks.world_size))
-    results = ranks.run(run_steps, options, steps, {"global_batch": global_batch})
-    expect_split_invariance(options, steps, results)
+    results = ranks.run(run, options, steps, global_batch)
+    expect_split_invariance(options, all_columns(options, steps), results)
     if global_batch:
-        expect_exact_gradients(options, steps, results)
+        expect_exact_gradients(options, by_step(options, steps), results)
 
 
 KINDS = ("binary", "three classes", "squared", "binary", "five classes")
@@ -152,18 +134,6 @@ def run_warned(rank: int, case: Mixed, steps: list[list[Batch]], total: list[flo
     return any("global_batch=True" in str(each.message) for each in caught)
 
 
-class LearnedNoise(nn.Module):
-    """A regression of which the noise is learned too."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.scale = nn.Parameter(torch.tensor(2.0, dtype=torch.float64))
-
-    def forward(self, logits: Tensor, labels: Tensor) -> Tensor:
-        """((x - y) / s)² + 2 log s."""
-        return ((logits - labels) / self.scale).square() + 2 * self.scale.log()
-
-
 LEARNED_NAMES = ("price", "event", "time")
 # Of each rank, the rows of each task: a rank without the learned type's, one without any, and one without the event.
 LEARNED_SIZES = [(0, 2, 0), (0, 0, 0), (3, 0, 1)]
@@ -176,7 +146,7 @@ class WithLearnedNoise(nn.Module):
     def __init__(self) -> None:
         super().__init__()
         self.heads = nn.ModuleList(nn.Linear(1, 1, dtype=torch.float64) for _ in LEARNED_NAMES)
-        self.noise = noise = LearnedNoise()
+        self.noise = noise = Scaled()
         types: dict[str, Any] = {"price": noise, "event": "bce_with_logits", "time": noise}
         self.loss = MultiTaskLoss(types, LEARNED_NAMES, global_batch=True)
         with torch.no_grad():

@@ -24,28 +24,27 @@ def norm(losses: Tensor) -> Tensor:
     return (1 + losses.square().sum()).sqrt()
 
 
-@dataclass(frozen=True)
-class Settings:
-    """The arguments of a ``MultiTaskLoss``, as values that travel to other processes."""
+class Arguments:
+    """What the settings of losses share, whatever their tasks are."""
 
-    tasks: int = 3
-    task_loss_reduction: Any = "mean"
-    global_reduction: Any = "mean"
-    pos_weights: Sequence[float] | None = None
-    task_weights: Sequence[float] | None = None
-    mean_over: Any = "rows"
-    ignore_index: float | None = None
+    loss_type: Any
+    task_loss_reduction: Any
+    global_reduction: Any
+    pos_weights: Any
+    task_weights: Sequence[float] | None
+    mean_over: Any
+    ignore_index: Any
 
     def names(self) -> list[str]:
         """The tasks' names."""
-        return [f"task{t}" for t in range(self.tasks)]
+        raise NotImplementedError
 
     def loss(self, **kwargs: Any) -> MultiTaskLoss:
         """The loss, without the warning of reductions that are chosen on purpose."""
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", UserWarning)
             return MultiTaskLoss(
-                "bce_with_logits",
+                self.loss_type,
                 self.names(),
                 self.task_loss_reduction,
                 norm if self.global_reduction == "norm" else self.global_reduction,
@@ -59,6 +58,25 @@ class Settings:
     def rule(self) -> reference.Rule:
         """The oracle's settings."""
         return reference.Rule(self.task_loss_reduction, self.global_reduction, self.mean_over, self.task_weights)
+
+
+@dataclass(frozen=True)
+class Settings(Arguments):
+    """The arguments of a ``MultiTaskLoss``, as values that travel to other processes."""
+
+    loss_type = "bce_with_logits"
+
+    tasks: int = 3
+    task_loss_reduction: Any = "mean"
+    global_reduction: Any = "mean"
+    pos_weights: Sequence[float] | None = None
+    task_weights: Sequence[float] | None = None
+    mean_over: Any = "rows"
+    ignore_index: float | None = None
+
+    def names(self) -> list[str]:
+        """The tasks' names."""
+        return [f"task{t}" for t in range(self.tasks)]
 
 
 @dataclass(frozen=True)
@@ -131,7 +149,7 @@ def columns(settings: Settings, rows: Rows) -> dict[str, list[reference.Row]]:
         for n, x in enumerate(rows.features.tolist()):
             logit = math.fsum([bias[t], *(a * b for a, b in zip(matrix[t], x))])
             label = rows.labels[n, t].item()
-            valid = not _is(label, settings.ignore_index)
+            valid = not is_missing(label, settings.ignore_index)
             weight = 1.0 if rows.weights is None else rows.weights[n, t].item()
             loss = reference.bce_with_logits(logit, label, positive) if valid else math.nan
             slope = reference.bce_slope(logit, label, positive) if valid else math.nan
@@ -152,7 +170,8 @@ def parameter_gradients(
     return matrix, [math.fsum(grads) for grads in slopes.values()]
 
 
-def _is(label: float, ignore_index: float | None) -> bool:
+def is_missing(label: float, ignore_index: float | None) -> bool:
+    """Whether a label is the one that says so."""
     if ignore_index is None:
         return False
     return math.isnan(label) if math.isnan(ignore_index) else label == ignore_index

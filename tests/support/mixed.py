@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -13,8 +12,7 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from tests.support import reference
-from tests.support.cases import FEATURES, REDUCTIONS, norm, numbers
-from twloss import MultiTaskLoss
+from tests.support.cases import FEATURES, REDUCTIONS, Arguments, is_missing, numbers
 
 CLASSES = {"binary": 1, "squared": 1, "three classes": 3, "five classes": 5}
 
@@ -22,6 +20,18 @@ CLASSES = {"binary": 1, "squared": 1, "three classes": 3, "five classes": 5}
 def squared(logits: Tensor, labels: Tensor) -> Tensor:
     """A regression's loss."""
     return (logits - labels).square()
+
+
+class Scaled(nn.Module):
+    """A regression's loss with a scale that is learned."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.scale = nn.Parameter(torch.tensor(2.0, dtype=torch.float64))
+
+    def forward(self, logits: Tensor, labels: Tensor) -> Tensor:
+        """((x - y) / s)² + 2 log s."""
+        return ((logits - labels) / self.scale).square() + 2 * self.scale.log()
 
 
 TYPES: dict[str, Any] = {
@@ -33,7 +43,7 @@ TYPES: dict[str, Any] = {
 
 
 @dataclass(frozen=True)
-class Mixed:
+class Mixed(Arguments):
     """The arguments of a ``MultiTaskLoss`` whose tasks differ, as values that travel to other processes."""
 
     kinds: tuple[str, ...]
@@ -50,25 +60,10 @@ class Mixed:
         """The tasks' names, which no attribute could have."""
         return [f"a.{t} {kind}" for t, kind in enumerate(self.kinds)]
 
-    def loss(self, **kwargs: Any) -> MultiTaskLoss:
-        """The loss, without the warning of reductions that are chosen on purpose."""
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore", UserWarning)
-            return MultiTaskLoss(
-                {task: TYPES[kind] for task, kind in zip(self.names(), self.kinds)},
-                self.names(),
-                self.task_loss_reduction,
-                norm if self.global_reduction == "norm" else self.global_reduction,
-                self.pos_weights,
-                task_weights=self.task_weights,
-                mean_over=self.mean_over,
-                ignore_index=self.ignore_index,
-                **kwargs,
-            )
-
-    def rule(self) -> reference.Rule:
-        """The oracle's settings."""
-        return reference.Rule(self.task_loss_reduction, self.global_reduction, self.mean_over, self.task_weights)
+    @property
+    def loss_type(self) -> dict[str, Any]:
+        """The type of each task."""
+        return {task: TYPES[kind] for task, kind in zip(self.names(), self.kinds)}
 
 
 @dataclass(frozen=True)
@@ -168,7 +163,7 @@ def _rows(case: Mixed, batch: Batch) -> dict[str, list[tuple[reference.Row, list
             label = part.labels[n].item()
             weight = 1.0 if part.weights is None else part.weights[n].item()
             missing = (case.ignore_index or {}).get(task)
-            if missing is not None and (math.isnan(label) if math.isnan(missing) else label == missing):
+            if is_missing(label, missing):
                 result[task].append((reference.Row(math.nan, 1.0, weight, valid=False), [0.0] * len(outputs)))
                 continue
             loss, slopes = _row_loss(kind, outputs, label, (case.pos_weights or {}).get(task, 1.0))

@@ -1,9 +1,8 @@
 """MovieLens as tensors: a device comes in, the ``Rows`` to train on and those to evaluate go out.
 
 A row is one rating, and its labels ``(rows, tasks)`` are what the user made of the movie: events, and the stars
-themselves. The split is by time: all
-rows to evaluate are later than the training rows. So most of their users, and many of their movies, have no row in
-training; they get the id 0, "unknown".
+themselves. The split is by time: all rows to evaluate are later than the training rows. So most of their users, and
+many of their movies, have no row in training; they get the id 0, "unknown".
 """
 
 from __future__ import annotations

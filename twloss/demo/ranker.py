@@ -61,7 +61,7 @@ class Ranker(nn.Module):
 def constant_logits(means: Tensor) -> Tensor:
     """The logits ``(tasks,)`` that predict each task's mean label: of a regression the mean itself."""
     is_binary = torch.tensor([LOSS_TYPES[task] is LossType.BCE_WITH_LOGITS for task in TASKS], device=means.device)
-    return means.where(~is_binary, means.logit())
+    return means.logit().where(is_binary, means)
 
 
 def build_ranker(train_rows: Rows) -> Ranker:
