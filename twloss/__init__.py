@@ -10,7 +10,7 @@ A batch takes this way::
     _loss_type.py      the formula of each loss, unreduced                                 (rows, tasks)
     _ranks.py          TaskSums of all ranks, with their gradient                          (tasks,)
     _reduction.py      TaskSums -> {"loss/<task>": …, "loss": …}
-    _metric.py         the batch's sums, detached -> added to those of all steps           (1 + window, sums, tasks)
+    _metric.py         the batch's sums, detached -> added to those of all steps           (2, 1 + window, sums, tasks)
     _accumulator.py    the number format of those
     _global_loss.py    compute(): the sums of all steps and ranks -> _reduction.py
 
@@ -25,7 +25,8 @@ Each file imports only what stands above it::
     _row_sums.py
     _ranks.py
     _reduction.py
-    _checkpoint.py     running sums in a state_dict
+    _checkpoint.py     running sums in a state_dict, of one rank or of all
+    _pending.py        a result that is under way
     _scalar_view.py    one key of a metric as a metric
     _metric.py
     _global_loss.py
@@ -35,9 +36,11 @@ Each file imports only what stands above it::
     _the_algorithm_ml.py  the signatures of the-algorithm-ml
 """
 
+from twloss._checkpoint import global_sums
 from twloss._global_loss import GlobalLoss
 from twloss._loss_type import LossType
 from twloss._losses import Loss, MultiTaskLoss
+from twloss._pending import PendingResult
 from twloss._ranking_quality import RankingQuality
 from twloss._scalar_view import ScalarView
 from twloss._the_algorithm_ml import build_loss, build_multi_task_loss, get_global_loss_detached
@@ -47,11 +50,13 @@ __all__ = [
     "Loss",
     "LossType",
     "MultiTaskLoss",
+    "PendingResult",
     "RankingQuality",
     "ScalarView",
     "build_loss",
     "build_multi_task_loss",
     "get_global_loss_detached",
+    "global_sums",
 ]
 
 __version__ = "0.1.0"

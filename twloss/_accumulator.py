@@ -1,9 +1,10 @@
 """The number format of a running sum: float64, or where a device has none, a pair of float32; and how it is added to.
 
-``(…)`` values come in at each update. The state is ``(1 + window, …)``: their sum, then a ring buffer of the latest of
-them, none where the window is 0. It is changed in place and without waiting for the device. A pair (hi, lo), stacked as
-``(2, 1 + window, …)``, is an unevaluated sum hi + lo with ``|lo| <= ulp(hi) / 2`` that holds at least 48 bits; what the
-rounding of an addition loses is computed exactly and kept in lo (two-sum; Knuth, The Art of Computer Programming,
+``(…)`` values come in at each update. The state is ``(2, 1 + window, …)``: first what was added here, their sum and a
+ring buffer of the latest of them, none where the window is 0; then, in the same order, what a checkpoint brought and is
+carried beside it. It is changed in place and without waiting for the device. A pair (hi, lo), stacked as
+``(2, 2, 1 + window, …)``, is an unevaluated sum hi + lo with ``|lo| <= ulp(hi) / 2`` that holds at least 48 bits; what
+the rounding of an addition loses is computed exactly and kept in lo (two-sum; Knuth, The Art of Computer Programming,
 volume 2, 4.2.2; Dekker 1971, "A floating-point technique for extending the available precision").
 """
 
@@ -32,7 +33,7 @@ def sum_wide(values: Tensor, tasks: int) -> Tensor:
 
 
 def zero_state(shape: tuple[int, ...], device: torch.device) -> Tensor:
-    """The state of a sum of nothing, of the shape ``(1 + window, …)``."""
+    """The state of a sum of nothing, of the shape ``(2, 1 + window, …)``."""
     dtype = sum_dtype(device)
     # An inference tensor could not be updated in place by the training that follows.
     with plain_tensors():
@@ -40,7 +41,7 @@ def zero_state(shape: tuple[int, ...], device: torch.device) -> Tensor:
 
 
 def value_of(state: Tensor) -> Tensor:
-    """The sums in float64, ``(1 + window, …)``; of a pair on the CPU, since its device has none."""
+    """The sums in float64, ``(2, 1 + window, …)``; of a pair on the CPU, since its device has none."""
     return state.to("cpu", torch.float64).sum(0) if state.dtype == torch.float32 else state
 
 
@@ -56,28 +57,44 @@ def state_on(device: torch.device, value: Tensor) -> Tensor:
 def add_once(state: Tensor, values: Tensor) -> None:
     """Add values ``(…)``, unless this call recomputes a checkpointed forward, whose rows are in the state already.
 
-    Where there is a window, ``state[0, -1, 0]`` counts the additions, so that ``values[-1]`` are ones. It is an
+    Where there is a window, ``state[0, 0, -1, 0]`` counts the additions, so that ``values[-1]`` are ones. It is an
     operator too, ``torch.ops.twloss.add_once``, so that a compiled graph asks when it runs: a recomputation runs inside
     of a backward pass.
     """
     if _TRACKER.is_bw:
         return
     is_pair = state.dtype == torch.float32
-    if state.shape[is_pair] > 1:
+    if state.shape[1 + is_pair] > 1:
         _overwrite_oldest(state if is_pair else state.unsqueeze(0), values)
     if is_pair:
-        _add_to_pair(state[:, 0], values)
+        _add_to_pair(state[:, 0, 0], values)
     else:
-        state[0].add_(values)
+        state[0, 0].add_(values)
+
+
+def in_order(value: Tensor) -> Tensor:
+    """Both ring buffers of ``(2, 1 + window, …)`` from old to new, wherever the next update goes."""
+    return _turn(value, -int(value[0, 0, -1, 0]))
+
+
+def as_ring(ordered: Tensor) -> Tensor:
+    """The value that is ``in_order`` so."""
+    return _turn(ordered, int(ordered[0, 0, -1, 0]))
+
+
+def _turn(value: Tensor, places: int) -> Tensor:
+    return torch.cat((value[:, :1], value[:, 1:].roll(places, 1)), 1)
 
 
 def _overwrite_oldest(parts: Tensor, values: Tensor) -> None:
-    """Put values in the place of the oldest in the ring buffer of ``(1 or 2, 1 + window, …)``."""
-    size = parts.shape[1] - 1
+    """Put values in the place of the oldest in the ring buffers of ``(1 or 2, 2, 1 + window, …)``."""
+    added, carried = parts[:, 0, 1:], parts[:, 1, 1:]
+    size = added.shape[1]
     # Each part of a pair by itself: float32 may not hold the whole counter.
-    oldest = parts[:, 0, -1, 0].remainder(size).sum(0, keepdim=True).remainder(size)
+    oldest = parts[:, 0, 0, -1, 0].remainder(size).sum(0, keepdim=True).remainder(size).long()
     addend = torch.stack(_halves(values)) if len(parts) > 1 else values.unsqueeze(0)
-    parts[:, 1:].index_copy_(1, oldest.long(), addend.unsqueeze(1))
+    added.index_copy_(1, oldest, addend.unsqueeze(1))
+    carried.index_fill_(1, oldest, 0.0)
 
 
 def _add_to_pair(state: Tensor, values: Tensor) -> None:

@@ -1,25 +1,107 @@
-"""Running sums in a checkpoint: one rank's, and beside them what they are of, so that no others are taken for them.
+"""Running sums in a checkpoint: one tensor of bytes a metric, which says what the sums are of and of which ranks.
 
-Float64 sums come in, two tensors go out, which ``torch.load(weights_only=True)`` reads; and back, after checks.
+Float64 sums come in, bytes go out, which ``torch.load(weights_only=True)`` reads, no cast of a checkpoint rounds, and
+``safetensors`` holds; and back, after checks.
 """
 
 from __future__ import annotations
 
 import json
-from typing import Any
+import math
+from collections.abc import Generator, Mapping
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
 
 import torch
-import torch.distributed as dist
-from torch import Tensor
+from torch import Tensor, nn
 
 from twloss._arguments import list_some
-from twloss._ranks import world_size
 from twloss._torch import plain_tensors, tensor_of
 
-SAVED_NAMES = ("totals", "sums_of")
+if TYPE_CHECKING:
+    from twloss._metric import TaskMetric
+
+ALL_RANKS = (0, 1)
+"""The place of sums of all ranks: that of a process without others."""
+_HEAD = 3  # numbers before the sums: how many these are, and the place of the rank that they are of
 
 
-def encode(description: dict[str, Any]) -> Tensor:
+@contextmanager
+def global_sums(module: nn.Module) -> Generator[None, None, None]:
+    """A context in which the ``state_dict()`` of a module has the sums of all ranks, and so suits any number of them.
+
+    Each metric in the module on which ``persistent(True)`` was called computes a copy of its sums over the ranks, by
+    one collective, so that every rank has to enter. What saves inside of the context, on one rank or on all, saves the
+    copy. The sums themselves stay as they are, and updates inside of it count.
+
+    A file that was saved so is loaded on all ranks, or on the first alone, of as many as there are then, before or
+    after a process group exists: its rows count once. Saved outside, the sums are those of one rank, and are refused on
+    any other; those of one process are of all there are.
+
+    Args:
+        module: the model, or anything else that has the metrics in it.
+
+    Raises:
+        TypeError: for what is no module.
+        ValueError: for a module without such a metric.
+        RuntimeError: what ``compute()`` raises where ranks differ.
+
+    Examples:
+        >>> from twloss import MultiTaskLoss, global_sums
+        >>> loss = MultiTaskLoss("bce_with_logits", ["like", "reply"])
+        >>> loss.train_metric.persistent(True)
+        >>> with global_sums(loss):
+        ...     state = loss.state_dict()
+        >>> list(state)
+        ['train_metric.sums._extra_state']
+    """
+    if not isinstance(module, nn.Module):
+        raise TypeError(f"module: got {type(module).__name__}, expected an nn.Module")
+    saved = [each for each in module.modules() if isinstance(each, SavedSums)]
+    if not saved:
+        raise ValueError("module: got one that saves no sums, expected a metric in it with persistent(True)")
+    before = [each.copied for each in saved]
+    try:
+        for each in saved:
+            each.copied = each.owner._save_sums(of_all_ranks=True)
+        yield
+    finally:
+        for each, copied in zip(saved, before):
+            each.copied = copied
+
+
+class SavedSums(nn.Module):
+    """A metric's entry in a state_dict: the extra state of a child, as torch's distributed checkpoints know no other.
+
+    Args:
+        owner: the metric, which has this as a submodule; here it is none.
+    """
+
+    def __init__(self, owner: TaskMetric) -> None:
+        super().__init__()
+        self.__dict__.update(owner=owner, copied=None)
+
+    if TYPE_CHECKING:  # In the class itself, torch.jit would read the annotations and not know the types.
+        owner: TaskMetric
+        copied: Tensor | None  # the entry of all ranks, within global_sums()
+
+    def get_extra_state(self) -> Tensor:
+        """The sums, as bytes."""
+        return self.owner._save_sums(of_all_ranks=False) if self.copied is None else self.copied.clone()
+
+    def set_extra_state(self, state: Any) -> None:
+        """Load them; a TypeError or ValueError for what is none of this metric's, or another rank's."""
+        self.owner._load_sums(state)
+
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
+        try:
+            super()._load_from_state_dict(state_dict, prefix, *args)
+        except (TypeError, ValueError) as error:
+            error_msgs: list[str] = args[-1]
+            error_msgs.append(f"{prefix}_extra_state: {error}")
+
+
+def encode(description: Mapping[str, Any]) -> Tensor:
     """What sums are of, as a JSON text ``(bytes,)`` uint8 on the CPU."""
     with plain_tensors():
         return tensor_of(list(json.dumps(description).encode()), torch.uint8, torch.device("cpu"))
@@ -33,9 +115,9 @@ def decode(text: Tensor) -> dict[str, Any]:
     """
     try:
         description = json.loads(bytes(text.tolist()))
-    except (TypeError, ValueError) as error:
+    except (TypeError, ValueError, RecursionError) as error:
         raise ValueError(
-            "got a sums_of that is no JSON text, expected what state_dict() or metric_state has"
+            "got a sums_of that is no JSON text, expected what metric_state or a checkpoint has"
         ) from error
     if not isinstance(description, dict):
         raise ValueError(f"got a sums_of with {type(description).__name__}, expected a JSON object")
@@ -51,39 +133,59 @@ def check_same(found: dict[str, Any], expected: dict[str, Any]) -> None:
             raise ValueError(f"got sums of {name}={shown[0]}, expected {name}={shown[1]}")
 
 
-def save_sums(
-    totals: Tensor, description: dict[str, Any], process_group: dist.ProcessGroup | None
-) -> dict[str, Tensor]:
-    """A copy of the sums, and what they are of, this rank among it."""
-    return {"totals": totals.detach().clone(), "sums_of": encode({**description, **_place(process_group)})}
+def sums_to_bytes(sums: Tensor, description: dict[str, Any], place: tuple[int, int]) -> Tensor:
+    """An entry ``(bytes,)`` uint8 on the CPU, of a length that only the shape and the description decide.
+
+    Args:
+        sums: float64.
+        description: what the sums are of.
+        place: the rank that they are of, and the number of ranks.
+    """
+    head = tensor_of((sums.numel(), *place), torch.float64, torch.device("cpu"))
+    numbers = torch.cat((head, sums.detach().cpu().flatten()))
+    return torch.cat((numbers.view(torch.uint8), encode({**description, "shape": list(sums.shape)})))
 
 
-def load_sums(
-    saved: dict[str, Any],
-    shape: tuple[int, ...],
-    description: dict[str, Any],
-    process_group: dist.ProcessGroup | None,
-) -> Tensor:
-    """A copy of saved sums."""
-    for name, value in saved.items():
-        if not isinstance(value, Tensor) or value.is_meta:
-            kind = "a meta tensor" if isinstance(value, Tensor) else type(value).__name__
-            raise TypeError(f"got {kind} as {name}, expected a Tensor with values")
-    totals, text = saved["totals"], saved["sums_of"]
-    if totals.dtype != torch.float64 or totals.shape != shape:
-        raise ValueError(f"got {totals.dtype} of shape {tuple(totals.shape)}, expected torch.float64 of shape {shape}")
-    found = decode(text)
-    place = {name: found.pop(name, None) for name in ("rank", "ranks")}
-    check_same(found, description)
-    if place != _place(process_group) and totals.any():
-        raise ValueError(
-            f"got the sums of {place}, but here is {_place(process_group)}: save and load each rank's own, "
-            "or reset() before saving"
+def sums_from_bytes(
+    entry: Any, shape: tuple[int, ...], description: dict[str, Any], *, is_finite: bool
+) -> tuple[Tensor, tuple[int, int]]:
+    """The sums of an entry, and their place.
+
+    Args:
+        entry: what ``sums_to_bytes`` gave.
+        shape: of the sums.
+        description: what they have to be of.
+        is_finite: whether they have to be finite.
+
+    Raises:
+        TypeError: for what can't be an entry.
+        ValueError: for a damaged one, or sums of something else.
+    """
+    if not isinstance(entry, Tensor):
+        raise TypeError(f"got {type(entry).__name__}, expected the bytes of saved sums")
+    if entry.dtype != torch.uint8 or entry.ndim != 1 or entry.is_meta:
+        raise TypeError(
+            f"got {entry.dtype} of shape {tuple(entry.shape)} on {entry.device}, expected the bytes of saved sums, of "
+            "torch.uint8 and shape (bytes,)"
         )
-    copied: Tensor = totals.detach().clone()
-    return copied
-
-
-def _place(process_group: dist.ProcessGroup | None) -> dict[str, int]:
-    ranks = world_size(process_group)
-    return {"rank": dist.get_rank(process_group) if ranks > 1 else 0, "ranks": ranks}
+    damaged = ValueError(f"got {len(entry)} bytes that are damaged, expected those of saved sums")
+    entry = entry.detach().cpu().clone()
+    start = 8 * _HEAD
+    if len(entry) < start:
+        raise damaged
+    count, rank, ranks = entry[:start].view(torch.float64).tolist()
+    if not (0 <= count <= len(entry) / 8 - _HEAD and math.isfinite(rank) and math.isfinite(ranks)):
+        raise damaged
+    end = start + 8 * int(count)
+    check_same(decode(entry[end:]), {**description, "shape": list(shape)})
+    if count != math.prod(shape):
+        raise damaged
+    sums = entry[start:end].view(torch.float64).view(shape)
+    counts = sums[..., -2:, :]  # of updates
+    if not (counts.isfinite() & (counts >= 0) & (counts == counts.round())).all():
+        raise damaged
+    if is_finite and not sums.isfinite().all():
+        raise ValueError(
+            "got sums that are not finite, expected finite ones: those of nan_strategy='disable' alone may be"
+        )
+    return sums.clone(), (int(rank), int(ranks))

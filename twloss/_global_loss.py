@@ -6,7 +6,7 @@ pass applies to one batch.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any, get_args
 
 import torch
@@ -134,6 +134,15 @@ class GlobalLoss(TaskMetric):
         return dict.fromkeys(self._reduction.keys, False)
 
     def _results(self, sums: Tensor) -> Sequence[Tensor]:
-        weights = self._task_weights.like(sums)
-        losses = self._reduction.reduce(TaskSums(sums[0], sums[1]), weights, sums.dtype, is_final=True)
-        return list(losses.values())
+        return self._results_of_now()(sums)
+
+    def _results_of_now(self) -> Callable[[Tensor], Sequence[Tensor]]:
+        reduction = self._reduction.of_now()
+        task_weights = self._task_weights.of_now()
+
+        def results(sums: Tensor) -> Sequence[Tensor]:
+            weights = task_weights.like(sums)
+            losses = reduction.reduce(TaskSums(sums[0], sums[1]), weights, sums.dtype, is_final=True)
+            return list(losses.values())
+
+        return results

@@ -14,16 +14,27 @@ from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, ClassVar, get_args
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 from torchmetrics import Metric
 from torchmetrics.utilities.distributed import gather_all_tensors
 from torchmetrics.utilities.exceptions import TorchMetricsUserError
 from torchmetrics.utilities.prints import rank_zero_warn
 
-from twloss._accumulator import add_once, state_on, value_of, zero_state
+from twloss._accumulator import add_once, as_ring, in_order, state_on, value_of, zero_state
 from twloss._arguments import NanStrategy, check_choice, check_process_group, check_tasks, check_window, list_some
-from twloss._checkpoint import SAVED_NAMES, check_same, decode, encode, load_sums, save_sums
-from twloss._ranks import ColumnNames, group_from_state, group_to_state, sum_over_ranks, world_size
+from twloss._checkpoint import ALL_RANKS, SavedSums, check_same, decode, encode, sums_from_bytes, sums_to_bytes
+from twloss._pending import PendingResult
+from twloss._ranks import (
+    ColumnNames,
+    group_from_state,
+    group_to_state,
+    pack_running_sums,
+    place_in,
+    start_sum_over_ranks,
+    unpack_running_sums,
+    world_size,
+)
 from twloss._scalar_view import ScalarView
 from twloss._torch import is_transformed, plain_tensors
 
@@ -49,8 +60,9 @@ class TaskMetric(Metric):
     All else is the same for all: sums in float64 that survive casts, copies, threads, checkpoints and NaN, a window,
     one collective a compute(), views of single keys and plots.
 
-    The state ``totals`` is ``(1 + window, sums + 2, tasks)``: the sums of all updates, then those of each of the last
-    ones. Below the subclass's sums stand the number of updates that were finite, and of all updates.
+    The state ``totals`` is ``(2, 1 + window, sums + 2, tasks)``: the sums of all updates, then those of each of the
+    last ones; after those that were added here, those of a checkpoint, which are carried beside them. Below the
+    subclass's sums stand the number of updates that were finite, and of all updates.
 
     Args:
         tasks: the tasks' names, or None for the one-task form, whose keys have no name in them.
@@ -129,7 +141,7 @@ class TaskMetric(Metric):
         self._settings = tuple(settings)
         self._sign()
         with plain_tensors():
-            state = zero_state((1 + (window or 0), sums + 2, len(tasks or ("",))), self.device)
+            state = zero_state((2, 1 + (window or 0), sums + 2, len(tasks or ("",))), self.device)
             self.add_state("totals", state, dist_reduce_fx="sum")
 
     def _sign(self) -> None:
@@ -159,8 +171,10 @@ class TaskMetric(Metric):
         sums = self._sum_batch(*args, **kwargs)
         batch = self._pack(sums)
         is_over_ranks = self.dist_sync_on_step and self.distributed_available_fn()
-        shared = self._sum_over_ranks(batch, self.dist_sync_fn, None) if is_over_ranks else batch
-        results = self._name_results(shared.expand(len(self._horizons), *shared.shape))
+        shared = batch
+        if is_over_ranks:
+            shared = self._sum_over_ranks(torch.stack((batch, torch.zeros_like(batch))), self.dist_sync_fn, None)
+        results = self._name_results(shared.expand(len(self._horizons), *shared.shape), self._results_of_now())
         if not is_transformed(*sums):
             self._put(batch, in_place=False)
             self._forward_cache: Any = results
@@ -219,49 +233,85 @@ class TaskMetric(Metric):
         Raises:
             RuntimeError: with ``nan_strategy="error"``, if an update was not finite.
         """
-        return self._compute_since(None, self.sync_on_compute)
+        return self._start_since(None, self.sync_on_compute, is_async=False).wait()
 
-    def _compute_since(self, snapshot: Tensor | None, is_over_ranks: bool) -> dict[str, Tensor]:
-        """What compute() gives for the rows that came after a snapshot, on each rank its own; None: after reset()."""
+    def compute_async(self) -> PendingResult[dict[str, Tensor]]:
+        """Start what compute() does, and return at once, without waiting for the device or for a slower rank.
+
+        The result is that of this moment, whatever becomes of the metric before it is asked for: updates, reset(),
+        other task_weights, a training step of a learned reduction's parameters. (Not what a callable that is no module
+        reads elsewhere.)
+
+        It is one collective, and as all of them has its place in an order that must be the same on every rank, those of
+        DistributedDataParallel's backward included; else gloo may end the process. A later collective of the same
+        process group that does wait waits for this one too.
+
+        Returns:
+            What will have the result: ``wait()`` gives it, and ``is_completed()`` says whether that would take a while.
+            Warnings and errors come at ``wait()``. Without other ranks it is complete at once.
+        """
+        return self._start_since(None, self.sync_on_compute, is_async=True)
+
+    def _start_since(
+        self, snapshot: Tensor | None, is_over_ranks: bool, *, is_async: bool
+    ) -> PendingResult[dict[str, Tensor]]:
+        """Start what compute() does for the rows after a snapshot, on each rank its own; None: after reset()."""
         sums = self._copy_sums()
         if snapshot is not None:
             self._refuse_between_syncs("compute() of a view that was reset")
             sums -= snapshot.to(sums.device)
         if is_over_ranks and not self._is_synced and self.distributed_available_fn():
-            sums = self._sum_over_ranks(sums, self.dist_sync_fn, None)
-        counted, offered = sums[0, -2:].tolist()
-        if not any(offered) and not sums[-1, -1].any():
-            name = type(self).__name__
-            rank_zero_warn(f"{name}.compute() was called before update() on any rank; without data, values are NaN")
-        if counted != offered:
-            self._report_non_finite(counted, offered)
-        return self._name_results(sums)
+            work, receive = self._start_sum_over_ranks(sums, self.dist_sync_fn, None, is_async=is_async)
+        else:
+            own = self._count_carried(sums)
+            work, receive = None, lambda: own
+        results_of, nan_strategy = self._results_of_now(), self._nan_strategy
+
+        def finish() -> dict[str, Tensor]:
+            total = receive()
+            if not total[:, -1].any():
+                name = type(self).__name__
+                rank_zero_warn(f"{name}.compute() was called before update() on any rank; without data, values are NaN")
+            counted, offered = total[0, -2:].tolist()
+            if counted != offered:
+                self._report_non_finite(counted, offered, nan_strategy)
+            return self._name_results(total, results_of)
+
+        return PendingResult(work, finish)
 
     def _copy_sums(self) -> Tensor:
-        """This rank's sums in float64, or between sync() and unsync() those of all, by horizon: ``(1 or 2, …)``."""
+        """This rank's sums in float64, or between sync() and unsync() those of all, by horizon: ``(2, 1 or 2, …)``."""
         with _LOCK:
             value = value_of(self.totals)
-            return torch.cat((value[:1], value[1:].sum(0, keepdim=True)))[: len(self._horizons)]
+            return torch.cat((value[:, :1], value[:, 1:].sum(1, keepdim=True)), 1)[:, : len(self._horizons)]
+
+    def _count_carried(self, sums: Tensor) -> Tensor:
+        """What this rank adds to the sums of all ``(…)``, of what was added here and what it carries ``(2, …)``."""
+        return sums.sum(0) if place_in(self.process_group)[0] == 0 else sums[0]
 
     def _take_snapshot(self) -> Tensor:
-        """What ``_compute_since`` takes; the window is of the last updates whatever came before them."""
+        """What ``_start_since`` takes; the window is of the last updates whatever came before them."""
         self._refuse_between_syncs("reset() of a view")
         sums = self._copy_sums()
-        sums[1:] = 0.0
+        sums[:, 1:] = 0.0
         return sums
 
+    def _results_of_now(self) -> Callable[[Tensor], Sequence[Tensor]]:
+        """``_results`` as it is at this moment, if settings that it depends on can change."""
+        return self._results
+
     @torch.no_grad()
-    def _name_results(self, sums: Tensor) -> dict[str, Tensor]:
-        values = [value for each in sums for value in self._results(each[:-2])]
+    def _name_results(self, sums: Tensor, results_of: Callable[[Tensor], Sequence[Tensor]]) -> dict[str, Tensor]:
+        values = [value for each in sums for value in results_of(each[:-2])]
         return dict(zip(self.keys(), values))
 
-    def _report_non_finite(self, counted: list[float], offered: list[float]) -> None:
-        if self._nan_strategy not in ("warn", "error"):
+    def _report_non_finite(self, counted: list[float], offered: list[float], nan_strategy: NanStrategy) -> None:
+        if nan_strategy not in ("warn", "error"):
             return
         counts = {task: int(n - k) for task, n, k in zip(self.tasks or ("loss",), offered, counted) if n > k}
         found = f"sums that were not finite, left out of the running sums: {list_some(counts, 12)} updates"
         message = f"{type(self).__name__}: {found}"
-        if self._nan_strategy == "error":
+        if nan_strategy == "error":
             raise RuntimeError(message)
         rank_zero_warn(message)
 
@@ -299,12 +349,12 @@ class TaskMetric(Metric):
 
     @property
     def update_count(self) -> int:
-        """The number of updates since reset(), on this rank."""
-        return 0 if self.totals.is_meta else int(value_of(self.totals)[0, -1, 0])
+        """The number of updates since reset(), on this rank and in a checkpoint that it has loaded."""
+        return 0 if self.totals.is_meta else int(value_of(self.totals)[:, 0, -1, 0].sum())
 
     @property
     def update_called(self) -> bool:
-        """Whether there was an update since reset(), on this rank."""
+        """Whether update_count is more than 0."""
         return self.update_count > 0
 
     def reset(self) -> None:
@@ -368,21 +418,36 @@ class TaskMetric(Metric):
 
     # Over ranks, and merged.
 
-    def _sum_over_ranks(self, sums: Tensor, gather: Callable[..., Any] | None, process_group: Any) -> Tensor:
-        """The sums of all ranks, if of the same tasks, by one collective, or by the user's ``dist_sync_fn``."""
+    def _start_sum_over_ranks(
+        self, sums: Tensor, gather: Callable[..., Any] | None, process_group: Any, *, is_async: bool
+    ) -> tuple[dist.Work | None, Callable[[], Tensor]]:
+        """Start one collective, or call the user's ``dist_sync_fn``.
+
+        Args:
+            sums: ``(2, …)``, those that were added and those that are carried.
+            gather: the user's, or None or torchmetrics' own, which would take three collectives.
+            process_group: None: that of the metric.
+            is_async: whether to return at once.
+
+        Returns:
+            What to wait for, and what then gives the sums of all ranks ``(…)``, if those are of the same tasks.
+        """
         group = process_group or self.process_group
-        packed = torch.cat((sums.flatten(0, -2), self._names.row(sums).unsqueeze(0)))
+        packed = pack_running_sums(sums, self._names, is_first=place_in(group)[0] == 0)
         if gather is None or gather is gather_all_tensors:
-            total, ranks = sum_over_ranks(packed, group), world_size(group)
+            (total, work), ranks = start_sum_over_ranks(packed, group, is_async=is_async), world_size(group)
         else:
             parts = gather(packed, group=group)
-            total, ranks = torch.stack(parts).sum(0), len(parts)
-        if not self._names.agree(total[-1], ranks):
-            raise RuntimeError(self._names.fault)
-        return total[:-1].view(sums.shape)
+            total, work, ranks = torch.stack(parts).sum(0), None, len(parts)
+        return work, lambda: unpack_running_sums(total, self._names, ranks).view(sums.shape[1:])
+
+    def _sum_over_ranks(self, sums: Tensor, gather: Callable[..., Any] | None, process_group: Any) -> Tensor:
+        """The sums of all ranks ``(…)``; as above."""
+        return self._start_sum_over_ranks(sums, gather, process_group, is_async=False)[1]()
 
     def _sync_dist(self, dist_sync_fn: Callable[..., Any] = gather_all_tensors, process_group: Any = None) -> None:
-        self.totals = self._sum_over_ranks(self._copy_sums(), dist_sync_fn, process_group)
+        total = self._sum_over_ranks(in_order(value_of(self.totals)), dist_sync_fn, process_group)
+        self.totals = as_ring(torch.stack((total, torch.zeros_like(total))))
 
     @contextmanager
     def sync_context(self, *args: Any, should_unsync: bool = True, **kwargs: Any) -> Generator[None, None, None]:
@@ -397,6 +462,16 @@ class TaskMetric(Metric):
         # Sums that were copied inside inference_mode could not be updated in place by the training that follows.
         with plain_tensors():
             return super()._copy_state_dict()
+
+    @property
+    def metric_state(self) -> dict[str, Any]:
+        """As ``Metric.metric_state``: what this rank adds to the sums of all, so that all ranks' can be merged."""
+        state = super().metric_state
+        if not self.totals.is_meta:
+            with _LOCK:
+                own = self._count_carried(in_order(value_of(self.totals)))
+            state["totals"] = state_on(self.totals.device, as_ring(torch.stack((own, torch.zeros_like(own)))))
+        return state
 
     def merge_state(self, incoming_state: dict[str, Any] | Metric) -> None:
         """Add the sums of another metric, or its ``metric_state``, to these.
@@ -426,9 +501,7 @@ class TaskMetric(Metric):
         if theirs.shape != ours.shape:
             raise ValueError(f"totals: got shape {tuple(theirs.shape)}, expected {tuple(ours.shape)}")
         # Newest to newest: the place of the next update is that of the sum of both counters.
-        shifts = int(theirs[0, -1, 0]), int(ours[0, -1, 0])
-        latest = ours[1:].roll(shifts[0], 0) + theirs[1:].roll(shifts[1], 0)
-        self.totals = state_on(self.totals.device, torch.cat((ours[:1] + theirs[:1], latest)))
+        self.totals = state_on(self.totals.device, as_ring(in_order(ours) + in_order(theirs)))
 
     def _wrap_update(self, update: Callable[..., None]) -> Callable[..., None]:
         return update
@@ -454,49 +527,65 @@ class TaskMetric(Metric):
 
     # Copies and checkpoints.
 
+    def persistent(self, mode: bool = False) -> None:
+        """Whether the sums are in the ``state_dict()``, as one entry; see ``global_sums()`` for several ranks."""
+        if mode:
+            self.sums = SavedSums(self)
+        elif hasattr(self, "sums"):
+            del self.sums
+
+    def _save_sums(self, *, of_all_ranks: bool) -> Tensor:
+        """The entry of this rank's sums, or, by a collective, of those of all."""
+        with _LOCK:
+            value = torch.zeros_like(self.totals, device="cpu") if self.totals.is_meta else value_of(self.totals)
+            sums = in_order(value)
+        place = place_in(self.process_group)
+        if self._is_synced:
+            own, place = sums[0], ALL_RANKS
+        elif of_all_ranks and place[0] >= 0 and self.distributed_available_fn():
+            own, place = self._sum_over_ranks(sums, self.dist_sync_fn, None), ALL_RANKS
+        else:
+            own = self._count_carried(sums)
+        return sums_to_bytes(own, self._description, place)
+
+    def _load_sums(self, entry: Any) -> None:
+        """Take the sums of an entry in place of these: those of all ranks are carried, this rank's own are added."""
+        if self._is_synced:
+            raise ValueError("got sums between sync() and unsync(), which would drop what is loaded")
+        shape, is_finite = tuple(value_of(self.totals).shape[1:]), self._nan_strategy != "disable"
+        sums, place = sums_from_bytes(entry, shape, self._description, is_finite=is_finite)
+        here = place_in(self.process_group)
+        if place not in (ALL_RANKS, here) and sums.any():
+            raise ValueError(
+                f"got the sums of rank {place[0]} of {place[1]} alone, expected those of rank {here[0]} of {here[1]}, "
+                "or of all ranks, as saved within twloss.global_sums(); or leave this key out, to load the weights"
+            )
+        nothing = torch.zeros_like(sums)
+        value = torch.stack((nothing, sums) if place == ALL_RANKS else (sums, nothing))
+        with _LOCK:
+            self.totals = state_on(sums.device if self.totals.is_meta else self.totals.device, as_ring(value))
+            self._restarts += 1
+
+    def _load_from_state_dict(self, *args: Any) -> None:
+        # Not Metric's, which would take a tensor of the name of a state for that state, without a look at it.
+        super(Metric, self)._load_from_state_dict(*args)
+
     def __getstate__(self) -> dict[str, Any]:
         # Numbers, since multiprocessing would put a tensor into memory that all processes share; beside them an empty
         # tensor, which tells the device, whatever the pickle makes of it.
         state = group_to_state(super().__getstate__())
         state.pop("_compiled_call_impl", None)  # as nn.Module does, of which Metric does not ask it
+        # The child that saves the sums is made anew: a shallow copy would share it.
+        modules = {name: each for name, each in state["_modules"].items() if not isinstance(each, SavedSums)}
         with _LOCK:
             numbers = None if self.totals.is_meta else self.totals.tolist()
-            return {**state, "totals": (self.totals.new_empty(0), numbers, self.totals.shape)}
+            totals = self.totals.new_empty(0), numbers, self.totals.shape
+        return {**state, "totals": totals, "_modules": modules, "sums": hasattr(self, "sums")}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         like, numbers, shape = state["totals"]
+        is_persistent = state.pop("sums")
         with plain_tensors():
             totals = like.new_empty(shape) if numbers is None else like.new_tensor(numbers)
         super().__setstate__(group_from_state({**state, "totals": totals}))
-
-    def state_dict(  # type: ignore[override]
-        self, destination: dict[str, Any] | None = None, prefix: str = "", keep_vars: bool = False
-    ) -> dict[str, Any]:
-        """As ``Metric.state_dict``: with ``persistent(True)`` this rank's sums and what they are of, as tensors."""
-        destination = super().state_dict(destination, prefix, keep_vars)
-        if self._persistent["totals"]:
-            local: Any = self._cache["totals"] if self._is_synced and self._cache else self.totals
-            with _LOCK:
-                saved = save_sums(value_of(local), self._description, self.process_group)
-            destination.update({prefix + name: value for name, value in saved.items()})
-        return destination
-
-    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
-        missing_keys, error_msgs = args[2], args[4]  # of nn.Module's signature
-        # Popped, so that nn.Module does not call them unexpected.
-        saved = {name: state_dict.pop(prefix + name) for name in SAVED_NAMES if prefix + name in state_dict}
-        missing = [prefix + name for name in SAVED_NAMES if name not in saved]
-        if missing and (saved or self._persistent["totals"]):
-            missing_keys.extend(missing)
-        elif not missing:
-            try:
-                if self._is_synced:
-                    raise ValueError("between sync() and unsync(), which would drop what is loaded")
-                shape = tuple(value_of(self.totals).shape)
-                value = load_sums(saved, shape, self._description, self.process_group)
-            except (TypeError, ValueError) as error:
-                error_msgs.append(f"{prefix}totals: {error}")
-            else:
-                self.totals = state_on(value.device if self.totals.is_meta else self.totals.device, value)
-                self._restarts += 1
-        super()._load_from_state_dict(state_dict, prefix, *args)
+        self.persistent(is_persistent)

@@ -31,19 +31,32 @@ def world_size(process_group: dist.ProcessGroup | None) -> int:
     return ranks
 
 
+def place_in(process_group: dist.ProcessGroup | None) -> tuple[int, int]:
+    """This rank in the group, and the number of ranks: (0, 1) without a process group, (-1, -1) outside of this one."""
+    if not (dist.is_available() and dist.is_initialized()):
+        return 0, 1
+    return dist.get_rank(process_group), dist.get_world_size(process_group)
+
+
 def group_to_state(state: dict[str, Any]) -> dict[str, Any]:
-    """The attributes of an object that is copied or pickled, with its ``process_group``, which can't be, by name."""
+    """The attributes of an object to be copied or pickled; its ``process_group``, which can't be, by name and ranks."""
     group = state["process_group"]
-    return {**state, "process_group": group.group_name} if hasattr(group, "group_name") else state
+    if not hasattr(group, "group_name"):
+        return state
+    return {**state, "process_group": (group.group_name, dist.get_process_group_ranks(group))}
 
 
 def group_from_state(state: dict[str, Any]) -> dict[str, Any]:
-    """The attributes with the group of this process that has the name; with a warning and no group if there is none."""
-    name = state["process_group"]
-    if not isinstance(name, str):
+    """The attributes with the group of this process that has the name and the ranks; none, with a warning, if none has.
+
+    In another run, another group may have the name.
+    """
+    if not isinstance(state["process_group"], tuple):
         return state
+    name, ranks = state["process_group"]
     group = process_group_named(name)
-    if group is None:
+    if group is None or dist.get_process_group_ranks(group) != ranks:
+        group = None
         message = f"process_group: the group {name!r} does not exist in this process, so sums are over all ranks"
         warnings.warn(message, UserWarning, stacklevel=2)
     return {**state, "process_group": group}
@@ -51,10 +64,19 @@ def group_from_state(state: dict[str, Any]) -> dict[str, Any]:
 
 def sum_over_ranks(values: Tensor, process_group: dist.ProcessGroup | None) -> Tensor:
     """A detached sum over ranks, in a tensor of its own; one collective where there are ranks to sum over."""
-    total = values.detach().clone(memory_format=torch.contiguous_format)
-    if world_size(process_group) > 1:
-        dist.all_reduce(total, group=process_group)
+    total, work = start_sum_over_ranks(values, process_group, is_async=False)
+    assert work is None
     return total
+
+
+def start_sum_over_ranks(
+    values: Tensor, process_group: dist.ProcessGroup | None, *, is_async: bool
+) -> tuple[Tensor, dist.Work | None]:
+    """A detached sum over ranks, and what to wait for before it is one; None: nothing."""
+    total = values.detach().clone(memory_format=torch.contiguous_format)
+    if world_size(process_group) == 1:
+        return total, None
+    return total, dist.all_reduce(total, group=process_group, async_op=is_async)
 
 
 class ColumnNames:
@@ -75,9 +97,45 @@ class ColumnNames:
 
     def agree(self, total: Tensor, ranks: int) -> Tensor:
         """Whether a row that is the sum of so many ranks' is that of one name a column, 0-dim bool."""
-        expected = self.row(total) * ranks
-        # Exact in float64; a device without it rounds.
-        return ((total - expected).abs() <= torch.finfo(total.dtype).eps * ranks * expected).all()
+        return _are_equal(total, self.row(total) * ranks, ranks).all()
+
+
+def _are_equal(total: Tensor, expected: Tensor, ranks: int) -> Tensor:
+    """Whether sums over ranks are what they should be, of numbers that are not negative, but for rounding."""
+    return (total - expected).abs() <= torch.finfo(total.dtype).eps * ranks * expected
+
+
+def pack_running_sums(sums: Tensor, names: ColumnNames, *, is_first: bool) -> Tensor:
+    """What a rank sends of its running sums ``(rows, tasks)``, with what tells whether all ranks mean the same by them.
+
+    Args:
+        sums: ``(2, …, tasks)``, those that were added here, and those of a checkpoint that are carried. All ranks carry
+            the same ones, or the first rank alone, so that the first adds them; the others send a mark of them.
+        names: of the tasks.
+        is_first: whether this rank is the first of the process group.
+    """
+    added, carried = sums.flatten(1, -2)
+    mark = carried.nan_to_num(0.0, 0.0, 0.0).abs().sum(0)
+    nothing = torch.zeros_like(mark)
+    marks = (mark, nothing, nothing) if is_first else (nothing, mark, (mark != 0).to(mark))
+    return torch.cat((added + carried if is_first else added, torch.stack((names.row(mark), *marks))))
+
+
+def unpack_running_sums(total: Tensor, names: ColumnNames, ranks: int) -> Tensor:
+    """The sums of so many ranks ``(rows, tasks)``, of the total of what they sent.
+
+    Raises:
+        RuntimeError: if the ranks have different tasks, or carry what they would not all count.
+    """
+    *_, row, first, others, carriers = total
+    if not names.agree(row, ranks):
+        raise RuntimeError(names.fault)
+    if not _are_equal(others, carriers * first, ranks).all():
+        raise RuntimeError(
+            "got sums of a checkpoint that the first rank of the process group does not have, expected one file, "
+            "loaded on all ranks or on the first"
+        )
+    return total[:-4]
 
 
 def sum_over_ranks_with_gradient(

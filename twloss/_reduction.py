@@ -8,8 +8,8 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
-from typing import Protocol
+from dataclasses import dataclass, replace
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -19,7 +19,7 @@ from twloss._accumulator import sum_dtype
 from twloss._arguments import RowReduction, TaskReduction, check_dense, check_number
 from twloss._ranks import scale_gradient
 from twloss._row_sums import TaskSums
-from twloss._torch import takes_keyword
+from twloss._torch import takes_keyword, uncompiled
 
 
 class TakesPresent(Protocol):
@@ -51,6 +51,12 @@ class Reduction:
         """The reduction of these tasks; None: of one, whose only key is "loss"."""
         keys = (*(f"loss/{task}" for task in tasks or ()), "loss")
         return cls(keys, over_rows, over_tasks, callable(over_tasks) and takes_keyword(over_tasks, "present"))
+
+    def of_now(self) -> Reduction:
+        """The same, whatever training makes of a module's parameters from now on."""
+        if not isinstance(self.over_tasks, nn.Module):
+            return self
+        return replace(self, over_tasks=_ModuleOfNow(self.over_tasks))
 
     def check_normalizer(self, normalizer: Tensor | float, loss_sum: Tensor) -> Tensor | float:
         """What means divide by in place of the weights of ``loss_sum`` ``(tasks,)``, after checks."""
@@ -97,15 +103,13 @@ class Reduction:
             sums = TaskSums(sums.loss_sum, torch.zeros_like(sums.loss_sum))
         present = sums.weight != 0 if isinstance(sums.weight, Tensor) else None
         losses = self._over_rows(sums, present).to(dtype)
-        if len(self.keys) == 1:
-            loss = losses.view(())
-        else:
-            loss = self._over_tasks(losses, present, task_weights, is_final=is_final).to(losses)
+        is_one = len(self.keys) == 1
+        loss = losses.view(()) if is_one else self._over_tasks(losses, present, task_weights).to(losses)
         if is_final and present is not None:
             losses, loss = losses.where(present, math.nan), loss.where(present.any(), math.nan)
         if gradient_factor != 1:
             losses, loss = scale_gradient(losses, gradient_factor), scale_gradient(loss, gradient_factor)
-        return dict(zip(self.keys, (loss,) if len(self.keys) == 1 else (*losses.unbind(0), loss)))
+        return dict(zip(self.keys, (loss,) if is_one else (*losses.unbind(0), loss)))
 
     def _over_rows(self, sums: TaskSums, present: Tensor | None) -> Tensor:
         """The tasks' losses ``(tasks,)``, 0 without data."""
@@ -116,9 +120,7 @@ class Reduction:
         assert isinstance(weight, Tensor)
         return loss_sum if self.over_rows == "sum" else loss_sum / weight.to(loss_sum.dtype).where(present, 1.0)
 
-    def _over_tasks(
-        self, losses: Tensor, present: Tensor | None, task_weights: Tensor | None, *, is_final: bool
-    ) -> Tensor:
+    def _over_tasks(self, losses: Tensor, present: Tensor | None, task_weights: Tensor | None) -> Tensor:
         """The global loss, 0-dim, of the tasks with data; 0 where there is none. ``present`` None: all."""
         if task_weights is not None:
             losses = losses * task_weights
@@ -127,7 +129,7 @@ class Reduction:
             losses, options = losses.clone(), {}
             if self.takes_present:
                 options["present"] = torch.ones_like(losses, dtype=torch.bool) if present is None else present
-            return _call_reduction(self.over_tasks, losses, options, is_final=is_final)
+            return _call_reduction(self.over_tasks, losses, options)
         if self.over_tasks == "sum":
             return losses.sum()
         if self.over_tasks == "mean":
@@ -153,20 +155,9 @@ def _with_neutral_absents(losses: Tensor, present: Tensor, reduction: str) -> Te
     return losses.masked_fill(absent & low, -math.inf).masked_fill(absent & ~low, math.inf)
 
 
-def _call_reduction(
-    reduction: Callable[..., Tensor], losses: Tensor, options: dict[str, Tensor], *, is_final: bool
-) -> Tensor:
+def _call_reduction(reduction: Callable[..., Tensor], losses: Tensor, options: dict[str, Tensor]) -> Tensor:
     """What a callable makes of the losses and, in the options, of which are present."""
-    if is_final and isinstance(reduction, nn.Module) and (parameters := dict(reduction.named_parameters())):
-        # In the dtype of a module's parameters, at least float32, and where they are; others take float64. Outside of
-        # its wrapped model's forward, FSDP2 leaves a rank no more than its shards of them.
-        first = next(iter(parameters.values()))
-        losses = losses.to(first.device, torch.promote_types(first.dtype, torch.float32))
-        options = {name: value.to(first.device) for name, value in options.items()}
-        whole = {name: each.full_tensor() for name, each in parameters.items() if hasattr(each, "full_tensor")}
-        loss: Tensor = functional_call(reduction, whole, (losses,), options)
-    else:
-        loss = reduction(losses, **options)
+    loss = reduction(losses, **options)
     check_dense("global_reduction", loss, verb="the callable gave", tensor="a 0-dim Tensor", kind="floating")
     if loss.ndim != 0 or loss.device != losses.device:
         raise ValueError(
@@ -174,3 +165,22 @@ def _call_reduction(
             f"expected a 0-dim Tensor on {losses.device}"
         )
     return loss
+
+
+class _ModuleOfNow:
+    """A module as it is at this moment, to be called later: with copies of its parameters and buffers."""
+
+    def __init__(self, module: nn.Module) -> None:
+        self.module = uncompiled(module)
+        named = (*self.module.named_parameters(), *self.module.named_buffers())
+        # Outside of its wrapped model's forward, FSDP2 leaves a rank no more than its shards of them.
+        whole = {name: each.full_tensor() if hasattr(each, "full_tensor") else each for name, each in named}
+        self.tensors = {name: each.detach().clone() for name, each in whole.items()}
+
+    def __call__(self, losses: Tensor, **options: Tensor) -> Any:
+        """What the module makes of losses, in the dtype of its parameters, at least float32, and where they are."""
+        like = next((self.tensors[name] for name, _ in self.module.named_parameters()), losses)
+        losses, device = losses.to(like.device, torch.promote_types(like.dtype, torch.float32)), losses.device
+        options = {name: value.to(like.device) for name, value in options.items()}
+        loss = functional_call(self.module, self.tensors, (losses,), options)
+        return loss.to(device) if isinstance(loss, Tensor) else loss

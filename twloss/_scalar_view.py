@@ -13,6 +13,8 @@ import torch
 from torch import Tensor
 from torchmetrics import Metric
 
+from twloss._pending import PendingResult
+
 if TYPE_CHECKING:
     from twloss._metric import TaskMetric
 
@@ -83,11 +85,19 @@ class ScalarView(Metric):
         Raises:
             TorchMetricsUserError: after a reset() of the view, within the owner's sync() and unsync().
         """
+        return self._start(is_async=False).wait()
+
+    def compute_async(self) -> PendingResult[Tensor]:
+        """Start what compute() does, and return at once; see ``GlobalLoss.compute_async()``."""
+        return self._start(is_async=True)
+
+    def _start(self, *, is_async: bool) -> PendingResult[Tensor]:
         restarts, snapshot = self._since
         # The owner's own reset() starts all of its views anew.
         is_valid = restarts == self.owner._restarts
         is_over_ranks = self.sync_on_compute and self.owner.sync_on_compute
-        return self.owner._compute_since(snapshot if is_valid else None, is_over_ranks)[self.key]
+        pending = self.owner._start_since(snapshot if is_valid else None, is_over_ranks, is_async=is_async)
+        return pending.map(lambda results: results[self.key])
 
     def reset(self) -> None:
         """Start this view anew; the owner's sums, which other views read, stay."""

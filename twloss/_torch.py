@@ -9,6 +9,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, ExitStack
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -23,10 +24,8 @@ OVERRIDDEN = {
     "_copy_state_dict": "A sync() in inference_mode would leave sums that training can't update.",
     "_reduce_states": "merge_state() would add windows that are not aligned, and could not add pairs of float32.",
     "_apply": "A cast of the model would round the sums and the zeros that reset() restores.",
-    "_load_from_state_dict": "Sums would be loaded without a look at what they are of.",
+    "_load_from_state_dict": "A tensor under a state's name would be loaded without a look at what it is of.",
     "_is_synced": "An update between sync() and unsync() would be lost without a word.",
-    "_cache": "A state_dict() between sync() and unsync() would hold the sums of all ranks as this rank's.",
-    "_persistent": "persistent(True) has no other getter.",
     "_defaults": "reset() would bring the sums back to the device that they were made on.",
     "_device": "metric.device would stay what it was.",
     "_forward_hooks": "In a graph of torch.fx a loss's hooks would run twice.",
@@ -115,15 +114,21 @@ def weigh_(values: Tensor, weights: Tensor | None) -> Tensor:
     return values
 
 
-def takes_keyword(function: object, name: str) -> bool:
-    """Whether a callable has a parameter of this name, to be given as a keyword.
+def uncompiled(function: Any) -> Any:
+    """The module that a compiled one was made of, which has no public name; anything else as it is.
 
-    Of a compiled module it is that of the module, which has no public name; without it the parameter would not be seen.
+    Without it the parameters of its forward would not be seen, and other tensors in its place would have it compiled
+    again.
     """
-    function = getattr(function, "_orig_mod", function)
+    return getattr(function, "_orig_mod", function)
+
+
+def takes_keyword(function: Any, name: str) -> bool:
+    """Whether a callable has a parameter of this name, to be given as a keyword."""
+    function = uncompiled(function)
     try:
         # The signature of a module itself is (*args, **kwargs).
-        parameters = inspect.signature(function.forward if isinstance(function, nn.Module) else function).parameters  # type: ignore[arg-type]
+        parameters = inspect.signature(function.forward if isinstance(function, nn.Module) else function).parameters
     except (TypeError, ValueError):  # builtins and operators have none
         return False
     return name in parameters and parameters[name].kind in (

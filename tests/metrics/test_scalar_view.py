@@ -354,7 +354,7 @@ def test_a_view_adds_nothing_to_a_model(persistent: bool) -> None:
     model(torch.randn(4, 3))
     model.logged.reset()
     assert list(model.state_dict()) == list(bare.state_dict())
-    assert any("totals" in name for name in model.state_dict()) == persistent
+    assert any("sums" in name for name in model.state_dict()) == persistent
     assert [name for name, _ in model.named_parameters()] == ["heads.weight", "heads.bias"]
     assert list(model.buffers()) == []
     names = [name for name, _ in model.named_modules()]

@@ -100,9 +100,11 @@ def test_every_listed_name_is_in_use() -> None:
 
 
 PUBLIC = {
-    GlobalLoss: {"keys", "scalar", "tasks", "nan_strategy", "window", "sums_of", "totals"},
-    RankingQuality: {"keys", "scalar", "tasks", "nan_strategy", "window", "sums_of", "totals", "ignore_index"},
-    ScalarView: {"owner", "key", "totals"},
+    GlobalLoss: {"compute_async", "keys", "scalar", "tasks", "nan_strategy", "window", "sums_of", "totals"},
+    RankingQuality: {
+        *("compute_async", "keys", "scalar", "tasks", "nan_strategy", "window", "sums_of", "totals", "ignore_index")
+    },
+    ScalarView: {"compute_async", "owner", "key", "totals"},
 }
 
 

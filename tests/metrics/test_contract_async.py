@@ -1,0 +1,320 @@
+"""What every metric promises of ``compute_async()``: the result of the moment of the call, without waiting for it."""
+
+from __future__ import annotations
+
+import gc
+import math
+import time
+import warnings
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed import FileStore  # type: ignore[attr-defined]
+from torch.nn.parallel import DistributedDataParallel
+
+from benchmarks.counts import CollectiveLog, KernelLog
+from tests.support.metrics import Kind, expect_result_of, of_every_kind
+from tests.support.rank_pool import RankPool
+from tests.support.results import assert_close, fed, numbers
+from twloss import GlobalLoss, MultiTaskLoss, PendingResult, RankingQuality
+
+Numbers = dict[str, float]
+
+
+@of_every_kind
+def test_it_is_the_result_of_the_moment_of_the_call(kind: Kind) -> None:
+    batches = kind.batches(4)
+    metric = fed(kind.make(), batches[:2])
+    pending = [metric.compute_async()]
+    fed(metric, batches[2:])
+    pending.append(metric.compute_async())
+    metric.reset()
+    fed(metric, batches[3:])
+    pending.append(metric.compute_async())
+    expected = [kind.expected(batches[:2]), kind.expected(batches), kind.expected(batches[3:])]
+    expect_result_of(kind, metric, batches[3:])
+    del metric
+    gc.collect()
+    for each, oracle in zip(pending, expected):
+        assert each.is_completed()
+        result = each.wait()
+        assert_close(numbers(result), oracle)
+        assert each.wait() is result
+        assert all(value.dtype == torch.float64 and not value.requires_grad for value in result.values())
+
+
+@of_every_kind
+def test_the_call_reads_nothing_from_the_device(kind: Kind) -> None:
+    """Which would wait for it."""
+    metric = fed(kind.make(), kind.batches(2))
+    view = metric.scalar(metric.keys()[0])
+    view.reset()
+    fed(metric, kind.batches(1))
+    with KernelLog() as log:
+        for each in (metric, view):
+            each.compute_async()
+    assert log.names
+    assert not [name for name in log.names if "_local_scalar_dense" in name or "_to_copy" in name or "nonzero" in name]
+
+
+def run_ahead(rank: int, kind: Kind, store: str) -> tuple[list[Numbers], list[bool], int]:
+    """The first rank goes on through its steps before the others start; the results, and whether they were there."""
+    signs = FileStore(store, dist.get_world_size())
+    batches = later(kind, rank)
+    if rank:
+        signs.wait(["ready"])
+    metric = kind.make()
+    pending: list[PendingResult[dict[str, Tensor]]] = []
+    with CollectiveLog() as log:
+        for batch in batches:
+            pending.append(fed(metric, [batch]).compute_async())
+            metric.reset()
+    completed = [each.is_completed() for each in pending]
+    signs.set("ready", "yes")
+    return [numbers(each.wait()) for each in pending], completed, len(log.names)
+
+
+def later(kind: Kind, rank: int) -> list[Any]:
+    """Each rank's batches, one of which has no rows."""
+    return [*kind.batches(4, seed=100 * rank), kind.batch(0, rows=0 if kind.of is RankingQuality else 1)]
+
+
+@of_every_kind
+def test_no_call_waits_for_a_slower_rank(ranks: RankPool, kind: Kind, tmp_path: Any) -> None:
+    steps = list(zip(*(later(kind, rank) for rank in range(ranks.world_size))))
+    answers = ranks.run(run_ahead, kind, str(tmp_path / "store"))
+    assert answers[0][1] == [False] * len(steps)
+    for results, _, collectives in answers:
+        assert collectives == len(steps)
+        for found, step in zip(results, steps):
+            assert_close(found, kind.expected(*([batch] for batch in step)))
+
+
+def many_pending(rank: int) -> list[float]:
+    """Two hundred are started, every other one is dropped, and some are read before others and in another order."""
+    metric = GlobalLoss(["a"])
+    kept = {}
+    for step in range(200):
+        metric.reset()
+        metric.update(torch.tensor([float(step * (rank + 1))], dtype=torch.float64), 1)
+        pending = metric.compute_async()
+        if step % 2:
+            kept[step] = pending
+    del pending
+    gc.collect()
+    # One that waits comes after them.
+    assert metric.compute()["loss"].item() == 199 * 1.5
+    assert all(each.is_completed() for each in kept.values())
+    order = sorted(kept, reverse=rank == 0)
+    found = {step: kept[step].wait()["loss"].item() for step in order}
+    return [found[step] for step in sorted(found)]
+
+
+def test_many_may_be_under_way_and_any_of_them_dropped(two_ranks: RankPool) -> None:
+    assert two_ranks.run(many_pending) == [[step * 1.5 for step in range(1, 200, 2)]] * 2
+
+
+def leave(rank: int) -> tuple[str, bool, Numbers]:
+    """One rank leaves; the other's error, how soon, and its own sums afterwards."""
+    metric = GlobalLoss(["a"])
+    metric.update(torch.tensor([3.0]), 2)
+    if rank:
+        time.sleep(0.2)
+        dist.destroy_process_group()
+        return "", True, {}
+    pending = metric.compute_async()
+    try:
+        pending.wait()
+    except RuntimeError as error:
+        message = str(error)
+    completed = pending.is_completed()
+    metric.sync_on_compute = False
+    return message, completed, numbers(metric.compute())
+
+
+def test_a_rank_that_is_gone_is_an_error_at_wait() -> None:
+    pool = RankPool(2)
+    try:
+        message, completed, local = pool.run(leave)[0]
+    finally:
+        pool.stop()
+    assert message
+    assert completed
+    assert local == {"loss/a": 1.5, "loss": 1.5}
+
+
+def differ(rank: int) -> tuple[str, str]:
+    """What is raised where ranks mean different tasks; a second time too."""
+    metric = GlobalLoss(["like", "reply"] if rank else ["reply", "like"])
+    metric.update(torch.ones(2), 1)
+    pending, messages = metric.compute_async(), []
+    for _ in range(2):
+        with pytest.raises(RuntimeError) as caught:
+            pending.wait()
+        messages.append(str(caught.value))
+    return messages[0], messages[1]
+
+
+def test_ranks_that_mean_different_tasks_are_an_error_at_wait(two_ranks: RankPool) -> None:
+    for first, second in two_ranks.run(differ):
+        assert first == second
+        assert "'like'" in first
+        assert "on all ranks" in first
+
+
+@of_every_kind
+def test_warnings_and_errors_of_updates_come_at_wait(kind: Kind) -> None:
+    bad = kind.changed(kind.batch(0), 0, math.nan)
+    metric = fed(kind.make(), [bad])
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        warned = metric.compute_async()
+        metric.nan_strategy = "error"
+        raised = metric.compute_async()
+        metric.nan_strategy = "ignore"
+        silent = metric.compute_async()
+        metric.reset()
+        empty = metric.compute_async()
+        silent.wait()
+    with pytest.warns(UserWarning, match="not finite"):
+        warned.wait()
+    with pytest.raises(RuntimeError, match="not finite"):
+        raised.wait()
+    with pytest.warns(UserWarning, match="before update"):
+        assert all(math.isnan(value) or value == 0 for value in numbers(empty.wait()).values())
+
+
+class Learned(nn.Module):
+    """A reduction with a parameter and a buffer, that counts its calls."""
+
+    shift: Tensor
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.scale = nn.Parameter(torch.tensor([1.0, 2.0], dtype=torch.float64))
+        self.register_buffer("shift", torch.tensor(10.0, dtype=torch.float64))
+
+    def forward(self, losses: Tensor) -> Tensor:
+        """Σ scale·loss + shift, which is changed in place."""
+        self.shift.add_(1.0)
+        return (self.scale * losses).sum() + self.shift
+
+
+def change_settings(rank: int) -> list[Numbers]:
+    """Results that were started before the settings changed, and after."""
+    learned = Learned()
+    loss = MultiTaskLoss("bce_with_logits", ["a", "b"], "mean", learned, task_weights=[1.0, 1.0], global_batch=True)
+    results = []
+    for metric in (loss.train_metric, GlobalLoss(["a", "b"], "mean", learned)):
+        with torch.no_grad():
+            learned.scale.copy_(torch.tensor([1.0, 2.0]))
+            learned.shift.fill_(10.0)
+        loss.task_weights = [1.0, 1.0]
+        metric.update(torch.tensor([3.0, 1.0], dtype=torch.float64), 2 - rank)
+        pending = metric.compute_async()
+        loss.task_weights = [100.0, 100.0]
+        with torch.no_grad():
+            learned.scale.mul_(3.0)
+            learned.shift.mul_(3.0)
+        results += [numbers(pending.wait()), numbers(pending.wait()), numbers(metric.compute())]
+        assert learned.shift == 30.0  # compute() leaves a module as it is
+    return results
+
+
+@pytest.mark.parametrize("world_size", [1, 2])
+def test_it_has_the_settings_and_the_parameters_of_the_call(two_ranks: RankPool, world_size: int) -> None:
+    weight = 2.0 if world_size == 1 else 3.0
+    a, b = 3.0 * world_size / weight, 1.0 * world_size / weight
+    for first, again, after, other, _, other_after in (
+        [change_settings(0)] if world_size == 1 else two_ranks.run(change_settings)
+    ):
+        assert first == again == other == pytest.approx({"loss/a": a, "loss/b": b, "loss": a + 2 * b + 11})
+        assert after["loss"] == pytest.approx(100 * (3 * a + 6 * b) + 31)
+        assert other_after["loss"] == pytest.approx(3 * a + 6 * b + 31)
+
+
+def views_of(rank: int, kind: Kind) -> list[tuple[float, float]]:
+    """What views gave, and what the same views' compute() had given."""
+    metric = fed(kind.make(), kind.batches(2, seed=rank))
+    views = [metric.scalar(key) for key in kind.make().keys()]  # noqa: SIM118
+    views[0].reset()
+    fed(metric, kind.batches(2, seed=10 + rank))
+    expected = [view.compute() for view in views]
+    pending = [view.compute_async() for view in views]
+    fed(metric, kind.batches(1))
+    views[0].reset()
+    metric.reset()
+    return [(each.wait().item(), value.item()) for each, value in zip(pending, expected)]
+
+
+@of_every_kind
+def test_scalar_views_have_it_too(two_ranks: RankPool, kind: Kind) -> None:
+    for pairs in ([views_of(0, kind)], two_ranks.run(views_of, kind)):
+        for found, expected in (pair for each in pairs for pair in each):
+            assert found == pytest.approx(expected, rel=1e-15, nan_ok=True)
+
+
+def other_ways(rank: int, kind: Kind) -> list[Numbers]:
+    """With a gather of the user's own, on this rank alone, and between sync() and unsync()."""
+
+    def gather(values: Tensor, group: Any = None) -> list[Tensor]:
+        parts = [torch.empty_like(values) for _ in range(dist.get_world_size())]
+        dist.all_gather(parts, values)
+        return parts
+
+    metrics = [fed(kind.make(**options), kind.batches(2, seed=rank)) for options in ({"dist_sync_fn": gather}, {})]
+    pending = [metric.compute_async() for metric in metrics]
+    metrics[1].sync_on_compute = False
+    pending.append(metrics[1].compute_async())
+    metrics[1].sync()
+    pending.append(metrics[1].compute_async())
+    metrics[1].unsync()
+    for metric in metrics:
+        metric.reset()
+    return [numbers(each.wait()) for each in pending]
+
+
+@of_every_kind
+def test_it_goes_the_ways_of_compute(two_ranks: RankPool, kind: Kind) -> None:
+    batches = [kind.batches(2, seed=rank) for rank in range(2)]
+    for rank, (gathered, plain, alone, synced) in enumerate(two_ranks.run(other_ways, kind)):
+        for found in (gathered, plain, synced):
+            assert_close(found, kind.expected(*batches))
+        assert_close(alone, kind.expected(batches[rank]))
+
+
+def train_and_log(rank: int) -> list[tuple[Numbers, Numbers, float]]:
+    """A training that logs each step's losses of all ranks one step later; beside them those that forward gave."""
+    torch.manual_seed(0)
+    tasks = ["a", "b"]
+    model = nn.Linear(3, 2, dtype=torch.float64)
+    loss = MultiTaskLoss("bce_with_logits", tasks, global_batch=True)
+    wrapped = DistributedDataParallel(nn.ModuleDict({"heads": model, "loss": loss})["heads"])
+    optimizer = torch.optim.SGD(wrapped.parameters(), lr=0.5)
+    logged, seen, pending = [], [], None
+    for step in range(6):
+        generator = torch.Generator().manual_seed(10 * step + rank)
+        features = torch.randn(3 + 4 * rank, 3, dtype=torch.float64, generator=generator)
+        losses = loss(wrapped(features), features[:, :2].sigmoid())
+        optimizer.zero_grad()
+        losses["loss"].backward()
+        optimizer.step()
+        if pending is not None:
+            logged.append(numbers(pending.wait()))
+        pending = loss.train_metric.compute_async()
+        loss.train_metric.reset()
+        seen.append(numbers({key: value.detach() for key, value in losses.items()}))
+    assert pending is not None
+    logged.append(numbers(pending.wait()))
+    return [(found, expected, model.weight.sum().item()) for found, expected in zip(logged, seen)]
+
+
+def test_a_training_logs_every_step_one_step_later(two_ranks: RankPool) -> None:
+    first, second = two_ranks.run(train_and_log)
+    assert first == second
+    for found, expected, _ in first:
+        assert found == pytest.approx(expected, rel=1e-12)
+    assert len({found["loss"] for found, _, _ in first}) == 6

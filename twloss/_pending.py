@@ -1,0 +1,56 @@
+"""A result that is under way: what a metric's ``compute_async()`` gives."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Generic, TypeVar
+
+import torch.distributed as dist
+
+Result = TypeVar("Result")
+Other = TypeVar("Other")
+
+
+class PendingResult(Generic[Result]):
+    """What ``compute()`` would have given when it was started, whatever became of the metric since.
+
+    One that is never waited for does no harm.
+
+    Args:
+        work: the collective that is under way; None: there is none.
+        finish: what makes the result of what the collective has brought.
+
+    Examples:
+        >>> import torch
+        >>> from twloss import GlobalLoss
+        >>> metric = GlobalLoss(["like"])
+        >>> metric.update(loss_sum=torch.tensor([30.0]), weight=100)
+        >>> pending = metric.compute_async()
+        >>> metric.reset()
+        >>> pending.wait()["loss/like"]
+        tensor(0.3000, dtype=torch.float64)
+    """
+
+    def __init__(self, work: dist.Work | None, finish: Callable[[], Result]) -> None:
+        self._work = work
+        self._finish = finish
+
+    def is_completed(self) -> bool:
+        """Whether wait() would not wait for other ranks; one that failed is completed too."""
+        return self._work is None or self._work.is_completed()
+
+    def wait(self) -> Result:
+        """The result, once it is there; the same at each call.
+
+        Raises:
+            RuntimeError: the backend's, if a rank is gone or the time is out, and what ``compute()`` raises.
+        """
+        if not hasattr(self, "_result"):
+            if self._work is not None:
+                self._work.wait()
+            self._result = self._finish()
+        return self._result
+
+    def map(self, function: Callable[[Result], Other]) -> PendingResult[Other]:
+        """What a function will make of the result."""
+        return PendingResult(self._work, lambda: function(self.wait()))
