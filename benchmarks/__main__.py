@@ -19,6 +19,7 @@ from benchmarks.compiled import compile_cost
 from benchmarks.global_batch_cost import global_batch_cost
 from benchmarks.kernels import kernels
 from benchmarks.limit import limit
+from benchmarks.log_every_step import log_every_step
 from benchmarks.machine import describe_machine, steady_machine
 from benchmarks.memory import memory
 from benchmarks.mixed_types import mixed_types
@@ -44,6 +45,7 @@ BENCHMARKS: dict[str, Benchmark] = {
     "calls": calls,
     "memory": memory,
     "sync_cost": sync_cost,
+    "log_every_step": log_every_step,
     "global_batch_cost": global_batch_cost,
     "precision": precision,
     "scale": scale,
@@ -51,7 +53,7 @@ BENCHMARKS: dict[str, Benchmark] = {
 }
 # With --device cuda: the ranks are gloo processes on the CPU, and one GPU has no ranks; a GPU has a bandwidth to reach.
 CUDA_BENCHMARKS: dict[str, Benchmark] = {
-    **{name: run for name, run in BENCHMARKS.items() if name not in ("sync_cost", "global_batch_cost")},
+    **{name: run for name, run in BENCHMARKS.items() if name not in ("sync_cost", "log_every_step", "global_batch_cost")},
     "bandwidth": bandwidth,
 }
 

@@ -26,6 +26,7 @@ BENCHMARKS = [
     "calls",
     "memory",
     "sync_cost",
+    "log_every_step",
     "global_batch_cost",
     "precision",
     "scale",
