@@ -53,7 +53,11 @@ BENCHMARKS: dict[str, Benchmark] = {
 }
 # With --device cuda: the ranks are gloo processes on the CPU, and one GPU has no ranks; a GPU has a bandwidth to reach.
 CUDA_BENCHMARKS: dict[str, Benchmark] = {
-    **{name: run for name, run in BENCHMARKS.items() if name not in ("sync_cost", "log_every_step", "global_batch_cost")},
+    **{
+        name: run
+        for name, run in BENCHMARKS.items()
+        if name not in ("sync_cost", "log_every_step", "global_batch_cost")
+    },
     "bandwidth": bandwidth,
 }
 

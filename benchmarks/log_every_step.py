@@ -1,8 +1,8 @@
 """log_every_step: what a step loses to the log of its losses over all ranks, where one rank is slower than the others.
 
-A small ranker within DistributedDataParallel, on real gloo ranks, of which the last sleeps for 5 ms after each backward.
-Logged by one get_global_loss_detached a task and one for all; by compute() and reset(); by compute_async() and reset(),
-read one step later. The first rank's clock counts, from the end of its optimizer step to the end of the log. The whole
+A small ranker within DistributedDataParallel, on real gloo ranks, of which the last sleeps for 5 ms after each step of
+its optimizer. Logged by one get_global_loss_detached a task and one for all; by compute() and reset(); by
+compute_async() and reset(), read one step later. The first rank's clock counts, from the end of its optimizer step to the end of the log. The whole
 step is beside it: a rank that did not wait in the log waits in the next backward, as DDP has it.
 """
 
@@ -50,7 +50,7 @@ def _measure(blocks: int) -> tuple[Timings, Timings]:
     logs: dict[str, list[float]] = {name: [] for name in (NONE, DETACHED, COMPUTE, ASYNC)}
     steps: dict[str, list[float]] = {name: [] for name in logs}
     for _ in range(blocks):
-        for name in logs:
+        for name in list(logs):
             for log_seconds, step_seconds in _block(heads, loss, _log(name, loss.train_metric)):
                 logs[name].append(log_seconds)
                 steps[name].append(step_seconds)

@@ -5,7 +5,6 @@ Types, shapes, dtypes and devices only, and the values of Python numbers: readin
 
 from __future__ import annotations
 
-import copy
 import math
 import sys
 import warnings
@@ -163,12 +162,6 @@ class TaskConstants:
         self.numbers = numbers
         for key in self._tensors:
             self._make(key)
-
-    def of_now(self) -> TaskConstants:
-        """These numbers, whatever is set from now on."""
-        now = copy.copy(self)
-        now._tensors = dict(self._tensors)
-        return now
 
     def like(self, values: Tensor) -> Tensor | None:
         """The numbers on the device of values, and in their dtype."""

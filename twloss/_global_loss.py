@@ -138,10 +138,10 @@ class GlobalLoss(TaskMetric):
 
     def _results_of_now(self) -> Callable[[Tensor], Sequence[Tensor]]:
         reduction = self._reduction.of_now()
-        task_weights = self._task_weights.of_now()
+        numbers = self._task_weights.numbers
 
         def results(sums: Tensor) -> Sequence[Tensor]:
-            weights = task_weights.like(sums)
+            weights = None if numbers is None else sums.new_tensor(numbers)
             losses = reduction.reduce(TaskSums(sums[0], sums[1]), weights, sums.dtype, is_final=True)
             return list(losses.values())
 

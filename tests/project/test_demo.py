@@ -131,12 +131,12 @@ def split() -> Split:
 def quick_run(tmp_path_factory: pytest.TempPathFactory) -> tuple[Printed, Path]:
     """A short run on one process, and its picture."""
     picture = tmp_path_factory.mktemp("demo") / "curves.png"
-    return succeed(1, *QUICK, "--plot", str(picture)), picture
+    return succeed(1, *QUICK, "--plot", str(picture), "--log-every-step"), picture
 
 
 @pytest.fixture(scope="module")
 def quick_run_on_two_ranks() -> Printed:
-    return succeed(2, *QUICK)
+    return succeed(2, *QUICK, "--log-every-step")
 
 
 def test_one_process_prints_table_and_check(quick_run: tuple[Printed, Path]) -> None:
@@ -157,6 +157,24 @@ def test_two_ranks_print_one_table_with_the_numbers_of_one_process(
     assert two.table == one.table
     assert two.over_ranks == pytest.approx(two.one_process, rel=1e-12, abs=0)
     assert two.over_ranks == pytest.approx(one.over_ranks, rel=1e-9, abs=0)
+
+
+def steps_of(printed: Printed) -> dict[int, float]:
+    """The losses by step."""
+    lines = re.findall(r"^step +([\d,]+)  loss (\S+)$", printed.text, re.MULTILINE)
+    return {int(step.replace(",", "")): float(loss) for step, loss in lines}
+
+
+def test_each_step_is_logged_and_the_intervals_go_on(
+    quick_run: tuple[Printed, Path], quick_run_on_two_ranks: Printed
+) -> None:
+    steps = steps_of(quick_run[0])
+    assert list(steps) == list(range(1, 28))
+    assert steps_of(quick_run_on_two_ranks) == steps
+    # The second interval: steps of 3,077 rows, and a last one of the rest, a single row.
+    sizes = {step: min(3077, 80_003 - 3077 * (step - 1)) for step in range(15, 28)}
+    mean = sum(steps[step] * rows for step, rows in sizes.items()) / sum(sizes.values())
+    assert quick_run[0].table["all (mean)"].train == pytest.approx(mean, abs=1e-4)
 
 
 def test_intervals_cover_the_training_rows_and_end_at_the_last(quick_run: tuple[Printed, Path]) -> None:

@@ -25,6 +25,7 @@ class Options(NamedTuple):
     device: str
     seed: int
     plot: Path | None
+    log_every_step: bool = False
 
 
 def parse_options(arguments: Sequence[str] | None = None) -> Options:
@@ -52,6 +53,7 @@ def parse_options(arguments: Sequence[str] | None = None) -> Options:
     )
     add("--seed", type=_whole_number(0), default=0, metavar="N", help="default: %(default)s")
     add("--plot", type=_png, metavar="FILE", help="write the losses over the course of the training as a PNG")
+    add("--log-every-step", action="store_true", help="print each step's loss over all ranks, one step later")
     options = Options(**vars(parser.parse_args(arguments)))
     gpus, ranks = torch.cuda.device_count(), int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
     if options.device == "cuda" and gpus < ranks:

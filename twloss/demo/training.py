@@ -15,10 +15,10 @@ import torch
 import torch.distributed as dist
 from rich.console import Console
 from rich.progress import Progress
-from torch import nn
+from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from twloss import GlobalLoss, RankingQuality
+from twloss import GlobalLoss, PendingResult, RankingQuality
 from twloss.demo.movielens import Rows, Split
 from twloss.demo.options import Options
 from twloss.demo.process_group import share
@@ -57,16 +57,45 @@ def train(ranker: Ranker, split: Split, options: Options, console: Console) -> l
     steps, interval = options.epochs * steps_per_epoch, math.ceil(steps_per_epoch / INTERVALS_PER_EPOCH)
     points: list[Point] = []
     rows_seen = 0
+    log = _StepLog(ranker.loss.train_metric, console) if options.log_every_step else None
     with Progress(console=console, disable=console.quiet) as progress:
         batches = progress.track(_shuffled_batches(split.train, options), total=steps, description="training")
         for step, batch in enumerate(batches, start=1):
             _training_step(model, optimizer, share(batch))
             rows_seen += len(batch)
+            if log is not None:
+                log.start(step)
             if step % interval == 0 or step == steps:
                 train_losses = _total(ranker.loss.train_metric)
                 points.append(Point(rows_seen, train_losses, *evaluate(ranker, split.eval, options)))
                 console.print(_line(points[-1]))
+        if log is not None:
+            log.finish()
     return points
+
+
+class _StepLog:
+    """Prints each step's loss of all ranks' rows, one step later, so that no step waits for the others.
+
+    A view of the running sums has sums of its own: they start anew with each step, and the intervals' go on.
+    """
+
+    def __init__(self, metric: GlobalLoss, console: Console) -> None:
+        self._loss = metric.scalar("loss")
+        self._console = console
+        self._pending: tuple[int, PendingResult[Tensor]] | None = None
+
+    def start(self, step: int) -> None:
+        """After a step: print the one before, and start the sum over ranks of this one's; on every rank."""
+        self.finish()
+        self._pending = step, self._loss.compute_async()
+        self._loss.reset()
+
+    def finish(self) -> None:
+        """Print the step that was started last."""
+        if self._pending is not None:
+            step, pending = self._pending
+            self._console.print(f"step {step:5,}  loss {pending.wait().item():.4f}")
 
 
 def evaluate(ranker: Ranker, rows: Rows, options: Options) -> tuple[Losses, Quality]:
