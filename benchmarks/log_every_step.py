@@ -2,8 +2,9 @@
 
 A small ranker within DistributedDataParallel, on real gloo ranks, of which the last sleeps for 5 ms after each step of
 its optimizer. Logged by one get_global_loss_detached a task and one for all; by compute() and reset(); by
-compute_async() and reset(), read one step later. The first rank's clock counts, from the end of its optimizer step to the end of the log. The whole
-step is beside it: a rank that did not wait in the log waits in the next backward, as DDP has it.
+compute_async() and reset(), read one step later. The first rank's clock counts, from the end of its optimizer step to
+the end of the log. The whole step is beside it: a rank that did not wait in the log waits in the next backward, as DDP
+has it.
 """
 
 from __future__ import annotations
