@@ -22,7 +22,7 @@ from tests.support import reference
 from tests.support.by_hand import Columns, HandRanker, Rows, columns_of, mean_of_means, together
 from tests.support.launch import as_if_from_torchrun, command
 from tests.support.rank_pool import RankPool
-from twloss import GlobalLoss, ScalarView
+from twloss import GlobalLoss, PendingResult, ScalarView
 
 RULE = reference.Rule()
 Logged = list[tuple[int, dict[str, float]]]
@@ -158,6 +158,22 @@ class OnStep(example.Ranker):
         return loss
 
 
+class EveryStep(example.Ranker):
+    """Logs each step over all ranks one step later, as the guide has it, while other views go on."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.step_loss = self.loss.train_metric.scalar("loss")
+        self.pending: PendingResult[Tensor] | None = None
+
+    def on_train_batch_end(self, outputs: Any, batch: Any, batch_idx: int) -> None:
+        """Read the step before, and start this one's."""
+        if self.pending is not None:
+            self.log("every/loss", self.pending.wait())
+        self.pending = self.step_loss.compute_async()
+        self.step_loss.reset()
+
+
 class Remembering(example.Ranker):
     """Remembers the logits and labels that its loss got, by mode, and the last of its kind."""
 
@@ -256,6 +272,13 @@ def test_all_keys_by_one_collective_an_epoch(run: Run) -> None:
     answers = run(OneCollective, "64-true")
     truth = expected(len(answers))
     expect_epochs(answers[0][1], truth, list(truth["untrained"]))
+
+
+def test_every_step_is_logged_one_step_later(run: Run) -> None:
+    answers = run(EveryStep, "64-true")
+    truth = expected(len(answers))
+    assert values_of(answers[0][1], "every/loss") == close([losses["loss"] for losses in truth["steps"][:-1]])
+    expect_epochs(answers[0][1], truth, ["loss", "loss/like"])
 
 
 def test_a_view_has_no_value_of_a_step(run: Run) -> None:
