@@ -41,9 +41,7 @@ def place_in(process_group: dist.ProcessGroup | None) -> tuple[int, int]:
 def group_to_state(state: dict[str, Any]) -> dict[str, Any]:
     """The attributes of an object to be copied or pickled; its ``process_group``, which can't be, by name and ranks."""
     group = state["process_group"]
-    if not hasattr(group, "group_name"):
-        return state
-    return {**state, "process_group": (group.group_name, dist.get_process_group_ranks(group))}
+    return {**state, "process_group": (group.group_name, _ranks_of(group))} if hasattr(group, "group_name") else state
 
 
 def group_from_state(state: dict[str, Any]) -> dict[str, Any]:
@@ -55,11 +53,19 @@ def group_from_state(state: dict[str, Any]) -> dict[str, Any]:
         return state
     name, ranks = state["process_group"]
     group = process_group_named(name)
-    if group is None or dist.get_process_group_ranks(group) != ranks:
+    if group is None or _ranks_of(group) != ranks:
         group = None
         message = f"process_group: the group {name!r} does not exist in this process, so sums are over all ranks"
         warnings.warn(message, UserWarning, stacklevel=2)
     return {**state, "process_group": group}
+
+
+def _ranks_of(group: dist.ProcessGroup) -> list[int]:
+    """The ranks of a group among all; none of one that was destroyed."""
+    try:
+        return dist.get_process_group_ranks(group)
+    except KeyError:
+        return []
 
 
 def sum_over_ranks(values: Tensor, process_group: dist.ProcessGroup | None) -> Tensor:

@@ -166,7 +166,7 @@ class EveryStep(example.Ranker):
         self.step_loss = self.loss.train_metric.scalar("loss")
         self.pending: PendingResult[Tensor] | None = None
 
-    def on_train_batch_end(self, outputs: Any, batch: Any, batch_idx: int) -> None:
+    def on_train_batch_end(self, *_: Any) -> None:
         """Read the step before, and start this one's."""
         if self.pending is not None:
             self.log("every/loss", self.pending.wait())

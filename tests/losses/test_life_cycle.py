@@ -19,6 +19,7 @@ from tests.support.casts import CASTS
 from tests.support.rank_pool import RankPool
 from tests.support.results import numbers
 from twloss import Loss, MultiTaskLoss
+from twloss._ranks import group_from_state, group_to_state
 
 TASKS = ["a", "b"]
 
@@ -185,3 +186,24 @@ def test_copies_keep_the_process_group(two_ranks: RankPool) -> None:
             elsewhere = pickle.loads(pickled)
         assert elsewhere.process_group is None
         assert elsewhere.train_metric.update_count == 1
+
+
+def find_groups(rank: int) -> list[bool]:
+    """A group of the name with other ranks, as another run may have; with the same; and one that is gone."""
+    group = dist.new_group([1, 2])
+    loss = MultiTaskLoss("bce_with_logits", TASKS, process_group=group) if rank else None
+    if loss is None:
+        return []
+    state = group_to_state({"process_group": group})
+    name, ranks = state["process_group"]
+    found = [group_from_state(state)["process_group"] is group]
+    with pytest.warns(UserWarning, match="does not exist in this process"):
+        found.append(group_from_state({"process_group": (name, [rank - 1 for rank in ranks])})["process_group"] is None)
+    dist.destroy_process_group(group)
+    with pytest.warns(UserWarning, match="does not exist in this process"):
+        found.append(copy.deepcopy(loss).process_group is None)
+    return found
+
+
+def test_a_group_of_another_run_is_never_taken_for_it(three_ranks: RankPool) -> None:
+    assert three_ranks.run(find_groups) == [[], [True] * 3, [True] * 3]
