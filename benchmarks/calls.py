@@ -31,8 +31,8 @@ __all__ = ["calls"]
 PACKAGE = Path(twloss.__file__).parent
 ROWS, TASKS = 256, 3
 FORWARD, QUALITY, COMPUTE = "forward", "forward, quality=True", "compute() of train_metric"
-GOALS = {FORWARD: (32, 9, 14), QUALITY: (50, 10, 24), COMPUTE: (22, 7, 12)}
-LINES_GOAL = at_most(4050)
+GOALS = {FORWARD: (32, 9, 14), QUALITY: (50, 10, 24), COMPUTE: (21, 6, 12)}
+LINES_GOAL = at_most(4020)
 
 
 class Call(NamedTuple):
