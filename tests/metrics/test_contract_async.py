@@ -6,6 +6,7 @@ import gc
 import math
 import time
 import warnings
+from datetime import timedelta
 from typing import Any
 
 import pytest
@@ -144,6 +145,32 @@ def test_a_rank_that_is_gone_is_an_error_at_wait() -> None:
     assert message
     assert completed
     assert local == {"loss/a": 1.5, "loss": 1.5}
+
+
+def never_call(rank: int) -> tuple[str, Numbers]:
+    """One rank of a group whose time is short never calls; the other's error, and its own sums afterwards."""
+    group = dist.new_group([0, 1], timeout=timedelta(seconds=1))
+    metric = GlobalLoss(["a"], process_group=group)
+    metric.update(torch.tensor([3.0]), 2)
+    message = ""
+    if rank == 0:
+        try:
+            metric.compute_async().wait()
+        except RuntimeError as error:
+            message = str(error)
+    dist.barrier()
+    metric.sync_on_compute = False
+    return message, numbers(metric.compute())
+
+
+def test_a_rank_that_never_calls_is_an_error_at_wait() -> None:
+    pool = RankPool(2)
+    try:
+        answers = pool.run(never_call)
+    finally:
+        pool.stop()
+    assert answers[0][0]
+    assert [local for _, local in answers] == [{"loss/a": 1.5, "loss": 1.5}, {"loss/a": 1.5, "loss": 1.5}]
 
 
 def differ(rank: int) -> tuple[str, str]:
