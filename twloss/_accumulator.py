@@ -72,6 +72,11 @@ def add_once(state: Tensor, values: Tensor) -> None:
         state[0, 0].add_(values)
 
 
+def as_added(values: Tensor) -> Tensor:
+    """What was added ``(…)``, with nothing carried beside it: ``(2, …)``."""
+    return torch.stack((values, torch.zeros_like(values)))
+
+
 def in_order(value: Tensor) -> Tensor:
     """Both ring buffers of ``(2, 1 + window, …)`` from old to new, wherever the next update goes."""
     return _turn(value, -int(value[0, 0, -1, 0]))

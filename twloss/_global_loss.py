@@ -133,9 +133,6 @@ class GlobalLoss(TaskMetric):
     def _keys(self) -> dict[str, bool | None]:
         return dict.fromkeys(self._reduction.keys, False)
 
-    def _results(self, sums: Tensor) -> Sequence[Tensor]:
-        return self._results_of_now()(sums)
-
     def _results_of_now(self) -> Callable[[Tensor], Sequence[Tensor]]:
         reduction = self._reduction.of_now()
         numbers = self._task_weights.numbers

@@ -21,19 +21,19 @@ from torchmetrics.utilities.distributed import gather_all_tensors
 from torchmetrics.utilities.exceptions import TorchMetricsUserError
 from torchmetrics.utilities.prints import rank_zero_warn
 
-from twloss._accumulator import add_once, as_ring, in_order, state_on, value_of, zero_state
+from twloss._accumulator import add_once, as_added, as_ring, in_order, state_on, value_of, zero_state
 from twloss._arguments import NanStrategy, check_choice, check_process_group, check_tasks, check_window, list_some
 from twloss._checkpoint import ALL_RANKS, SavedSums, check_same, decode, encode, sums_from_bytes, sums_to_bytes
 from twloss._pending import PendingResult
 from twloss._ranks import (
     ColumnNames,
+    contribution,
     group_from_state,
     group_to_state,
     pack_running_sums,
     place_in,
     start_sum_over_ranks,
     unpack_running_sums,
-    world_size,
 )
 from twloss._scalar_view import ScalarView
 from twloss._torch import is_transformed, plain_tensors
@@ -173,7 +173,7 @@ class TaskMetric(Metric):
         is_over_ranks = self.dist_sync_on_step and self.distributed_available_fn()
         shared = batch
         if is_over_ranks:
-            shared = self._sum_over_ranks(torch.stack((batch, torch.zeros_like(batch))), self.dist_sync_fn, None)
+            shared = self._sum_over_ranks(as_added(batch), self.dist_sync_fn, None)
         results = self._name_results(shared.expand(len(self._horizons), *shared.shape), self._results_of_now())
         if not is_transformed(*sums):
             self._put(batch, in_place=False)
@@ -263,7 +263,7 @@ class TaskMetric(Metric):
         if is_over_ranks and not self._is_synced and self.distributed_available_fn():
             work, receive = self._start_sum_over_ranks(sums, self.dist_sync_fn, None, is_async=is_async)
         else:
-            own = self._count_carried(sums)
+            own = contribution(sums, place_in(self.process_group)[0])
             work, receive = None, lambda: own
         results_of, nan_strategy = self._results_of_now(), self._nan_strategy
 
@@ -285,10 +285,6 @@ class TaskMetric(Metric):
             value = value_of(self.totals)
             return torch.cat((value[:, :1], value[:, 1:].sum(1, keepdim=True)), 1)[:, : len(self._horizons)]
 
-    def _count_carried(self, sums: Tensor) -> Tensor:
-        """What this rank adds to the sums of all ``(…)``, of what was added here and what it carries ``(2, …)``."""
-        return sums.sum(0) if place_in(self.process_group)[0] == 0 else sums[0]
-
     def _take_snapshot(self) -> Tensor:
         """What ``_start_since`` takes; the window is of the last updates whatever came before them."""
         self._refuse_between_syncs("reset() of a view")
@@ -297,7 +293,7 @@ class TaskMetric(Metric):
         return sums
 
     def _results_of_now(self) -> Callable[[Tensor], Sequence[Tensor]]:
-        """``_results`` as it is at this moment, if settings that it depends on can change."""
+        """``_results`` as it is at this moment; with settings that can change, a subclass brings this in its place."""
         return self._results
 
     @torch.no_grad()
@@ -433,9 +429,10 @@ class TaskMetric(Metric):
             What to wait for, and what then gives the sums of all ranks ``(…)``, if those are of the same tasks.
         """
         group = process_group or self.process_group
-        packed = pack_running_sums(sums, self._names, is_first=place_in(group)[0] == 0)
+        rank, ranks = place_in(group)
+        packed = pack_running_sums(sums, self._names, rank)
         if gather is None or gather is gather_all_tensors:
-            (total, work), ranks = start_sum_over_ranks(packed, group, is_async=is_async), world_size(group)
+            total, work = start_sum_over_ranks(packed, group, is_async=is_async)
         else:
             parts = gather(packed, group=group)
             total, work, ranks = torch.stack(parts).sum(0), None, len(parts)
@@ -447,7 +444,7 @@ class TaskMetric(Metric):
 
     def _sync_dist(self, dist_sync_fn: Callable[..., Any] = gather_all_tensors, process_group: Any = None) -> None:
         total = self._sum_over_ranks(in_order(value_of(self.totals)), dist_sync_fn, process_group)
-        self.totals = as_ring(torch.stack((total, torch.zeros_like(total))))
+        self.totals = as_ring(as_added(total))
 
     @contextmanager
     def sync_context(self, *args: Any, should_unsync: bool = True, **kwargs: Any) -> Generator[None, None, None]:
@@ -469,8 +466,8 @@ class TaskMetric(Metric):
         state = super().metric_state
         if not self.totals.is_meta:
             with _LOCK:
-                own = self._count_carried(in_order(value_of(self.totals)))
-            state["totals"] = state_on(self.totals.device, as_ring(torch.stack((own, torch.zeros_like(own)))))
+                own = contribution(in_order(value_of(self.totals)), place_in(self.process_group)[0])
+            state["totals"] = state_on(self.totals.device, as_ring(as_added(own)))
         return state
 
     def merge_state(self, incoming_state: dict[str, Any] | Metric) -> None:
@@ -545,7 +542,7 @@ class TaskMetric(Metric):
         elif of_all_ranks and place[0] >= 0 and self.distributed_available_fn():
             own, place = self._sum_over_ranks(sums, self.dist_sync_fn, None), ALL_RANKS
         else:
-            own = self._count_carried(sums)
+            own = contribution(sums, place[0])
         return sums_to_bytes(own, self._description, place)
 
     def _load_sums(self, entry: Any) -> None:
@@ -560,8 +557,9 @@ class TaskMetric(Metric):
                 f"got the sums of rank {place[0]} of {place[1]} alone, expected those of rank {here[0]} of {here[1]}, "
                 "or of all ranks, as saved within twloss.global_sums(); or leave this key out, to load the weights"
             )
-        nothing = torch.zeros_like(sums)
-        value = torch.stack((nothing, sums) if place == ALL_RANKS else (sums, nothing))
+        value = as_added(sums)
+        if place == ALL_RANKS:
+            value = value.flip(0)
         with _LOCK:
             self.totals = state_on(sums.device if self.totals.is_meta else self.totals.device, as_ring(value))
             self._restarts += 1

@@ -111,20 +111,30 @@ def _are_equal(total: Tensor, expected: Tensor, ranks: int) -> Tensor:
     return (total - expected).abs() <= torch.finfo(total.dtype).eps * ranks * expected
 
 
-def pack_running_sums(sums: Tensor, names: ColumnNames, *, is_first: bool) -> Tensor:
+def contribution(sums: Tensor, rank: int) -> Tensor:
+    """What a rank of the process group adds to the sums of all ``(…)``.
+
+    Args:
+        sums: ``(2, …)``, those that were added here, and those of a checkpoint that are carried. All ranks carry the
+            same ones, or the first rank alone, so that the first adds them.
+        rank: this one's in the group.
+    """
+    return sums.sum(0) if rank == 0 else sums[0]
+
+
+def pack_running_sums(sums: Tensor, names: ColumnNames, rank: int) -> Tensor:
     """What a rank sends of its running sums ``(rows, tasks)``, with what tells whether all ranks mean the same by them.
 
     Args:
-        sums: ``(2, …, tasks)``, those that were added here, and those of a checkpoint that are carried. All ranks carry
-            the same ones, or the first rank alone, so that the first adds them; the others send a mark of them.
+        sums: ``(2, …, tasks)``, as for ``contribution``; a rank that does not add what it carries sends a mark of it.
         names: of the tasks.
-        is_first: whether this rank is the first of the process group.
+        rank: this one's in the group.
     """
-    added, carried = sums.flatten(1, -2)
-    mark = carried.nan_to_num(0.0, 0.0, 0.0).abs().sum(0)
+    sums = sums.flatten(1, -2)
+    mark = sums[1].nan_to_num(0.0, 0.0, 0.0).abs().sum(0)
     nothing = torch.zeros_like(mark)
-    marks = (mark, nothing, nothing) if is_first else (nothing, mark, (mark != 0).to(mark))
-    return torch.cat((added + carried if is_first else added, torch.stack((names.row(mark), *marks))))
+    marks = (mark, nothing, nothing) if rank == 0 else (nothing, mark, (mark != 0).to(mark))
+    return torch.cat((contribution(sums, rank), torch.stack((names.row(mark), *marks))))
 
 
 def unpack_running_sums(total: Tensor, names: ColumnNames, ranks: int) -> Tensor:

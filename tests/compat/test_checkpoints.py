@@ -25,6 +25,7 @@ from tests.support.launch import as_if_from_torchrun
 from tests.support.rank_pool import RankPool
 from tests.support.results import numbers
 from twloss import MultiTaskLoss, global_sums
+from twloss._ranks import place_in
 
 TASKS = ["a", "b"]
 ROWS = 23
@@ -67,13 +68,9 @@ def expected(passes: int) -> Numbers:
     return {**sums, "loss": sum(sums.values())}
 
 
-def place() -> tuple[int, int]:
-    return (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
-
-
 def part(values: Tensor) -> Tensor:
     """This rank's rows of values that all ranks have."""
-    rank, world_size = place()
+    rank, world_size = place_in(None)
     return values[rank::world_size]
 
 
@@ -205,7 +202,7 @@ class Module(lightning.LightningModule):
 
 def fit(rank: int, epochs: int, resume: str | None, path: str) -> Numbers:
     """Train up to so many epochs, and save."""
-    model, (_, world_size) = Module(), place()
+    model, (_, world_size) = Module(), place_in(None)
     with warnings.catch_warnings(), as_if_from_torchrun():
         warnings.simplefilter("ignore")  # Lightning's own, of a run as short as this
         trainer = lightning.Trainer(

@@ -17,7 +17,7 @@ from torch.distributed import FileStore  # type: ignore[attr-defined]
 from torch.nn.parallel import DistributedDataParallel
 
 from benchmarks.counts import CollectiveLog, KernelLog
-from tests.support.metrics import Kind, expect_result_of, of_every_kind
+from tests.support.metrics import Kind, expect_result_of, numbers_of_this_rank, of_every_kind
 from tests.support.rank_pool import RankPool
 from tests.support.results import assert_close, fed, numbers
 from twloss import GlobalLoss, MultiTaskLoss, PendingResult, RankingQuality
@@ -132,8 +132,7 @@ def leave(rank: int) -> tuple[str, bool, Numbers]:
     except RuntimeError as error:
         message = str(error)
     completed = pending.is_completed()
-    metric.sync_on_compute = False
-    return message, completed, numbers(metric.compute())
+    return message, completed, numbers_of_this_rank(metric)
 
 
 def test_a_rank_that_is_gone_is_an_error_at_wait() -> None:
@@ -159,8 +158,7 @@ def never_call(rank: int) -> tuple[str, Numbers]:
         except RuntimeError as error:
             message = str(error)
     dist.barrier()
-    metric.sync_on_compute = False
-    return message, numbers(metric.compute())
+    return message, numbers_of_this_rank(metric)
 
 
 def test_a_rank_that_never_calls_is_an_error_at_wait() -> None:

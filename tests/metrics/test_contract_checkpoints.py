@@ -13,18 +13,11 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from tests.support.metrics import Kind, Summing, expect_result_of, of_every_kind
+from tests.support.metrics import KEY, Kind, expect_result_of, of_every_kind, persistent
 from tests.support.rank_pool import RankPool
 from tests.support.results import assert_close, fed, numbers
 
 State = dict[str, Any]
-KEY = "sums._extra_state"
-
-
-def persistent(kind: Kind, **options: Any) -> Summing:
-    metric = kind.make(**options)
-    metric.persistent(True)
-    return metric
 
 
 def through_a_file(state: State) -> State:

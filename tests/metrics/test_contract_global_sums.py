@@ -16,20 +16,22 @@ from torch.nn.parallel import DistributedDataParallel
 from torchmetrics import MeanMetric, MetricCollection
 
 from benchmarks.counts import CollectiveLog
-from tests.support.metrics import Batch, Kind, Summing, expect_result_of, of_every_kind
+from tests.support.metrics import (
+    KEY,
+    Batch,
+    Kind,
+    Summing,
+    expect_result_of,
+    numbers_of_this_rank,
+    of_every_kind,
+    persistent,
+)
 from tests.support.rank_pool import RankPool
 from tests.support.results import assert_close, fed, numbers
 from twloss import MultiTaskLoss, RankingQuality, global_sums
 
 State = dict[str, Any]
 Numbers = dict[str, float]
-KEY = "sums._extra_state"
-
-
-def persistent(kind: Kind, **options: Any) -> Summing:
-    metric = kind.make(**options)
-    metric.persistent(True)
-    return metric
 
 
 def saved_batches(kind: Kind, rank: int) -> list[Batch]:
@@ -245,9 +247,7 @@ def parts_of_ranks(rank: int, kind: Kind, state: State) -> tuple[State, Numbers,
     with metric.sync_context():
         synced = numbers(metric.compute())
         saved = metric.state_dict()
-    metric.sync_on_compute = False
-    alone = numbers(metric.compute())
-    metric.sync_on_compute = True
+    alone = numbers_of_this_rank(metric)
     assert_close(numbers(metric.compute()), synced)
     again = persistent(kind)
     again.load_state_dict(saved)
@@ -305,29 +305,19 @@ def test_what_the_first_rank_does_not_carry_is_an_error_on_every_rank(two_ranks:
             assert_close(after, kind.expected(*later))
 
 
-def carry_in_a_group(rank: int, kind: Kind, state: State) -> Numbers:
-    """The last two of three ranks load a file."""
+def carry_in_a_group(rank: int, kind: Kind, state: State) -> tuple[Numbers, State]:
+    """The last two of three ranks load a file; the result, and what they save."""
     group = dist.new_group([1, 2])
     metric = persistent(kind, process_group=group)
     metric.load_state_dict(state)
     if rank == 0:
         with global_sums(metric):  # no part of the group, so that it has nothing to wait for
             assert metric.state_dict().keys() == {KEY}
-        return {}
+        return {}, {}
     fed(metric, later_batches(kind, rank, 1))
     with global_sums(metric):
         state = metric.state_dict()
-    assert_close(numbers(metric.compute()), numbers(loaded_alone(kind, state)))
-    return numbers(metric.compute())
-
-
-def loaded_alone(kind: Kind, state: State) -> Any:
-    """This rank's result of a file, with no collective."""
-    metric = persistent(kind)
-    metric.load_state_dict(state)
-    metric.process_group, metric.distributed_available_fn = None, lambda: False
-    results = metric._results_of_now()
-    return metric._name_results(metric._copy_sums().sum(0), results)
+    return numbers(metric.compute()), state
 
 
 @of_every_kind
@@ -335,8 +325,11 @@ def test_in_a_group_its_own_first_rank_adds_them(three_ranks: RankPool, kind: Ki
     saved = [kind.batches(3)]
     state = fed(persistent(kind), saved[0]).state_dict()
     later = [later_batches(kind, rank, 1) for rank in (1, 2)]
-    for found in three_ranks.run(carry_in_a_group, kind, state)[1:]:
+    for found, state_of_all in three_ranks.run(carry_in_a_group, kind, state)[1:]:
         assert_close(found, expected(kind, saved, later))
+        metric = persistent(kind)
+        metric.load_state_dict(state_of_all)
+        assert_close(numbers(metric.compute()), found)
 
 
 class Model(nn.Module):

@@ -120,6 +120,17 @@ KINDS = {
     "qualities with a window": Kind(RankingQuality, window=2),
 }
 
+KEY = "sums._extra_state"
+"""A persistent metric's entry in its state_dict."""
+
+
+def persistent(kind: Kind, **options: Any) -> Summing:
+    """A new metric whose sums are saved."""
+    metric = kind.make(**options)
+    metric.persistent(True)
+    return metric
+
+
 of_every_kind: Callable[[Any], Any] = pytest.mark.parametrize("kind", KINDS.values(), ids=KINDS)
 
 
