@@ -6,6 +6,7 @@ A batch takes this way::
     _type_groups.py    the tasks of each loss type, where they differ                      and their sums, joined
     _batch.py          tensors or mappings -> one aligned Batch                            (rows, tasks)
     _columns.py        mappings task -> tensor, stacked                                    (rows, tasks)
+    _bce.py            binary cross-entropy: all of the next three in one function          (tasks,)
     _row_sums.py       Σ w·l over the rows -> TaskSums                                     (tasks,)
     _loss_type.py      the formula of each loss, unreduced                                 (rows, tasks)
     _ranks.py          TaskSums of all ranks, with their gradient                          (tasks,)
@@ -31,6 +32,7 @@ Each file imports only what stands above it::
     _metric.py
     _global_loss.py
     _ranking_quality.py  RankingQuality: normalised entropy and calibration of all rows of all steps and ranks
+    _bce.py
     _type_groups.py
     _losses.py
     _the_algorithm_ml.py  the signatures of the-algorithm-ml

@@ -10,6 +10,8 @@ volume 2, 4.2.2; Dekker 1971, "A floating-point technique for extending the avai
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 from torch.utils.module_tracker import ModuleTracker
@@ -28,8 +30,24 @@ def sum_dtype(device: torch.device) -> torch.dtype:
 
 
 def sum_wide(values: Tensor, tasks: int) -> Tensor:
-    """The sum over rows ``(tasks,)`` of ``(rows, tasks)``, in the widest dtype."""
-    return values.reshape(-1, tasks).sum(0, dtype=sum_dtype(values.device))
+    """The sum over rows ``(tasks,)`` of ``(rows, tasks)``, in the widest dtype; several rows may be seen as one."""
+    if values.ndim != 2:
+        values = values.reshape(-1, tasks)
+    total = values.sum(0, dtype=sum_dtype(values.device))
+    return total if total.numel() == tasks else total.view(-1, tasks).sum(0)
+
+
+def pack_update(sums: Sequence[Tensor | float], *, drops_non_finite: bool) -> Tensor:
+    """A batch's sums ``(tasks,)``, detached, in the widest dtype; below them 1 where they are finite, and 1."""
+    like = sums[0]
+    assert isinstance(like, Tensor)
+    one = torch.ones_like(like, dtype=sum_dtype(like.device))
+    rows = [each.detach().to(one) if isinstance(each, Tensor) else torch.full_like(one, each) for each in sums]
+    packed = torch.stack((*rows, one, one))
+    if drops_non_finite:
+        # What is not finite less itself is NaN, which any() takes for true.
+        packed[:-1].masked_fill_((packed - packed).any(0), 0.0)
+    return packed
 
 
 def zero_state(shape: tuple[int, ...], device: torch.device) -> Tensor:

@@ -153,9 +153,9 @@ class TaskConstants:
 
     def place(self, device: torch.device) -> None:
         """Have the tensors at hand: a compiled forward that had to make them would be compiled again."""
-        self._tensors: dict[tuple[torch.device, torch.dtype], Tensor] = {}
+        self._tensors: dict[tuple[torch.device, torch.dtype, int], Tensor] = {}
         for dtype in {self.dtype or torch.float32, self.dtype or sum_dtype(device)}:
-            self._make((device, dtype))
+            self._make((device, dtype, 1))
 
     def set(self, numbers: tuple[float, ...] | None) -> None:
         """Take other numbers, in new tensors: a backward pass may still need those that were."""
@@ -163,21 +163,22 @@ class TaskConstants:
         for key in self._tensors:
             self._make(key)
 
-    def like(self, values: Tensor) -> Tensor | None:
-        """The numbers on the device of values, and in their dtype."""
+    def like(self, values: Tensor, repeats: int = 1) -> Tensor | None:
+        """The numbers on the device of values, and in their dtype, so many times over."""
         # In this order: compiled code must not depend on whether numbers were set.
         if (self._compiled_default is None or not torch.compiler.is_compiling()) and self.numbers is None:
             return None
-        key = values.device, self.dtype or values.dtype
+        key = values.device, self.dtype or values.dtype, repeats
         if key not in self._tensors:
             self._make(key)
         return self._tensors[key]
 
-    def _make(self, key: tuple[torch.device, torch.dtype]) -> None:
+    def _make(self, key: tuple[torch.device, torch.dtype, int]) -> None:
+        device, dtype, repeats = key
         numbers = self._compiled_default if self.numbers is None else self.numbers
         if numbers is not None:
             with plain_tensors():
-                self._tensors[key] = tensor_of(numbers, key[1], key[0])
+                self._tensors[key] = tensor_of(numbers * repeats, dtype, device)
 
 
 def check_number(name: str, value: object) -> float:

@@ -183,9 +183,21 @@ def bce_values(logits: Tensor, labels: Tensor, pos_weight: Tensor | None) -> Ten
     return linear.addcmul_(factor, magnitude.neg_().exp_().log1p_())
 
 
-def bce_slopes(logits: Tensor, labels: Tensor, pos_weight: Tensor | None) -> Tensor:
-    """The derivative of binary cross-entropy by the logit, ``σ(x) + y·((p-1)·σ(x) - p)``, in a tensor of its own."""
-    slope = logits.sigmoid()
+def bce_values_and_sigmoid(logits: Tensor, labels: Tensor, pos_weight: Tensor | None) -> tuple[Tensor, Tensor]:
+    """The same as a value for a compiler that makes one kernel of it, and σ(x), which has an exponential in common."""
+    magnitude = logits.abs()
+    exponential = magnitude.neg().exp()
+    positive, negative = labels if pos_weight is None else labels * pos_weight, 1.0 - labels
+    factor = negative.where(logits > 0, positive)
+    # The limit, where the product would be 0·inf.
+    linear = (factor * magnitude).where(factor != 0, 0.0)
+    logarithm = exponential.log1p()
+    values = linear + (logarithm if pos_weight is None else (negative + positive) * logarithm)
+    return values, exponential.where(logits < 0, 1.0) / (1.0 + exponential)
+
+
+def bce_slopes(sigmoid: Tensor, labels: Tensor, pos_weight: Tensor | None) -> Tensor:
+    """The derivative of binary cross-entropy by the logit, ``σ(x) + y·((p-1)·σ(x) - p)``, in place of σ(x)."""
     if pos_weight is None:
-        return slope.sub_(labels)
-    return slope.addcmul_(torch.addcmul(-pos_weight, slope, pos_weight - 1), labels)
+        return sigmoid.sub_(labels)
+    return sigmoid.addcmul_(torch.addcmul(-pos_weight, sigmoid, pos_weight - 1), labels)

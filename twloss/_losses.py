@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any, ClassVar, get_args
 
 import torch
@@ -15,6 +16,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.fx import Proxy
 
+from twloss._accumulator import pack_update
 from twloss._arguments import (
     GradientReduction,
     IgnoreIndex,
@@ -33,17 +35,19 @@ from twloss._arguments import (
     warn_local_normalizer,
     warn_unless_mean,
 )
-from twloss._batch import Batch, align, find_proxy, record_call
+from twloss._batch import align, find_proxy, record_call
+from twloss._bce import Pass, Sums, is_closed_form, sum_bce
 from twloss._columns import TaskTensors
 from twloss._global_loss import GlobalLoss
 from twloss._loss_type import LossType, loss_type_name
-from twloss._ranking_quality import RankingQuality
+from twloss._ranking_quality import RankingQuality, sum_quality
 from twloss._ranks import group_from_state, group_to_state, sum_over_ranks_with_gradient, world_size
 from twloss._reduction import GlobalReduction, Reduction
 from twloss._row_sums import TaskSums, sum_rows, sum_weights
 from twloss._torch import has_forward_hooks
 from twloss._type_groups import (
     TaskLossType,
+    TypeGroup,
     group_by_type,
     join_sums,
     join_tasks,
@@ -68,7 +72,7 @@ class _TaskLosses(nn.Module):
     # What is read-only once a loss is made.
     _settings = frozenset({
         "loss_type", "tasks", "reduction", "task_loss_reduction", "global_reduction", "pos_weight", "pos_weights",
-        "mean_over", "ignore_index", "global_batch", "gradient_reduction", "process_group", "quality",
+        "mean_over", "ignore_index", "global_batch", "gradient_reduction", "process_group", "quality", "fused",
         "train_metric", "eval_metric", "train_quality", "eval_quality",
     })  # fmt: skip
 
@@ -86,14 +90,16 @@ class _TaskLosses(nn.Module):
         gradient_reduction: GradientReduction,
         process_group: dist.ProcessGroup | None,
         quality: bool | RankingQuality,
+        fused: bool,
     ) -> None:
         super().__init__()
         types = resolve_loss_types(loss_type, tasks)
         numbers = resolve_pos_weights(pos_weights, types, tasks)
         check_process_group(process_group)
         check_choice("mean_over", mean_over, get_args(MeanOver))
-        if not isinstance(global_batch, bool):
-            raise TypeError(f"global_batch: got {type(global_batch).__name__}, expected a bool")
+        for name, value in (("global_batch", global_batch), ("fused", fused)):
+            if not isinstance(value, bool):
+                raise TypeError(f"{name}: got {type(value).__name__}, expected a bool")
         check_choice("gradient_reduction", gradient_reduction, get_args(GradientReduction))
         self.loss_type = types
         self.tasks = tasks
@@ -108,7 +114,11 @@ class _TaskLosses(nn.Module):
             setattr(self, group.attribute, own_type)
         self._groups = tuple(group for group, _ in groups)
         self._order = order_of_groups(self._groups, tasks)
+        if fused:
+            self._binary_group("fused", fused)
+        self.fused = fused
         self._reduction = reduction
+        self._rule = replace(reduction, keys=())
         # A module is trained with the loss, as its submodule.
         self.global_reduction = reduction.over_tasks
         setattr(self, "reduction" if tasks is None else "task_loss_reduction", reduction.over_rows)
@@ -154,32 +164,66 @@ class _TaskLosses(nn.Module):
         groups, parts = self._groups, [(logits, labels, weights)]
         if self.tasks is not None and len(groups) > 1:
             parts = split_inputs(groups, self.tasks, logits, labels, weights)
-        batches, sums, detached = [], [], []
-        for group, part in zip(groups, parts):
-            loss_type, takes_valid = getattr(self, group.attribute), group.takes_valid
-            size = 1 if group.tasks is None else len(group.tasks)
-            batch = align(*part, group.tasks, loss_type, group.ignore_index, takes_valid=takes_valid)
-            pos_weight = group.pos_weights.like(batch.logits)
-            weight = sum_weights(batch, size, self.mean_over, self._reduction.over_rows)
-            loss_sum, wide = sum_rows(loss_type, batch, pos_weight, size, takes_valid=takes_valid)
-            batches.append(batch)
-            sums.append(TaskSums(loss_sum, weight))
-            detached.append(wide)
-        local = total = sums[0] if len(sums) == 1 else join_sums(sums, self._order)
+        is_direct = len(groups) == 1 and self._reduction.adds_up and not self.global_batch and normalizer is None
+        metrics = self._metrics()
+        sums = [self._sum(group, part, metrics, is_direct=is_direct) for group, part in zip(groups, parts)]
+        if sums[0].loss is not None:
+            losses = self._reduction.by_key(sums[0].losses, sums[0].loss)
+        else:
+            locals_ = [TaskSums(each.losses, each.weight) for each in sums]
+            losses = self._reduce(locals_[0] if len(groups) == 1 else join_sums(locals_, self._order), normalizer)
+        # Last, so that a batch whose loss could not be computed is not in the running sums either.
+        _track(sums, *metrics, self._order)
+        return losses
+
+    def _sum(
+        self,
+        group: TypeGroup,
+        inputs: tuple[Any, ...],
+        metrics: tuple[GlobalLoss, RankingQuality | None],
+        *,
+        is_direct: bool,
+    ) -> Sums:
+        """The sums of the tasks that share a loss type, or where that is all there is to do, their losses."""
+        loss_type, takes_valid = getattr(self, group.attribute), group.takes_valid
+        size = 1 if group.tasks is None else len(group.tasks)
+        logits, labels, weights = inputs
+        batch = align(logits, labels, weights, group.tasks, loss_type, group.ignore_index, takes_valid=takes_valid)
+        metric, quality = metrics
+        quality = quality if loss_type is LossType.BCE_WITH_LOGITS else None
+        if is_closed_form(loss_type, batch):
+            what = Pass(
+                self._rule if is_direct else None,
+                self.mean_over,
+                self._reduction.over_rows,
+                metric._drops_non_finite,
+                None if quality is None else quality._drops_non_finite,
+            )
+            task_weights = self._task_weights.like(batch.logits)
+            return sum_bce(batch, size, what, group.pos_weights, task_weights, fused=self.fused)
+        pos_weight = group.pos_weights.like(batch.logits)
+        weight = sum_weights(batch, size, self.mean_over, self._reduction.over_rows)
+        loss_sum, wide = sum_rows(loss_type, batch, pos_weight, size, takes_valid=takes_valid)
+        update = four = None
+        if wide is not None:
+            update = pack_update((wide, weight), drops_non_finite=metric._drops_non_finite)
+        if wide is not None and quality is not None:
+            known = wide if pos_weight is None else None
+            four = pack_update(sum_quality(batch, size, known), drops_non_finite=quality._drops_non_finite)
+        return Sums(loss_sum, None, weight, update, four, None)
+
+    def _reduce(self, local: TaskSums, normalizer: Tensor | float | None) -> dict[str, Tensor]:
+        """The losses of this rank's sums, or of those of all ranks."""
+        total, factor = local, 1.0
         if self.global_batch:
             total = sum_over_ranks_with_gradient(local, self.train_metric._names, self.process_group)
+            if self.gradient_reduction == "sum":
+                # Each rank has the whole gradient of the reduction's own parameters too.
+                factor /= world_size(self.process_group)
         if normalizer is not None:
             total = TaskSums(total.loss_sum, self._check_normalizer(normalizer, local.loss_sum))
-        factor = 1.0
-        if self.global_batch and self.gradient_reduction == "sum":
-            # Each rank has the whole gradient of the reduction's own parameters too.
-            factor /= world_size(self.process_group)
-        task_weights = self._task_weights.like(local.loss_sum)
-        dtype = local.loss_sum.dtype
-        losses = self._reduction.reduce(total, task_weights, dtype, is_final=False, gradient_factor=factor)
-        # Last, so that a batch whose loss could not be computed is not in the running sums either.
-        self._track(batches, local.weight, detached)
-        return losses
+        dtype, task_weights = local.loss_sum.dtype, self._task_weights.like(local.loss_sum)
+        return self._reduction.reduce(total, task_weights, dtype, is_final=False, gradient_factor=factor)
 
     def _record(self, proxy: Proxy, *inputs: Any) -> dict[str, Tensor]:
         """What stands for the losses in a graph of torch.fx that is being traced."""
@@ -198,22 +242,11 @@ class _TaskLosses(nn.Module):
             warn_local_normalizer()
         return self._reduction.check_normalizer(normalizer, loss_sum)
 
-    def _track(self, batches: Sequence[Batch], weight: Tensor | float, sums: Sequence[Tensor | None]) -> None:
-        """Add a batch and its detached sums to the metrics of this mode; to none of them where one refuses it."""
-        known = [each for each in sums if each is not None]
-        if len(known) < len(sums):
-            return
-        mode = "train" if self.training else "eval"
-        metric: GlobalLoss = getattr(self, f"{mode}_metric")
-        packed = metric._pack(TaskSums(known[0] if len(known) == 1 else join_tasks(known, self._order), weight))
-        if self.quality:
-            quality: RankingQuality = getattr(self, f"{mode}_quality")
-            for group, batch, loss_sum in zip(self._groups, batches, known):
-                if getattr(self, group.attribute) is LossType.BCE_WITH_LOGITS:
-                    # Without pos_weights its log loss is the loss.
-                    is_loss = group.pos_weights.numbers is None
-                    quality._put(quality._pack(quality._sum_aligned(batch, loss_sum if is_loss else None)))
-        metric._put(packed)
+    def _metrics(self) -> tuple[GlobalLoss, RankingQuality | None]:
+        """The metrics of this mode."""
+        if self.training:
+            return self.train_metric, self.train_quality if self.quality else None
+        return self.eval_metric, self.eval_quality if self.quality else None
 
     @property
     def task_weights(self) -> tuple[float, ...] | None:
@@ -246,15 +279,19 @@ class _TaskLosses(nn.Module):
                 raise
         raise AttributeError(f"{name}: got a loss with quality=False, expected one that is made with quality=True")
 
+    def _binary_group(self, argument: str, value: object) -> TypeGroup:
+        """The tasks with BCE_WITH_LOGITS, without which an argument makes no sense."""
+        groups = [group for group in self._groups if getattr(self, group.attribute) is LossType.BCE_WITH_LOGITS]
+        if not groups:
+            types = list_some(self.loss_type) if isinstance(self.loss_type, dict) else self.loss_type
+            raise ValueError(f"{argument}: got {value} with {types}, expected it with BCE_WITH_LOGITS only")
+        return groups[0]
+
     def _own_quality(self, quality: bool | RankingQuality) -> RankingQuality:
         """A metric for the quality of this loss's logits, as the argument says."""
         if not isinstance(quality, (bool, RankingQuality)):
             raise TypeError(f"quality: got {type(quality).__name__}, expected a bool or a RankingQuality")
-        groups = [group for group in self._groups if getattr(self, group.attribute) is LossType.BCE_WITH_LOGITS]
-        if not groups:
-            types = list_some(self.loss_type) if isinstance(self.loss_type, dict) else self.loss_type
-            raise ValueError(f"quality: got {quality} with {types}, expected it with BCE_WITH_LOGITS only")
-        (group,) = groups
+        group = self._binary_group("quality", quality)
         if isinstance(quality, bool):
             return RankingQuality(group.tasks, ignore_index=group.ignore_index, process_group=self.process_group)
         found, expected = (
@@ -283,6 +320,21 @@ class _TaskLosses(nn.Module):
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(group_from_state(state))  # type: ignore[no-untyped-call]
+
+
+def _track(sums: Sequence[Sums], metric: GlobalLoss, quality: RankingQuality | None, order: TaskConstants) -> None:
+    """Add a batch to the metrics of its mode; to none of them where one refuses it."""
+    updates = [each.update for each in sums if each.update is not None]
+    if len(updates) < len(sums):
+        return
+    update = updates[0] if len(updates) == 1 else join_tasks(updates, order)
+    metric._prepare_for(update)
+    if quality is not None:
+        quality._prepare_for(update)
+        for each in sums:
+            if each.quality is not None:
+                quality._put(each.quality)
+    metric._put(update)
 
 
 class Loss(_TaskLosses):
@@ -322,6 +374,7 @@ class Loss(_TaskLosses):
         gradient_reduction: GradientReduction = "mean",
         process_group: dist.ProcessGroup | None = None,
         quality: bool | RankingQuality = False,
+        fused: bool = False,
     ) -> None:
         check_choice("reduction", reduction, get_args(RowReduction))
         super().__init__(
@@ -336,6 +389,7 @@ class Loss(_TaskLosses):
             gradient_reduction=gradient_reduction,
             process_group=process_group,
             quality=quality,
+            fused=fused,
         )
         warn_unless_mean(global_batch, reduction=reduction)
 
@@ -431,6 +485,7 @@ class MultiTaskLoss(_TaskLosses):
         gradient_reduction: GradientReduction = "mean",
         process_group: dist.ProcessGroup | None = None,
         quality: bool | RankingQuality = False,
+        fused: bool = False,
     ) -> None:
         tasks = check_tasks(tasks)
         check_choice("task_loss_reduction", task_loss_reduction, get_args(RowReduction))
@@ -447,6 +502,7 @@ class MultiTaskLoss(_TaskLosses):
             gradient_reduction=gradient_reduction,
             process_group=process_group,
             quality=quality,
+            fused=fused,
         )
         warn_unless_mean(global_batch, task_loss_reduction=task_loss_reduction, global_reduction=global_reduction)
 

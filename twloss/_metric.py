@@ -21,7 +21,7 @@ from torchmetrics.utilities.distributed import gather_all_tensors
 from torchmetrics.utilities.exceptions import TorchMetricsUserError
 from torchmetrics.utilities.prints import rank_zero_warn
 
-from twloss._accumulator import add_once, as_added, as_ring, in_order, state_on, value_of, zero_state
+from twloss._accumulator import add_once, as_added, as_ring, in_order, pack_update, state_on, value_of, zero_state
 from twloss._arguments import NanStrategy, check_choice, check_process_group, check_tasks, check_window, list_some
 from twloss._checkpoint import ALL_RANKS, SavedSums, check_same, decode, encode, sums_from_bytes, sums_to_bytes
 from twloss._pending import PendingResult
@@ -201,20 +201,22 @@ class TaskMetric(Metric):
             add_once(self.totals, batch)
 
     def _pack(self, sums: Sequence[Tensor | float]) -> Tensor:
-        """A batch's sums, detached, in the widest dtype; below them 1 where they are finite, and 1 for every update."""
-        self._refuse_between_syncs("update")
+        """``pack_update`` of a batch's sums, by this metric's rule."""
         like = sums[0]
         assert isinstance(like, Tensor)
+        self._prepare_for(like)
+        return pack_update(sums, drops_non_finite=self._drops_non_finite)
+
+    def _prepare_for(self, like: Tensor) -> None:
+        """Be where a batch's sums are, or raise where they would be lost."""
+        self._refuse_between_syncs("update")
         if self.totals.device != like.device and not like.is_meta:
             # FSDP moves no module without parameters; the first update then brings the sums to the inputs' device.
             self._move(like.device)
-        one = torch.ones_like(like, dtype=self.totals.dtype)
-        rows = [each.detach().to(one) if isinstance(each, Tensor) else torch.full_like(one, each) for each in sums]
-        packed = torch.stack((*rows, one, one))
-        if self._nan_strategy != "disable":
-            # What is not finite less itself is NaN, which any() takes for true.
-            packed[:-1].masked_fill_((packed - packed).any(0), 0.0)
-        return packed
+
+    @property
+    def _drops_non_finite(self) -> bool:
+        return self._nan_strategy != "disable"
 
     def _refuse_between_syncs(self, what: str) -> None:
         """Raise between sync() and unsync(), where the sums are not this rank's own, and unsync() drops what is new."""

@@ -16,7 +16,7 @@ from twloss._accumulator import sum_wide
 from twloss._arguments import IgnoreIndex, NanStrategy, check_choice, check_ignore_index, check_tasks, label_name
 from twloss._batch import Batch, align
 from twloss._columns import TaskTensors
-from twloss._loss_type import LossType, bce_values, row_losses
+from twloss._loss_type import LossType, bce_values, bce_values_and_sigmoid, row_losses
 from twloss._metric import TaskMetric
 from twloss._torch import is_transformed, weigh
 
@@ -131,22 +131,7 @@ class RankingQuality(TaskMetric):
         self, logits: TaskTensors, labels: TaskTensors, weights: TaskTensors | None = None
     ) -> Sequence[Tensor | float]:
         batch = align(logits, labels, weights, self.tasks, LossType.BCE_WITH_LOGITS, self.ignore_index)
-        return self._sum_aligned(batch, None)
-
-    @torch.no_grad()
-    def _sum_aligned(self, batch: Batch, loss_sum: Tensor | None) -> Sequence[Tensor | float]:
-        """Σ w·l, where it is known the given one, Σ w, Σ w·y and Σ w·σ(x) of rows that are aligned."""
-        tasks = 1 if self.tasks is None else len(self.tasks)
-        logits, labels, weights, _, _ = batch
-        if loss_sum is None:
-            is_plain = not (torch.compiler.is_compiling() or is_transformed(logits, labels, weights))
-            loss = (
-                bce_values(logits, labels, None) if is_plain else row_losses(LossType.BCE_WITH_LOGITS, logits, labels)
-            )
-            loss_sum = sum_wide(weigh(loss, weights), tasks)
-        positives, predicted = weigh(labels, weights), weigh(logits.sigmoid(), weights)
-        weight = labels.numel() // tasks if weights is None else sum_wide(weights, tasks)
-        return loss_sum, weight, sum_wide(positives, tasks), sum_wide(predicted, tasks)
+        return sum_quality(batch, 1 if self.tasks is None else len(self.tasks))
 
     def _results(self, sums: Tensor) -> Sequence[Tensor]:
         loss_sum, weight, positives, predicted = sums
@@ -158,3 +143,22 @@ class RankingQuality(TaskMetric):
         ne = logloss / entropy.where(entropy > 0, torch.nan)
         values = (ne, 100.0 * (1.0 - ne), predicted / positives, ctr, logloss, weight)
         return torch.stack(values).flatten().unbind(0)
+
+
+@torch.no_grad()
+def sum_quality(
+    batch: Batch, tasks: int, loss_sum: Tensor | None = None, sigmoid: Tensor | None = None
+) -> Sequence[Tensor | float]:
+    """Σ w·l, Σ w, Σ w·y and Σ w·σ(x) ``(tasks,)`` of rows that are aligned; what is known of them is given."""
+    logits, labels, weights, _, _ = batch
+    if loss_sum is None:
+        if torch.compiler.is_compiling():
+            loss, sigmoid = bce_values_and_sigmoid(logits, labels, None)
+        elif is_transformed(logits, labels, weights):
+            loss = row_losses(LossType.BCE_WITH_LOGITS, logits, labels)
+        else:
+            loss = bce_values(logits, labels, None)
+        loss_sum = sum_wide(weigh(loss, weights), tasks)
+    positives, predicted = weigh(labels, weights), weigh(logits.sigmoid() if sigmoid is None else sigmoid, weights)
+    weight = labels.numel() // tasks if weights is None else sum_wide(weights, tasks)
+    return loss_sum, weight, sum_wide(positives, tasks), sum_wide(predicted, tasks)

@@ -86,6 +86,21 @@ class Reduction:
         is_final: bool,
         gradient_factor: float = 1.0,
     ) -> dict[str, Tensor]:
+        """The losses of sums by their keys, as those of ``values``."""
+        losses, loss = self.values(sums, task_weights, dtype, is_final=is_final)
+        if gradient_factor != 1:
+            losses, loss = scale_gradient(losses, gradient_factor), scale_gradient(loss, gradient_factor)
+        return self.by_key(losses, loss)
+
+    def by_key(self, losses: Tensor, loss: Tensor) -> dict[str, Tensor]:
+        """The tasks' losses ``(tasks,)`` and the global one by their keys; of one task the global one alone."""
+        if len(self.keys) == 1:
+            return {self.keys[0]: loss}
+        return dict(zip(self.keys, (*losses.unbind(0), loss)))
+
+    def values(
+        self, sums: TaskSums, task_weights: Tensor | None, dtype: torch.dtype, *, is_final: bool
+    ) -> tuple[Tensor, Tensor]:
         """The losses of sums.
 
         Args:
@@ -94,10 +109,9 @@ class Reduction:
             dtype: of the result.
             is_final: False for a batch's, to train on: without data a loss is 0 with a gradient of 0, and its head
                 stays in the graph. True for what compute() gives: NaN, as nothing was measured.
-            gradient_factor: what the gradients of all losses are multiplied by.
 
         Returns:
-            0-dim losses.
+            The tasks' losses ``(tasks,)`` and the global one, 0-dim.
         """
         if not (isinstance(sums.weight, Tensor) or sums.weight):
             sums = TaskSums(sums.loss_sum, torch.zeros_like(sums.loss_sum))
@@ -107,9 +121,48 @@ class Reduction:
         loss = losses.view(()) if is_one else self._over_tasks(losses, present, task_weights).to(losses)
         if is_final and present is not None:
             losses, loss = losses.where(present, math.nan), loss.where(present.any(), math.nan)
-        if gradient_factor != 1:
-            losses, loss = scale_gradient(losses, gradient_factor), scale_gradient(loss, gradient_factor)
-        return dict(zip(self.keys, (loss,) if is_one else (*losses.unbind(0), loss)))
+        return losses, loss
+
+    @property
+    def adds_up(self) -> bool:
+        """Whether the losses are sums of the tasks' sums with factors, which ``gradient`` knows."""
+        return self.over_tasks in ("mean", "sum")
+
+    def gradient(
+        self,
+        weight: Tensor | float,
+        task_weights: Tensor | None,
+        grad_losses: Tensor | None,
+        grad_loss: Tensor | None,
+        tasks: int,
+    ) -> Tensor:
+        """The gradient by the sums of what ``adds_up``, ``(tasks,)``, or 0-dim where it is the same for all.
+
+        It is what autograd would make of ``values`` in eight operations, of which all but the first two are here where
+        weights or task_weights differ.
+
+        Args:
+            weight: as in the ``TaskSums``, and so the next as for ``values``.
+            task_weights: see there.
+            grad_losses: the gradient by the tasks' losses ``(tasks,)``; None: 0.
+            grad_loss: that by the global one, 0-dim; None: 0.
+            tasks: the number of tasks.
+        """
+        present = weight != 0 if isinstance(weight, Tensor) else None
+        divisor: Tensor | float = 1.0
+        if self.over_rows == "mean":
+            divisor = weight.where(present, 1.0) if isinstance(weight, Tensor) and present is not None else weight
+        count: Tensor | float = 1.0
+        if self.over_tasks == "mean":
+            count = tasks if present is None else present.sum().clamp(min=1)
+        if grad_loss is None:
+            assert grad_losses is not None
+            grad = grad_losses / divisor
+        else:
+            grad_loss = grad_loss if task_weights is None else grad_loss * task_weights
+            grad = grad_loss / (count * divisor)
+            grad = grad if grad_losses is None else grad + grad_losses / divisor
+        return grad if present is None else grad.where(present, 0.0)
 
     def _over_rows(self, sums: TaskSums, present: Tensor | None) -> Tensor:
         """The tasks' losses ``(tasks,)``, 0 without data."""

@@ -14,8 +14,8 @@ from torch import Tensor
 from twloss._accumulator import sum_wide
 from twloss._arguments import MeanOver, RowReduction
 from twloss._batch import Batch
-from twloss._loss_type import LossFunction, LossType, bce_slopes, bce_values, row_losses
-from twloss._torch import is_batch_of_gradients, is_transformed, weigh, weigh_
+from twloss._loss_type import LossFunction, LossType, row_losses
+from twloss._torch import is_transformed, weigh
 
 
 class TaskSums(NamedTuple):
@@ -54,15 +54,7 @@ def sum_rows(
         batch = Batch(batch.logits.unsqueeze(0), batch.labels.unsqueeze(0), weights, valid, torch.Size([1]))
     logits, labels, weights, _, _ = batch
     is_traced = is_transformed(logits, labels, weights)
-    if loss_type is LossType.BCE_WITH_LOGITS and not (
-        # Only the logits' derivative can be asked for, and by the backward pass; the compiler fuses the plain form.
-        is_traced
-        or torch.compiler.is_compiling()
-        or labels.requires_grad
-        or (weights is not None and weights.requires_grad)
-    ):
-        return _SummedBCE.apply(logits, labels, weights, pos_weight, tasks)  # type: ignore[no-untyped-call, no-any-return]
-    loss = _weighted_losses(loss_type, batch, pos_weight, tasks, takes_valid=takes_valid, is_traced=is_traced)
+    loss = weigh_losses(loss_type, batch, pos_weight, tasks, takes_valid=takes_valid, is_traced=is_traced)
     return loss.reshape(-1, tasks).sum(0), None if is_traced else sum_wide(loss.detach(), tasks)
 
 
@@ -78,7 +70,7 @@ def sum_weights(batch: Batch, tasks: int, mean_over: MeanOver, over_rows: RowRed
     return batch.shape.numel() // tasks
 
 
-def _weighted_losses(
+def weigh_losses(
     loss_type: LossType | LossFunction,
     batch: Batch,
     pos_weight: Tensor | None,
@@ -179,36 +171,3 @@ class _MaskedGradient(torch.autograd.Function):
                 value = grad * 1.0  # detach() can't be batched by is_grads_batched
             masked = grad - value
         return grad.where(counted, masked.nan_to_num(0.0, 0.0, 0.0))
-
-
-class _SummedBCE(torch.autograd.Function):
-    """Σ w·l of binary cross-entropy, with its derivative in closed form.
-
-    It keeps no tensor but the caller's own, and takes fewer kernels than the derivatives of the single operations do,
-    which serve for all else that may be asked for.
-    """
-
-    @staticmethod
-    def forward(  # noqa: PLR0917 (apply() takes no keywords)
-        ctx: Any, logits: Tensor, labels: Tensor, weights: Tensor | None, pos_weight: Tensor | None, tasks: int
-    ) -> tuple[Tensor, Tensor]:
-        ctx.save_for_backward(logits, labels, weights, pos_weight)
-        ctx.tasks = tasks
-        wide = sum_wide(weigh_(bce_values(logits, labels, pos_weight), weights), tasks)
-        ctx.mark_non_differentiable(wide)
-        ctx.set_materialize_grads(False)
-        # A copy where the dtype is the same: one tensor can't be both outputs.
-        return wide.to(logits.dtype, copy=True), wide
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor | None, _: None) -> tuple[Tensor | None, ...]:
-        if grad is None:
-            return (None,) * 5
-        logits, labels, weights, pos_weight = ctx.saved_tensors
-        if torch.is_grad_enabled():  # To be differentiated again.
-            batch = Batch(logits, labels, weights, None, labels.shape)
-            loss = _weighted_losses(LossType.BCE_WITH_LOGITS, batch, pos_weight, ctx.tasks)
-            return *torch.autograd.grad(loss, logits, grad.expand_as(loss), create_graph=True), None, None, None, None
-        slope = bce_slopes(logits, labels, pos_weight)
-        slope = weigh(slope * grad, weights) if is_batch_of_gradients(grad) else weigh_(slope.mul_(grad), weights)
-        return slope, None, None, None, None

@@ -107,7 +107,9 @@ def weigh(values: Tensor, weights: Tensor | None) -> Tensor:
 
 
 def weigh_(values: Tensor, weights: Tensor | None) -> Tensor:
-    """``weigh`` in place, where nothing is differentiated or compiled."""
+    """``weigh`` in place, where nothing is differentiated; what is compiled has no place."""
+    if torch.compiler.is_compiling():
+        return weigh(values, weights)
     if weights is not None:
         values.mul_(weights)
         torch.ops.aten.threshold_backward.grad_input(values, weights.abs(), 0.0, grad_input=values)

@@ -28,14 +28,14 @@ SIGNATURES: list[tuple[Callable[..., Any], str]] = [
     (
         Loss,
         "(loss_type, reduction='mean', *, pos_weight=None, mean_over='rows', ignore_index=None, global_batch=False, "
-        "gradient_reduction='mean', process_group=None, quality=False)",
+        "gradient_reduction='mean', process_group=None, quality=False, fused=False)",
     ),
     (
         MultiTaskLoss,
         "(loss_type, tasks, task_loss_reduction='mean', global_reduction='mean', pos_weights=None, *, "
         "task_weights=None, mean_over='rows', ignore_index=None, global_batch=False, "
         "gradient_reduction='mean', process_group=None, "
-        "quality=False)",
+        "quality=False, fused=False)",
     ),
     (
         GlobalLoss,

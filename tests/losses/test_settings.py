@@ -282,6 +282,7 @@ SHARED: dict[str, Any] = {
     "mean_over": "weights",
     "ignore_index": -1,
     "global_batch": True,
+    "fused": True,
     "gradient_reduction": "sum",
     "process_group": None,
     "quality": False,

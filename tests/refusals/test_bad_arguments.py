@@ -99,6 +99,8 @@ ARGUMENTS: list[tuple[str, Any, WrongError, str, str]] = [
     ("ignore_index", HUGE, EITHER, "", "expected"),
     ("global_batch", 1, TypeError, "int", "a bool"),
     ("global_batch", "yes", TypeError, "str", "a bool"),
+    ("fused", 1, TypeError, "int", "a bool"),
+    ("fused", None, TypeError, "NoneType", "a bool"),
     ("nan_strategy", "impute", ValueError, "'impute'", "one of ['warn', 'error', 'ignore', 'disable']"),
     ("nan_strategy", None, TypeError, "NoneType", "one of ['warn', 'error', 'ignore', 'disable']"),
     ("nan_strategy", 0.0, TypeError, "float", "one of ['warn', 'error', 'ignore', 'disable']"),

@@ -1,0 +1,244 @@
+"""Binary cross-entropy from a batch to its losses in one autograd function, by single kernels or by one compiled one.
+
+A ``Batch`` ``(rows, tasks)`` comes in; the sums of the tasks, or where the reductions add up the losses themselves, go
+out with a gradient in closed form, and beside them what the running sums are to be given.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+from collections.abc import Callable
+from types import FunctionType
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from twloss._accumulator import pack_update, sum_wide
+from twloss._arguments import MeanOver, RowReduction, TaskConstants
+from twloss._batch import Batch
+from twloss._loss_type import LossType, bce_slopes, bce_values, bce_values_and_sigmoid
+from twloss._ranking_quality import sum_quality
+from twloss._reduction import Reduction
+from twloss._row_sums import TaskSums, sum_weights, weigh_losses
+from twloss._torch import is_batch_of_gradients, is_transformed, weigh, weigh_
+
+# As many rows are seen as one, so that what is summed over rows has full vectors of columns, also of few tasks.
+_MOST_ABREAST = 16
+
+
+class Pass(NamedTuple):
+    """What is to be made of a batch; each that differs is compiled by itself."""
+
+    reduction: Reduction | None
+    """How sums become losses, without keys; None: they are wanted as they are."""
+    mean_over: MeanOver
+    over_rows: RowReduction
+    drops_non_finite: bool
+    quality: bool | None
+    """Whether the sums of the quality drop what is not finite; None: there are none."""
+    with_slopes: bool = False
+    """Whether a backward pass may follow."""
+
+
+class Sums(NamedTuple):
+    """What became of a batch, or of those tasks of it that share a loss type."""
+
+    losses: Tensor
+    """``(tasks,)``: Σ w·l, or after a reduction the tasks' losses."""
+    loss: Tensor | None
+    """The global loss; None: there was no reduction."""
+    weight: Tensor | float
+    """``(tasks,)``, or a number that all tasks share."""
+    update: Tensor | None
+    """For the running sums, detached; None where a transform runs the forward, any number of times."""
+    quality: Tensor | None
+    """The same, for those of the quality."""
+    slopes: Tensor | None
+    """The derivatives of Σ w·l by the logits."""
+
+
+def is_closed_form(loss_type: object, batch: Batch) -> bool:
+    """Whether only the derivative by the logits can be asked for, and by a backward pass, outside of compiled code."""
+    logits, labels, weights, _, _ = batch
+    return loss_type is LossType.BCE_WITH_LOGITS and not (
+        torch.compiler.is_compiling()
+        or labels.requires_grad
+        or (weights is not None and weights.requires_grad)
+        or is_transformed(logits, labels, weights)
+    )
+
+
+def sum_bce(
+    batch: Batch, tasks: int, what: Pass, pos_weights: TaskConstants, task_weights: Tensor | None, *, fused: bool
+) -> Sums:
+    """One pass over a batch of binary cross-entropy that ``is_closed_form``.
+
+    Args:
+        batch: ``(rows, tasks)``; of one task, any shape.
+        tasks: the number of tasks.
+        what: to compute.
+        pos_weights: the factors of the positive terms.
+        task_weights: ``(tasks,)``, the factors of the tasks' losses in the global one; None: 1.
+        fused: whether to have the pass compiled.
+    """
+    logits = batch.logits
+    rows = batch.shape.numel() // tasks
+    abreast = min(math.gcd(rows, _MOST_ABREAST), max(rows // 2, 1))
+    others = _Others(pos_weights.like(logits, repeats=abreast), task_weights, tasks, abreast * tasks)
+    # For sizes of 0 and 1 torch would compile it anew; it refuses what torch.jit traces.
+    is_fused = fused and rows > 1 and type(logits) in (Tensor, nn.Parameter) and not logits.is_meta
+    is_fused = is_fused and not torch.jit.is_tracing()  # type: ignore[attr-defined, no-untyped-call]
+    run = _run_compiled if is_fused else run_pass
+    if not (torch.is_grad_enabled() and logits.requires_grad):
+        with torch.no_grad():
+            return run(what, *others.with_batch(batch))
+    what = what._replace(with_slopes=True)
+    losses, loss, sums = _ClosedForm.apply(logits, batch, others, run, what)  # type: ignore[no-untyped-call]
+    result: Sums = sums._replace(losses=losses, loss=loss)
+    return result
+
+
+class _Others(NamedTuple):
+    """What a pass is given beside the batch."""
+
+    pos_weight: Tensor | None
+    """``(columns,)``"""
+    task_weights: Tensor | None
+    tasks: int
+    columns: int
+    """Those of all the rows that are seen as one."""
+
+    def with_batch(self, batch: Batch) -> list[Any]:
+        """The arguments of ``run_pass``."""
+        seen = [None if each is None else each.contiguous().view(-1, self.columns) for each in batch[:4]]
+        return [*seen, self.pos_weight, self.task_weights, self.tasks]
+
+
+def run_pass(  # noqa: PLR0917 (the compiled one takes no keywords)
+    what: Pass,
+    logits: Tensor,
+    labels: Tensor,
+    weights: Tensor | None,
+    valid: Tensor | None,
+    pos_weight: Tensor | None,
+    task_weights: Tensor | None,
+    tasks: int,
+) -> Sums:
+    """The pass over rows ``(rows / abreast, abreast · tasks)``, with no gradient of its own.
+
+    Compiled, it reads each row once, makes the slopes on the way, and writes nothing else of the batch's size.
+    """
+    batch = Batch(logits, labels, weights, valid, logits.shape)
+    slopes = sigmoid = None
+    if torch.compiler.is_compiling():
+        values, sigmoid = bce_values_and_sigmoid(logits, labels, pos_weight)
+        if what.with_slopes:
+            slopes = weigh(bce_slopes(sigmoid.clone(), labels, pos_weight), weights)
+    else:
+        values = bce_values(logits, labels, pos_weight)
+    loss_sum = sum_wide(weigh_(values, weights), tasks)
+    sums = TaskSums(loss_sum, sum_weights(batch, tasks, what.mean_over, what.over_rows))
+    update, quality = pack_update(sums, drops_non_finite=what.drops_non_finite), None
+    if what.quality is not None:
+        # Without pos_weights the log loss is the loss.
+        four = sum_quality(batch, tasks, loss_sum if pos_weight is None else None, sigmoid)
+        quality = pack_update(four, drops_non_finite=what.quality)
+    if what.reduction is None:
+        losses, loss = loss_sum.to(logits.dtype), None
+    else:
+        losses, loss = what.reduction.values(sums, task_weights, logits.dtype, is_final=False)
+    return Sums(losses, loss, sums.weight, update, quality, slopes)
+
+
+@functools.cache
+def _compiled(what: Pass) -> Callable[..., Sums]:
+    """``run_pass`` of it, compiled at the first call with each kind of tensors, for any number of rows from 2 on."""
+
+    def run(*inputs: Any) -> Sums:
+        return run_pass(what, *inputs)
+
+    # Of one code object torch compiles no more than eight forms, so each has one of its own.
+    return torch.compile(FunctionType(run.__code__.replace(), run.__globals__, closure=run.__closure__), dynamic=True)
+
+
+def _run_compiled(what: Pass, *inputs: Any) -> Sums:
+    try:
+        return _compiled(what)(*inputs)
+    except torch.OutOfMemoryError:
+        raise
+    except Exception as error:
+        raise RuntimeError(
+            f"fused: got True where torch.compile fails, expected what it needs, a C++ compiler for tensors on a CPU "
+            f"and Triton for those on a GPU, or fused=False: {error}"
+        ) from error
+
+
+class _ClosedForm(torch.autograd.Function):
+    """A pass, with the derivative by the logits in closed form.
+
+    It keeps the caller's own tensors and, where the pass made them, the slopes, which the first backward pass turns
+    into its result. For any other they are made again.
+    """
+
+    @staticmethod
+    def forward(  # noqa: PLR0917 (apply() takes no keywords)
+        ctx: Any, logits: Tensor, batch: Batch, others: _Others, run: Callable[..., Sums], what: Pass
+    ) -> tuple[Tensor, Tensor | None, Sums]:
+        sums = run(what, *others.with_batch(batch))
+        ctx.save_for_backward(logits, *batch[1:4])
+        ctx.shape, ctx.others, ctx.run, ctx.what = logits.shape, others, run, what
+        ctx.weight, ctx.slopes = sums.weight, sums.slopes
+        ctx.set_materialize_grads(False)
+        return sums.losses, sums.loss, sums._replace(slopes=None)
+
+    @staticmethod
+    def backward(
+        ctx: Any, grad_losses: Tensor | None, grad_loss: Tensor | None, _: None
+    ) -> tuple[Tensor | None, None, None, None, None]:
+        return _ClosedForm._gradient(ctx, grad_losses, grad_loss), None, None, None, None
+
+    @staticmethod
+    def _gradient(ctx: Any, grad_losses: Tensor | None, grad_loss: Tensor | None) -> Tensor | None:
+        grad, others = grad_losses, ctx.others
+        if ctx.what.reduction is not None and not (grad_losses is None and grad_loss is None):
+            grad = ctx.what.reduction.gradient(ctx.weight, others.task_weights, grad_losses, grad_loss, others.tasks)
+        if grad is None:
+            return None
+        if torch.is_grad_enabled():
+            return _differentiate(ctx, grad)
+        slopes, weights = _slopes(ctx)
+        if is_batch_of_gradients(grad):
+            return weigh(slopes.view(ctx.shape) * grad, None if weights is None else weights.view(ctx.shape))
+        # With no second reference to it, the gradient of a leaf is this tensor and no copy.
+        ctx.slopes = None
+        slopes.mul_(grad if grad.ndim == 0 else grad.repeat(others.columns // others.tasks))
+        gradient: Tensor = weigh_(slopes, weights).view(ctx.shape)
+        return gradient
+
+
+def _slopes(ctx: Any) -> tuple[Tensor, Tensor | None]:
+    """The derivatives by the logits, rows abreast, and the weights that are not in them yet."""
+    if ctx.slopes is not None:
+        return ctx.slopes, None
+    inputs = ctx.others.with_batch(_saved_batch(ctx))
+    slopes = None if ctx.run is run_pass else ctx.run(ctx.what, *inputs).slopes
+    if slopes is not None:
+        return slopes, None
+    logits, labels, weights, _, pos_weight, *_ = inputs
+    return bce_slopes(logits.sigmoid(), labels, pos_weight), weights
+
+
+def _saved_batch(ctx: Any) -> Batch:
+    logits, labels, weights, valid = ctx.saved_tensors
+    return Batch(logits, labels, weights, valid, ctx.shape)
+
+
+def _differentiate(ctx: Any, grad: Tensor) -> Tensor:
+    """The gradient by the logits, to be differentiated again."""
+    batch, (pos_weight, _, tasks, _) = _saved_batch(ctx), ctx.others
+    pos_weight = None if pos_weight is None else pos_weight[:tasks]
+    loss = weigh_losses(LossType.BCE_WITH_LOGITS, batch, pos_weight, tasks)
+    gradient: Tensor = torch.autograd.grad(loss, batch.logits, grad.expand_as(loss), create_graph=True)[0]
+    return gradient
