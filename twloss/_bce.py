@@ -214,8 +214,7 @@ class _ClosedForm(torch.autograd.Function):
         # With no second reference to it, the gradient of a leaf is this tensor and no copy.
         ctx.slopes = None
         slopes.mul_(grad if grad.ndim == 0 else grad.repeat(others.columns // others.tasks))
-        gradient: Tensor = weigh_(slopes, weights).view(ctx.shape)
-        return gradient
+        return weigh_(slopes, weights).view(ctx.shape)
 
 
 def _slopes(ctx: Any) -> tuple[Tensor, Tensor | None]:
