@@ -5,12 +5,15 @@ from __future__ import annotations
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import hypothesis
 import pytest
 import torch
 
 from tests.support.rank_pool import RankPool
+from twloss import _bce, _losses
+from twloss._bce import Sums
 
 # Examples on ranks wait for other processes, so a single slow one says nothing.
 hypothesis.settings.register_profile("twloss", deadline=None, derandomize=True, print_blob=True)
@@ -42,6 +45,21 @@ def new_compiler() -> Iterator[None]:
         warnings.simplefilter("ignore")
         yield
     torch._dynamo.reset()
+
+
+@pytest.fixture(params=[pytest.param(False, id="eager"), pytest.param(True, id="fused", marks=pytest.mark.slow)])
+def eager_and_fused(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Once as it is, and once with ``fused=True`` in every loss that can have it."""
+    if not request.param:
+        return
+    original = _bce.sum_bce
+
+    def sum_bce(*args: Any, **kwargs: Any) -> Sums:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # the compiler's own
+            return original(*args, **{**kwargs, "fused": True})
+
+    monkeypatch.setattr(_losses, "sum_bce", sum_bce)
 
 
 @pytest.fixture(scope="session")

@@ -13,16 +13,16 @@ from types import FunctionType
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from twloss._accumulator import pack_update, sum_wide
 from twloss._arguments import MeanOver, RowReduction, TaskConstants
 from twloss._batch import Batch
-from twloss._loss_type import LossType, bce_slopes, bce_values, bce_values_and_sigmoid
+from twloss._loss_type import LossType, bce_at_once, bce_slopes, bce_values
 from twloss._ranking_quality import sum_quality
 from twloss._reduction import Reduction
 from twloss._row_sums import TaskSums, sum_weights, weigh_losses
-from twloss._torch import is_batch_of_gradients, is_transformed, weigh, weigh_
+from twloss._torch import is_batch_of_gradients, is_transformed, runs_compiled, weigh, weigh_
 
 # As many rows are seen as one, so that what is summed over rows has full vectors of columns, also of few tasks.
 _MOST_ABREAST = 16
@@ -87,10 +87,8 @@ def sum_bce(
     rows = batch.shape.numel() // tasks
     abreast = min(math.gcd(rows, _MOST_ABREAST), max(rows // 2, 1))
     others = _Others(pos_weights.like(logits, repeats=abreast), task_weights, tasks, abreast * tasks)
-    # For sizes of 0 and 1 torch would compile it anew; it refuses what torch.jit traces.
-    is_fused = fused and rows > 1 and type(logits) in (Tensor, nn.Parameter) and not logits.is_meta
-    is_fused = is_fused and not torch.jit.is_tracing()  # type: ignore[attr-defined, no-untyped-call]
-    run = _run_compiled if is_fused else run_pass
+    # For sizes of 0 and 1 torch would compile it anew.
+    run = _run_compiled if fused and rows > 1 and runs_compiled(logits) else run_pass
     if not (torch.is_grad_enabled() and logits.requires_grad):
         with torch.no_grad():
             return run(what, *others.with_batch(batch))
@@ -131,9 +129,9 @@ def run_pass(  # noqa: PLR0917 (the compiled one takes no keywords)
     Compiled, it reads each row once, makes the slopes on the way, and writes nothing else of the batch's size.
     """
     batch = Batch(logits, labels, weights, valid, logits.shape)
-    slopes = sigmoid = None
+    slopes = sigmoid = plain = None
     if torch.compiler.is_compiling():
-        values, sigmoid = bce_values_and_sigmoid(logits, labels, pos_weight)
+        values, plain, sigmoid = bce_at_once(logits, labels, pos_weight)
         if what.with_slopes:
             slopes = weigh(bce_slopes(sigmoid.clone(), labels, pos_weight), weights)
     else:
@@ -143,8 +141,10 @@ def run_pass(  # noqa: PLR0917 (the compiled one takes no keywords)
     update, quality = pack_update(sums, drops_non_finite=what.drops_non_finite), None
     if what.quality is not None:
         # Without pos_weights the log loss is the loss.
-        four = sum_quality(batch, tasks, loss_sum if pos_weight is None else None, sigmoid)
-        quality = pack_update(four, drops_non_finite=what.quality)
+        log_loss = loss_sum if pos_weight is None else None
+        if log_loss is None and plain is not None:
+            log_loss = sum_wide(weigh(plain, weights), tasks)
+        quality = pack_update(sum_quality(batch, tasks, log_loss, sigmoid), drops_non_finite=what.quality)
     if what.reduction is None:
         losses, loss = loss_sum.to(logits.dtype), None
     else:
@@ -153,25 +153,26 @@ def run_pass(  # noqa: PLR0917 (the compiled one takes no keywords)
 
 
 @functools.cache
-def _compiled(what: Pass) -> Callable[..., Sums]:
-    """``run_pass`` of it, compiled at the first call with each kind of tensors, for any number of rows from 2 on."""
+def _compiled(what: Pass, _: tuple[torch.dtype | bool, ...]) -> Callable[..., Sums]:
+    """``run_pass`` of it on inputs of these dtypes, which is compiled when it is called, for any number of rows."""
 
     def run(*inputs: Any) -> Sums:
         return run_pass(what, *inputs)
 
-    # Of one code object torch compiles no more than eight forms, so each has one of its own.
+    # Of one code object torch compiles no more than eight forms, and then none at all, so each has one of its own.
     return torch.compile(FunctionType(run.__code__.replace(), run.__globals__, closure=run.__closure__), dynamic=True)
 
 
 def _run_compiled(what: Pass, *inputs: Any) -> Sums:
     try:
-        return _compiled(what)(*inputs)
+        return _compiled(what, tuple(isinstance(each, Tensor) and each.dtype for each in inputs))(*inputs)
     except torch.OutOfMemoryError:
         raise
     except Exception as error:
+        first, *_ = f"{error}\n".splitlines()
         raise RuntimeError(
-            f"fused: got True where torch.compile fails, expected what it needs, a C++ compiler for tensors on a CPU "
-            f"and Triton for those on a GPU, or fused=False: {error}"
+            "fused: got True where torch.compile fails, expected what it needs, a C++ compiler for tensors on a CPU "
+            f"and Triton for those on a GPU, or fused=False: {type(error).__name__}: {first}"
         ) from error
 
 
@@ -189,7 +190,7 @@ class _ClosedForm(torch.autograd.Function):
         sums = run(what, *others.with_batch(batch))
         ctx.save_for_backward(logits, *batch[1:4])
         ctx.shape, ctx.others, ctx.run, ctx.what = logits.shape, others, run, what
-        ctx.weight, ctx.slopes = sums.weight, sums.slopes
+        ctx.weight, ctx.slopes, ctx.makes_slopes = sums.weight, sums.slopes, sums.slopes is not None
         ctx.set_materialize_grads(False)
         return sums.losses, sums.loss, sums._replace(slopes=None)
 
@@ -222,7 +223,7 @@ def _slopes(ctx: Any) -> tuple[Tensor, Tensor | None]:
     if ctx.slopes is not None:
         return ctx.slopes, None
     inputs = ctx.others.with_batch(_saved_batch(ctx))
-    slopes = None if ctx.run is run_pass else ctx.run(ctx.what, *inputs).slopes
+    slopes: Tensor | None = ctx.run(ctx.what, *inputs).slopes if ctx.makes_slopes else None
     if slopes is not None:
         return slopes, None
     logits, labels, weights, _, pos_weight, *_ = inputs

@@ -183,17 +183,26 @@ def bce_values(logits: Tensor, labels: Tensor, pos_weight: Tensor | None) -> Ten
     return linear.addcmul_(factor, magnitude.neg_().exp_().log1p_())
 
 
-def bce_values_and_sigmoid(logits: Tensor, labels: Tensor, pos_weight: Tensor | None) -> tuple[Tensor, Tensor]:
-    """The same as a value for a compiler that makes one kernel of it, and σ(x), which has an exponential in common."""
-    magnitude = logits.abs()
+def bce_at_once(logits: Tensor, labels: Tensor, pos_weight: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
+    """The values with the pos_weight and without it, and σ(x), for a compiler that makes one kernel of all three.
+
+    They share an exponential and a logarithm, which it would not see in one function for each.
+    """
+    magnitude, negative = logits.abs(), 1.0 - labels
     exponential = magnitude.neg().exp()
-    positive, negative = labels if pos_weight is None else labels * pos_weight, 1.0 - labels
-    factor = negative.where(logits > 0, positive)
-    # The limit, where the product would be 0·inf.
-    linear = (factor * magnitude).where(factor != 0, 0.0)
     logarithm = exponential.log1p()
-    values = linear + (logarithm if pos_weight is None else (negative + positive) * logarithm)
-    return values, exponential.where(logits < 0, 1.0) / (1.0 + exponential)
+
+    def values(positive: Tensor, weight: Tensor | float) -> Tensor:
+        factor = negative.where(logits > 0, positive)
+        # The limit, where the product would be 0·inf.
+        return (factor * magnitude).where(factor != 0, 0.0) + weight * logarithm
+
+    plain = values(labels, 1.0)
+    sigmoid = exponential.where(logits < 0, 1.0) / (1.0 + exponential)
+    if pos_weight is None:
+        return plain, plain, sigmoid
+    positive = labels * pos_weight
+    return values(positive, negative + positive), plain, sigmoid
 
 
 def bce_slopes(sigmoid: Tensor, labels: Tensor, pos_weight: Tensor | None) -> Tensor:

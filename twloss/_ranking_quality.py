@@ -16,7 +16,7 @@ from twloss._accumulator import sum_wide
 from twloss._arguments import IgnoreIndex, NanStrategy, check_choice, check_ignore_index, check_tasks, label_name
 from twloss._batch import Batch, align
 from twloss._columns import TaskTensors
-from twloss._loss_type import LossType, bce_values, bce_values_and_sigmoid, row_losses
+from twloss._loss_type import LossType, bce_at_once, bce_values, row_losses
 from twloss._metric import TaskMetric
 from twloss._torch import is_transformed, weigh
 
@@ -153,7 +153,7 @@ def sum_quality(
     logits, labels, weights, _, _ = batch
     if loss_sum is None:
         if torch.compiler.is_compiling():
-            loss, sigmoid = bce_values_and_sigmoid(logits, labels, None)
+            loss, _, sigmoid = bce_at_once(logits, labels, None)
         elif is_transformed(logits, labels, weights):
             loss = row_losses(LossType.BCE_WITH_LOGITS, logits, labels)
         else:

@@ -41,8 +41,9 @@ def train(rank: int, case: Settings, steps: list[list[Rows]]) -> dict[str, float
 
 
 @pytest.mark.parametrize("reduction", ["mean", "max"])
-def test_sums_of_all_ranks_survive_ddp_with_uneven_batches(ranks: RankPool, reduction: str) -> None:
-    case = Settings(global_reduction=reduction)
+@pytest.mark.parametrize("fused", [False, pytest.param(True, marks=pytest.mark.slow)])
+def test_sums_of_all_ranks_survive_ddp_with_uneven_batches(ranks: RankPool, reduction: str, fused: bool) -> None:
+    case = Settings(global_reduction=reduction, fused=fused)
     steps = uneven_steps(case, ranks.world_size)
     results = ranks.run(train, case, steps)
     everything = {"train": joined([part for parts in steps for part in parts]), "eval": joined(steps[0])}

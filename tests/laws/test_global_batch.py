@@ -74,8 +74,9 @@ def wrapped_step(rank: int, case: Settings, parts: list[Rows], wrap: str) -> tup
 
 @pytest.mark.parametrize("wrap", ["fsdp2", "compile", "bucket views"])
 @pytest.mark.parametrize("reduction", ["mean", "max", "norm"])
-def test_however_the_model_is_wrapped(ranks: RankPool, wrap: str, reduction: str) -> None:
-    case = Settings(3, "mean", reduction, (0.5, 27.3, 4.0))
+@pytest.mark.parametrize("fused", [False, pytest.param(True, marks=pytest.mark.slow)])
+def test_however_the_model_is_wrapped(ranks: RankPool, wrap: str, reduction: str, fused: bool) -> None:
+    case = Settings(3, "mean", reduction, (0.5, 27.3, 4.0), fused=fused)
     parts = case_parts(case, ranks.world_size, weighted=True)
     expect_at_most(errors_of(case, parts, ranks.run(wrapped_step, case, parts, wrap)), FLOAT64)
 

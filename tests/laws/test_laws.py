@@ -6,13 +6,15 @@
 
 from __future__ import annotations
 
+import math
+import warnings
 from typing import Any
 
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from tests.support.cases import Ranker, Rows, Settings, cases, columns, joined, parameter_gradients, split
+from tests.support.cases import Ranker, Rows, Settings, cases, columns, joined, parameter_gradients, random_rows, split
 from tests.support.laws import Columns, expect_exact_gradients, expect_split_invariance, run_steps
 from tests.support.rank_pool import RankPool
 
@@ -41,6 +43,37 @@ def test_both_laws_on_one_process(case: tuple[Settings, Rows, list[list[int]]]) 
     for global_batch in (False, True):
         results = [run(0, options, steps, global_batch)]
         expect_split_invariance(options, columns(options, rows), results)
+        expect_exact_gradients(options, by_step(options, steps), results)
+
+
+FUSED = [
+    Settings(fused=True),
+    Settings(4, "mean", "sum", [0.5, 27.3, 4.0, 1.0], [1.0, 0.0, 2.5, 3.0], "weights", -1.0, fused=True),
+    Settings(2, "sum", "mean", None, None, "rows", math.nan, fused=True),
+    Settings(3, "mean", "max", [0.5, 27.3, 4.0], None, "weights", fused=True),
+    Settings(1, "mean", "norm", fused=True),
+]
+SIZES = [[16, 5, 0], [1, 0, 2], [32, 32, 32]]
+"""By step, by rank: a multiple of what is seen abreast, an odd one, one row and none."""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("options", FUSED, ids=str)
+@pytest.mark.parametrize("global_batch", [False, True])
+@pytest.mark.parametrize("pool", [None, "two_ranks", "three_ranks"])
+def test_both_laws_with_a_fused_pass(
+    request: pytest.FixtureRequest, options: Settings, global_batch: bool, pool: str | None
+) -> None:
+    ranks: RankPool | None = None if pool is None else request.getfixturevalue(pool)
+    sizes = [step[: 1 if ranks is None else ranks.world_size] for step in SIZES]
+    rows = random_rows(options, sum(map(sum, sizes)), 0, weighted=options.mean_over == "weights")
+    steps = split(rows, sizes)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # the compiler's own
+        arguments = (options, steps, global_batch)
+        results = [run(0, *arguments)] if ranks is None else ranks.run(run, *arguments)
+    expect_split_invariance(options, columns(options, rows), results)
+    if global_batch:
         expect_exact_gradients(options, by_step(options, steps), results)
 
 

@@ -17,6 +17,8 @@ from torch.func import grad, hessian, jvp, vmap
 
 from twloss import GlobalLoss, Loss, MultiTaskLoss
 
+pytestmark = pytest.mark.usefixtures("eager_and_fused")
+
 TASKS = ["a", "b"]
 OPTIONS: dict[str, dict[str, Any]] = {
     "plain": {},

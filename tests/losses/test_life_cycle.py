@@ -21,6 +21,8 @@ from tests.support.results import numbers
 from twloss import Loss, MultiTaskLoss
 from twloss._ranks import group_from_state, group_to_state
 
+pytestmark = pytest.mark.usefixtures("eager_and_fused")
+
 TASKS = ["a", "b"]
 
 

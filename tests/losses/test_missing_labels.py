@@ -16,6 +16,8 @@ from tests.support.metrics import weights_of
 from tests.support.rank_pool import RankPool
 from twloss import Loss, MultiTaskLoss, RankingQuality
 
+pytestmark = pytest.mark.usefixtures("eager_and_fused")
+
 BAD = [math.nan, math.inf, -math.inf]
 
 

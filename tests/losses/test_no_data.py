@@ -16,6 +16,8 @@ from tests.support.rank_pool import RankPool
 from tests.support.reference import bce_with_logits
 from twloss import GlobalLoss, Loss, MultiTaskLoss
 
+pytestmark = pytest.mark.usefixtures("eager_and_fused")
+
 TASKS = ["a", "b", "c"]
 LOGITS = [[0.0, 1.0, -2.0], [0.5, 0.25, 3.0]]
 LABELS = [[1.0, 1.0, 0.0], [0.0, 0.0, 1.0]]

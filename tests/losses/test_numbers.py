@@ -16,6 +16,8 @@ from torch import Tensor
 from tests.support import reference
 from twloss import Loss, LossType, MultiTaskLoss
 
+pytestmark = pytest.mark.usefixtures("eager_and_fused")
+
 TASKS = ["like", "reply", "retweet", "dwell"]
 ROWS = 29
 RTOL = {torch.float32: 1e-6, torch.float64: 1e-12}

@@ -30,11 +30,15 @@ def names(rows: list[tuple[float, float]]) -> list[str]:
     return [f"{index}" for index in range(len(rows))]
 
 
-def loss_of(rows: list[tuple[float, float]], pos_weight: float | None, *, quality: bool = False) -> MultiTaskLoss:
-    """A loss that sums, and whose running sums take what is not finite."""
+def loss_of(
+    rows: list[tuple[float, float]], pos_weight: float | None, path: object, *, quality: bool = False
+) -> MultiTaskLoss:
+    """A loss whose global one is a sum, and whose running sums take what is not finite."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", UserWarning)
-        loss = MultiTaskLoss("bce_with_logits", names(rows), "sum", "sum", pos_weight, quality=quality)
+        loss = MultiTaskLoss(
+            "bce_with_logits", names(rows), "mean", "sum", pos_weight, quality=quality, fused=path is fused
+        )
     for metric in [loss.train_metric, *([loss.train_quality] if quality else [])]:
         metric.nan_strategy = "disable"
     return loss
@@ -90,6 +94,12 @@ def to_be_differentiated_again(loss: MultiTaskLoss, logits: Tensor, labels: Tens
     return result, torch.autograd.grad(result["loss"], logits, create_graph=True)[0]
 
 
+def fused(loss: MultiTaskLoss, logits: Tensor, labels: Tensor) -> Found:
+    """The mean of two rows that are the same, since one alone is not compiled."""
+    result = loss(torch.cat([logits.requires_grad_()] * 2), torch.cat([labels] * 2))
+    return result, torch.autograd.grad(result["loss"], logits)[0]
+
+
 PATHS = [
     in_closed_form,
     without_gradient,
@@ -98,6 +108,7 @@ PATHS = [
     with_learned_labels,
     with_learned_weights,
     to_be_differentiated_again,
+    fused,
 ]
 on_each_path = pytest.mark.parametrize("path", PATHS, ids=lambda path: path.__name__)
 on_each_dtype = pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
@@ -112,7 +123,7 @@ pytestmark = pytest.mark.usefixtures("new_compiler")
 def test_the_loss_of_a_row_is_that_of_the_definition(
     path: Callable[..., Found], pos_weight: float | None, dtype: torch.dtype
 ) -> None:
-    loss = loss_of(ROWS, pos_weight, quality=pos_weight is None)
+    loss = loss_of(ROWS, pos_weight, path, quality=pos_weight is None)
     logits, labels = tensors_of(ROWS, dtype)
     rows = [*zip(logits[0].tolist(), labels[0].tolist())]
     result, _ = path(loss, logits, labels)
@@ -141,7 +152,7 @@ def test_the_derivative_by_a_logit_is_that_of_the_definition(
 ) -> None:
     logits, labels = tensors_of(ROWS, dtype)
     rows = [*zip(logits[0].tolist(), labels[0].tolist())]
-    _, grad = path(loss_of(ROWS, pos_weight), logits, labels)
+    _, grad = path(loss_of(ROWS, pos_weight, path), logits, labels)
     if path is without_gradient:
         assert grad is None
         return
@@ -160,7 +171,7 @@ def test_the_second_derivative_at_every_logit_is_that_of_the_definition(
 ) -> None:
     logits, labels = tensors_of(ROWS, dtype)
     rows = [*zip(logits[0].tolist(), labels[0].tolist())]
-    _, grad = to_be_differentiated_again(loss_of(ROWS, pos_weight), logits, labels)
+    _, grad = to_be_differentiated_again(loss_of(ROWS, pos_weight, to_be_differentiated_again), logits, labels)
     assert grad is not None
     (second,) = torch.autograd.grad(grad.sum(), logits)
     for (logit, label), curvature in zip(rows, second[0].tolist()):
@@ -173,7 +184,7 @@ def test_the_second_derivative_at_every_logit_is_that_of_the_definition(
 @with_each_pos_weight
 @on_each_dtype
 def test_nan_stays_nan(path: Callable[..., Found], pos_weight: float | None, dtype: torch.dtype) -> None:
-    loss = loss_of(NAN_ROWS, pos_weight, quality=True)
+    loss = loss_of(NAN_ROWS, pos_weight, path, quality=True)
     result, _ = path(loss, *tensors_of(NAN_ROWS, dtype))
     assert all(found.isnan() for found in result.values())
     if path is transformed:

@@ -21,6 +21,8 @@ from tests.support.rank_pool import RankPool
 from tests.support.results import assert_close, fed, numbers
 from twloss import Loss, LossType, MultiTaskLoss, RankingQuality
 
+pytestmark = pytest.mark.usefixtures("eager_and_fused")
+
 OPTIONS: dict[str, dict[str, Any]] = {
     "plain": {},
     "pos_weights": {"pos_weights": [2.0, 27.3, 0.5]},

@@ -14,6 +14,8 @@ from torch import Tensor
 from tests.support import reference
 from twloss import Loss, MultiTaskLoss
 
+pytestmark = pytest.mark.usefixtures("eager_and_fused")
+
 TASKS = ["a", "b"]
 POSITIVE = [2.0, 3.0]
 MISSING = -1

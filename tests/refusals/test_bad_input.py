@@ -16,6 +16,8 @@ import torch
 from tests.support.refusals import EITHER, HUGE, WrongError, expect_refusal, expect_refused_batch, named, sums_of
 from twloss import GlobalLoss, Loss, MultiTaskLoss
 
+pytestmark = pytest.mark.usefixtures("eager_and_fused")
+
 TASKS = ["like", "reply"]
 TWO, THREE, LABELS = torch.ones(2), torch.ones(3), torch.ones(3, 2)
 INDICES = torch.zeros(3, 2, dtype=torch.int64)

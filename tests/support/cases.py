@@ -27,6 +27,8 @@ def norm(losses: Tensor) -> Tensor:
 class Arguments:
     """What the settings of losses share, whatever their tasks are."""
 
+    fused = False
+
     loss_type: Any
     task_loss_reduction: Any
     global_reduction: Any
@@ -52,7 +54,7 @@ class Arguments:
                 task_weights=self.task_weights,
                 mean_over=self.mean_over,
                 ignore_index=self.ignore_index,
-                **kwargs,
+                **{"fused": self.fused, **kwargs},
             )
 
     def rule(self) -> reference.Rule:
@@ -73,6 +75,7 @@ class Settings(Arguments):
     task_weights: Sequence[float] | None = None
     mean_over: Any = "rows"
     ignore_index: float | None = None
+    fused: bool = False
 
     def names(self) -> list[str]:
         """The tasks' names."""
