@@ -16,6 +16,7 @@ from benchmarks.bandwidth import bandwidth
 from benchmarks.calls import calls
 from benchmarks.chart import write_chart
 from benchmarks.compiled import compile_cost
+from benchmarks.first_call import first_call
 from benchmarks.global_batch_cost import global_batch_cost
 from benchmarks.kernels import kernels
 from benchmarks.limit import limit
@@ -50,6 +51,7 @@ BENCHMARKS: dict[str, Benchmark] = {
     "precision": precision,
     "scale": scale,
     "compile": compile_cost,
+    "first_call": first_call,
 }
 # With --device cuda: the ranks are gloo processes on the CPU, and one GPU has no ranks; a GPU has a bandwidth to reach.
 CUDA_BENCHMARKS: dict[str, Benchmark] = {

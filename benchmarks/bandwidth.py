@@ -14,7 +14,7 @@ from benchmarks.counts import count_launches
 from benchmarks.paired import take_turns
 from benchmarks.rivals import PLAIN, copy_of_the_bytes, plain
 from benchmarks.row import Row, as_much, counted
-from benchmarks.workload import OURS, Setting, make_loss, make_workload, step_of, tracked_step
+from benchmarks.workload import FUSED, OURS, Setting, make_loss, make_workload, step_of, tracked_step
 
 __all__ = ["bandwidth"]
 
@@ -26,6 +26,7 @@ def bandwidth(setting: Setting) -> Iterator[Row]:
     work = make_workload(*((65536, 8) if setting.quick else (1048576, 32)), setting.device)
     steps = {
         OURS: tracked_step(work),
+        FUSED: tracked_step(work, fused=True),
         COMPILED: step_of(torch.compile(make_loss(work), fullgraph=True), work),
         PLAIN: plain(work),
     }

@@ -30,9 +30,9 @@ __all__ = ["calls"]
 
 PACKAGE = Path(twloss.__file__).parent
 ROWS, TASKS = 256, 3
-FORWARD, QUALITY, COMPUTE = "forward", "forward, quality=True", "compute() of train_metric"
-GOALS = {FORWARD: (32, 9, 14), QUALITY: (50, 10, 24), COMPUTE: (21, 6, 12)}
-LINES_GOAL = at_most(4020)
+FORWARD, FUSED, QUALITY, COMPUTE = "forward", "forward, fused", "forward, quality=True", "compute() of train_metric"
+GOALS = {FORWARD: (39, 10, 20), FUSED: (31, 8, 16), QUALITY: (65, 11, 29), COMPUTE: (23, 6, 12)}
+LINES_GOAL = at_most(4400)
 
 
 class Call(NamedTuple):
@@ -84,9 +84,10 @@ def trace_calls(call: Callable[[], object]) -> list[Call]:
 def _cases(device: torch.device) -> dict[str, Callable[[], object]]:
     """What is called, by name, on one process."""
     work = make_workload(ROWS, TASKS, device)
-    loss, with_quality = make_loss(work), make_loss(work, quality=True)
+    loss, fused, with_quality = make_loss(work), make_loss(work, fused=True), make_loss(work, quality=True)
     return {
         FORWARD: lambda: loss(work.logits, work.labels, work.weights),
+        FUSED: lambda: fused(work.logits, work.labels, work.weights),
         QUALITY: lambda: with_quality(work.logits, work.labels, work.weights),
         COMPUTE: loss.train_metric.compute,
     }

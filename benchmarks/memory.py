@@ -13,6 +13,7 @@ __all__ = ["memory"]
 
 SIZES = ((4096, 10), (65536, 10))
 GOAL = at_most(1.01)
+"""Of the fused step: no more tensors of the batch's size; those of the tasks' size are beside them."""
 
 
 def memory(setting: Setting) -> Iterator[Row]:
@@ -21,8 +22,8 @@ def memory(setting: Setting) -> Iterator[Row]:
         for rows, tasks in SIZES:
             work = make_workload(rows, tasks, setting.device, weighted=weighted)
             case = f"{work.size}, {'weights, pos_weights' if weighted else 'no weights'}"
-            ours, plain, loop = (
-                peak_bytes(make(work), setting.device) / 2**20 for make in (tracked_step, rivals.plain, rivals.loop)
-            )
-            yield as_much(case, "MiB", ours, GOAL, rival=rivals.PLAIN, theirs=plain)
-            yield as_much(case, "MiB", ours, rival=rivals.LOOP, theirs=loop)
+            steps = (tracked_step(work), tracked_step(work, fused=True), rivals.plain(work), rivals.loop(work))
+            ours, fused, plain, loop = (peak_bytes(step, setting.device) / 2**20 for step in steps)
+            yield as_much(case, "MiB", ours, rival=rivals.PLAIN, theirs=plain)
+            yield as_much(f"{case}, fused", "MiB", fused, GOAL, rival=rivals.PLAIN, theirs=plain)
+            yield as_much(f"{case}, fused", "MiB", fused, rival=rivals.LOOP, theirs=loop)

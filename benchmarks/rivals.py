@@ -44,10 +44,11 @@ def plain(work: Workload) -> Step:
     """One call over ``(rows, tasks)``, then the means of the tasks and their mean. Nothing is tracked."""
 
     def step() -> None:
+        # The unreduced loss has no name here that would keep it during the backward pass.
         loss = F.binary_cross_entropy_with_logits(
             work.logits, work.labels, work.weights, pos_weight=work.pos_weights, reduction="none"
-        )
-        loss.mean(0).mean().backward()
+        ).mean(0)
+        loss.mean().backward()
         work.logits.grad = None
 
     return step

@@ -121,6 +121,7 @@ _DIGITS = {
     "µs": ",.0f",
     "MiB": ",.2f",
     "GB/s": ",.1f",
+    "s": ",.1f",
     "ns a row and task": ",.2f",
     "log-log slope": ".3f",
     "relative error": ".1e",

@@ -1,6 +1,7 @@
 """step_cost: the time of a training step, forward + backward + tracking, with weights and pos_weights.
 
-twloss against every rival, over rows and tasks. The rivals without tracking do less; they are here to show the floor.
+twloss, fused and not, against every rival, over rows and tasks. The rivals without tracking do less; they are here to
+show the floor.
 """
 
 from __future__ import annotations
@@ -10,7 +11,7 @@ from collections.abc import Iterator
 from benchmarks import rivals
 from benchmarks.paired import take_turns
 from benchmarks.row import Row, at_least, speedup
-from benchmarks.workload import OURS, Setting, make_workload, tracked_step
+from benchmarks.workload import FUSED, OURS, Setting, make_workload, tracked_step
 
 __all__ = ["step_cost"]
 
@@ -28,6 +29,9 @@ def step_cost(setting: Setting) -> Iterator[Row]:
     for rows, tasks in sizes:
         work = make_workload(rows, tasks, setting.device)
         steps = {name: make(work) for name, make in rivals.STEPS.items()}
-        timings = take_turns({OURS: tracked_step(work), **steps}, setting.device, setting.effort)
+        ours = {OURS: tracked_step(work), FUSED: tracked_step(work, fused=True)}
+        timings = take_turns({**ours, **steps}, setting.device, setting.effort)
         for name in steps:
-            yield speedup(work.size, timings, OURS, name, GOALS.get((rows, tasks), {}).get(name))
+            yield speedup(work.size, timings, OURS, name)
+        for name in steps:
+            yield speedup(f"{work.size}, fused", timings, FUSED, name, GOALS.get((rows, tasks), {}).get(name))

@@ -16,9 +16,19 @@ from torch import Tensor
 from benchmarks.paired import FULL, QUICK, Effort, Step
 from twloss import MultiTaskLoss
 
-__all__ = ["OURS", "Setting", "Workload", "make_loss", "make_workload", "step_of", "tracked_forward", "tracked_step"]
+__all__ = [
+    "FUSED",
+    "OURS",
+    "Setting",
+    "Workload",
+    "make_loss",
+    "make_workload",
+    "step_of",
+    "tracked_forward",
+    "tracked_step",
+]
 
-OURS = "twloss"
+OURS, FUSED = "twloss", "twloss, fused"
 
 
 @dataclass(frozen=True)
@@ -66,15 +76,15 @@ def make_workload(rows: int, tasks: int, device: torch.device, *, weighted: bool
     return Workload(logits, labels, weights, torch.linspace(1.0, 5.0, tasks, device=device))
 
 
-def make_loss(work: Workload, *, quality: bool = False) -> MultiTaskLoss:
+def make_loss(work: Workload, *, quality: bool = False, fused: bool = False) -> MultiTaskLoss:
     """The module of twloss for a workload, with every guarantee on."""
-    loss = MultiTaskLoss("bce_with_logits", work.tasks, pos_weights=work.pos_weights, quality=quality)
+    loss = MultiTaskLoss("bce_with_logits", work.tasks, pos_weights=work.pos_weights, quality=quality, fused=fused)
     return loss.to(work.logits.device)
 
 
-def tracked_step(work: Workload) -> Step:
+def tracked_step(work: Workload, *, fused: bool = False) -> Step:
     """Forward, backward, tracking."""
-    return step_of(make_loss(work), work)
+    return step_of(make_loss(work, fused=fused), work)
 
 
 def step_of(loss: Callable[..., dict[str, Tensor]], work: Workload) -> Step:
@@ -87,9 +97,9 @@ def step_of(loss: Callable[..., dict[str, Tensor]], work: Workload) -> Step:
     return step
 
 
-def tracked_forward(work: Workload) -> Step:
+def tracked_forward(work: Workload, *, fused: bool = False) -> Step:
     """Forward and tracking, as in an evaluation."""
-    loss = make_loss(work).eval()
+    loss = make_loss(work, fused=fused).eval()
 
     @torch.no_grad()
     def step() -> None:

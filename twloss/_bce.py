@@ -165,7 +165,8 @@ def _compiled(what: Pass, _: tuple[torch.dtype | bool, ...]) -> Callable[..., Su
 
 def _run_compiled(what: Pass, *inputs: Any) -> Sums:
     try:
-        return _compiled(what, tuple(isinstance(each, Tensor) and each.dtype for each in inputs))(*inputs)
+        kinds = [isinstance(each, Tensor) and each.dtype for each in inputs]
+        return _compiled(what, tuple(kinds))(*inputs)
     except torch.OutOfMemoryError:
         raise
     except Exception as error:

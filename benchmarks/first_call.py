@@ -1,0 +1,48 @@
+"""first_call: how long the first fused step of a process takes, which is what it takes to compile it.
+
+Each in a process of its own, from the call on, after the imports: with a cache of torch's that is empty, and then with
+the one that the first process has left. The step is that of training; the first one of an evaluation takes as long
+again. A second kind of input in a process takes less, since the compiler has been loaded.
+"""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator
+
+from benchmarks.row import Row, counted
+from benchmarks.workload import Setting
+
+__all__ = ["first_call"]
+
+CODE = """
+import time
+import torch
+from benchmarks.workload import make_workload, tracked_step
+
+step = tracked_step(make_workload(4096, 10, torch.device({device!r}), weighted={weighted}), fused=True)
+started = time.perf_counter()
+step()
+print(time.perf_counter() - started)
+"""
+
+
+def first_call(setting: Setting) -> Iterator[Row]:
+    """The first fused step of a process, without torch's cache and with it."""
+    for weighted in (False,) if setting.quick else (True, False):
+        with tempfile.TemporaryDirectory() as directory:
+            code = CODE.format(device=str(setting.device), weighted=weighted)
+            environment = {**os.environ, "TORCHINDUCTOR_CACHE_DIR": directory}
+            for case in ("empty cache", "second process"):
+                done = subprocess.run(
+                    [sys.executable, "-W", "ignore", "-c", code],
+                    env=environment,
+                    check=True,
+                    capture_output=True,
+                    text=True,
+                )
+                kind = "weights, pos_weights" if weighted else "no weights"
+                yield counted(f"{case}, {kind}", "s", float(done.stdout))
