@@ -110,7 +110,8 @@ class _Others(NamedTuple):
 
     def with_batch(self, batch: Batch) -> list[Any]:
         """The arguments of ``run_pass``."""
-        seen = [None if each is None else each.contiguous().view(-1, self.columns) for each in batch[:4]]
+        # Detached, since the compiler looks at the gradient of what a view is of, and would warn where that has none.
+        seen = [None if each is None else each.detach().contiguous().view(-1, self.columns) for each in batch[:4]]
         return [*seen, self.pos_weight, self.task_weights, self.tasks]
 
 

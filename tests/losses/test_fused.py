@@ -183,6 +183,15 @@ def test_without_a_compiler_one_error_names_what_is_missing_and_the_way_out(tmp_
     assert count == "0"
 
 
+def test_to_compile_it_warns_of_nothing() -> None:
+    torch._dynamo.reset()
+    loss, (logits, labels, _) = both()[1], batch(16)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        warnings.filterwarnings("ignore", ".*torch.jit.script_method", DeprecationWarning)
+        loss(2 * logits.requires_grad_(), labels)["loss"].backward()
+
+
 def test_where_the_compiler_is_switched_off_the_numbers_agree() -> None:
     eager, fused = both()
     inputs = batch()

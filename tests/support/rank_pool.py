@@ -96,6 +96,8 @@ class RankPool:
 def _serve(rank: int, world_size: int, store: str, connection: Connection) -> None:
     """One rank's life: join the group, then run what comes through the connection until it closes."""
     warnings.simplefilter("error")
+    # By torch's own modules, when its compiler is loaded.
+    warnings.filterwarnings("ignore", ".*torch.jit.script_method", DeprecationWarning)
     torch.set_num_threads(1)
     os.environ["GLOO_SOCKET_IFNAME"] = "lo"
     dist.init_process_group(
