@@ -31,7 +31,7 @@ __all__ = ["calls"]
 PACKAGE = Path(twloss.__file__).parent
 ROWS, TASKS = 256, 3
 FORWARD, FUSED, QUALITY, COMPUTE = "forward", "forward, fused", "forward, quality=True", "compute() of train_metric"
-GOALS = {FORWARD: (39, 10, 20), FUSED: (31, 8, 16), QUALITY: (65, 11, 29), COMPUTE: (23, 6, 12)}
+GOALS = {FORWARD: (40, 10, 21), FUSED: (32, 9, 17), QUALITY: (66, 11, 30), COMPUTE: (23, 6, 12)}
 LINES_GOAL = at_most(4400)
 
 

@@ -21,7 +21,7 @@ from twloss._batch import Batch
 from twloss._loss_type import LossType, bce_at_once, bce_slopes, bce_values
 from twloss._ranking_quality import sum_quality
 from twloss._reduction import Reduction
-from twloss._row_sums import TaskSums, sum_weights, weigh_losses
+from twloss._row_sums import TaskSums, at_least_one_row, sum_weights, weigh_losses
 from twloss._torch import is_batch_of_gradients, is_transformed, runs_compiled, weigh, weigh_
 
 # As many rows are seen as one, so that what is summed over rows has full vectors of columns, also of few tasks.
@@ -83,6 +83,7 @@ def sum_bce(
         task_weights: ``(tasks,)``, the factors of the tasks' losses in the global one; None: 1.
         fused: whether to have the pass compiled.
     """
+    batch = at_least_one_row(batch)
     logits = batch.logits
     rows = batch.shape.numel() // tasks
     abreast = min(math.gcd(rows, _MOST_ABREAST), max(rows // 2, 1))
@@ -127,7 +128,7 @@ def run_pass(  # noqa: PLR0917 (the compiled one takes no keywords)
 ) -> Sums:
     """The pass over rows ``(rows / abreast, abreast · tasks)``, with no gradient of its own.
 
-    Compiled, it reads each row once, makes the slopes on the way, and writes nothing else of the batch's size.
+    Compiled, it makes the slopes on the way, and they are all of the batch's size that it leaves.
     """
     batch = Batch(logits, labels, weights, valid, logits.shape)
     slopes = sigmoid = plain = None
@@ -182,7 +183,7 @@ class _ClosedForm(torch.autograd.Function):
     """A pass, with the derivative by the logits in closed form.
 
     It keeps the caller's own tensors and, where the pass made them, the slopes, which the first backward pass turns
-    into its result. For any other they are made again.
+    into its result. For any other they are made again, in the same way, so that the result is the same to the bit.
     """
 
     @staticmethod

@@ -170,8 +170,8 @@ class _TaskLosses(nn.Module):
         if sums[0].loss is not None:
             losses = self._reduction.by_key(sums[0].losses, sums[0].loss)
         else:
-            locals_ = [TaskSums(each.losses, each.weight) for each in sums]
-            losses = self._reduce(locals_[0] if len(groups) == 1 else join_sums(locals_, self._order), normalizer)
+            own = [TaskSums(each.losses, each.weight) for each in sums]
+            losses = self._reduce(own[0] if len(own) == 1 else join_sums(own, self._order), normalizer)
         # Last, so that a batch whose loss could not be computed is not in the running sums either.
         _track(sums, *metrics, self._order)
         return losses
@@ -411,6 +411,7 @@ class Loss(_TaskLosses):
         Raises:
             TypeError: for an input of a wrong type or dtype.
             ValueError: for shapes or devices that do not fit, or a normalizer with "sum".
+            RuntimeError: with ``fused``, where torch.compile fails, for want of a compiler above all.
         """
         return self._losses(logits, labels, weights, normalizer)["loss"]
 
@@ -450,6 +451,8 @@ class MultiTaskLoss(_TaskLosses):
         process_group: the ranks to sum over; None: all.
         quality: True, or a ``RankingQuality`` to be copied, for running sums of the quality of the predictions, without
             the pos_weights, from the logits at hand; of the tasks with BCE_WITH_LOGITS, which a given one has to have.
+        fused: have torch.compile make one function of the pass over the rows, of the tasks with BCE_WITH_LOGITS: faster
+            where batches are large. It needs a C++ compiler for tensors on a CPU, and Triton for those on a GPU.
 
     Attributes:
         train_metric: the ``GlobalLoss`` that forward feeds in training mode.
@@ -537,6 +540,7 @@ class MultiTaskLoss(_TaskLosses):
             TypeError: for an input of a wrong type or dtype.
             ValueError: for names, shapes or devices that do not fit, or a normalizer with a reduction that does not add
                 up over micro-batches.
+            RuntimeError: with ``fused``, where torch.compile fails, for want of a compiler above all.
         """
         return self._losses(logits, labels, weights, normalizer)
 

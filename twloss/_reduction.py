@@ -138,12 +138,11 @@ class Reduction:
     ) -> Tensor:
         """The gradient by the sums of what ``adds_up``, ``(tasks,)``, or 0-dim where it is the same for all.
 
-        It is what autograd would make of ``values`` in eight operations, of which all but the first two are here where
-        weights or task_weights differ.
+        It is what autograd would make of ``values``, with fewer operations.
 
         Args:
-            weight: as in the ``TaskSums``, and so the next as for ``values``.
-            task_weights: see there.
+            weight: of the ``TaskSums``.
+            task_weights: as for ``values``.
             grad_losses: the gradient by the tasks' losses ``(tasks,)``; None: 0.
             grad_loss: that by the global one, 0-dim; None: 0.
             tasks: the number of tasks.

@@ -48,14 +48,20 @@ def sum_rows(
         The sums in the logits' dtype, with their gradient; and the same, detached, in the widest dtype, or None where a
         transform runs the forward, which may then run any number of times and counts as none.
     """
-    if loss_type is LossType.BCE_WITH_LOGITS and batch.logits.ndim == 0:
-        # One row of one task, to which pos_weight (1,) and the sums' gradient (1,) can be broadcast.
-        weights, valid = (None if each is None else each.unsqueeze(0) for each in (batch.weights, batch.valid))
-        batch = Batch(batch.logits.unsqueeze(0), batch.labels.unsqueeze(0), weights, valid, torch.Size([1]))
+    if loss_type is LossType.BCE_WITH_LOGITS:
+        batch = at_least_one_row(batch)
     logits, labels, weights, _, _ = batch
     is_traced = is_transformed(logits, labels, weights)
     loss = weigh_losses(loss_type, batch, pos_weight, tasks, takes_valid=takes_valid, is_traced=is_traced)
     return loss.reshape(-1, tasks).sum(0), None if is_traced else sum_wide(loss.detach(), tasks)
+
+
+def at_least_one_row(batch: Batch) -> Batch:
+    """A batch of 0-dim tensors as one row of one task, to which pos_weight ``(1,)`` can be broadcast; others as is."""
+    if batch.logits.ndim:
+        return batch
+    weights, valid = (None if each is None else each.unsqueeze(0) for each in (batch.weights, batch.valid))
+    return Batch(batch.logits.unsqueeze(0), batch.labels.unsqueeze(0), weights, valid, torch.Size([1]))
 
 
 def sum_weights(batch: Batch, tasks: int, mean_over: MeanOver, over_rows: RowReduction) -> Tensor | float:

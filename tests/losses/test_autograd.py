@@ -15,6 +15,7 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensorMode
 from torch.func import grad, hessian, jvp, vmap
 
+from tests.support import reference
 from twloss import GlobalLoss, Loss, MultiTaskLoss
 
 pytestmark = pytest.mark.usefixtures("eager_and_fused")
@@ -296,3 +297,15 @@ def test_a_loss_that_is_built_in_inference_mode_trains() -> None:
     result.backward()
     assert result.item() == twin(logits, labels, weights)["loss"].item()
     assert torch.equal(loss.train_metric.totals, twin.train_metric.totals)
+
+
+@pytest.mark.parametrize("normalizer", [None, 2.0])
+@pytest.mark.parametrize("pos_weight", [None, 3.0])
+def test_one_row_of_one_task_is_differentiated_twice(normalizer: float | None, pos_weight: float | None) -> None:
+    logit, label = torch.tensor(0.3, dtype=torch.float64, requires_grad=True), torch.tensor(0.7, dtype=torch.float64)
+    result = Loss("bce_with_logits", pos_weight=pos_weight)(logit, label, normalizer=normalizer)
+    (slope,) = torch.autograd.grad(result, logit, create_graph=True)
+    (curvature,) = torch.autograd.grad(slope, logit)
+    assert slope.item() == pytest.approx(reference.bce_slope(0.3, 0.7, pos_weight or 1.0) / (normalizer or 1.0))
+    expected = (0.3 + 0.7 * (pos_weight or 1.0)) * reference.sigmoid(0.3) * reference.sigmoid(-0.3)
+    assert curvature.item() == pytest.approx(expected / (normalizer or 1.0))
