@@ -18,8 +18,6 @@ from torch import Tensor
 from tests.project.test_structure import lists_of_the_map
 from twloss import GlobalLoss, Loss, MultiTaskLoss, RankingQuality
 
-pytestmark = pytest.mark.usefixtures("eager_and_fused")
-
 LOGITS, LABELS = torch.tensor([[0.0, 2.0], [1.0, -1.0]]), torch.tensor([[1.0, 1.0], [0.0, 1.0]])
 BY_TASK = F.binary_cross_entropy_with_logits(LOGITS.double(), LABELS.double(), reduction="none").mean(0)
 

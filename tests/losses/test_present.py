@@ -15,8 +15,6 @@ from torch import Tensor, nn
 from tests.support.rank_pool import RankPool
 from twloss import GlobalLoss, MultiTaskLoss
 
-pytestmark = pytest.mark.usefixtures("eager_and_fused")
-
 TASKS = ["a", "b", "c"]
 PRICE = torch.tensor([0.5, 2.0, 4.0], dtype=torch.float64)
 """What a task without data adds in the reductions below: numbers that no loss here has."""

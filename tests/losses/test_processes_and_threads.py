@@ -26,8 +26,6 @@ from tests.support import reference
 from tests.support.metrics import weights_of
 from twloss import GlobalLoss, MultiTaskLoss, RankingQuality
 
-pytestmark = pytest.mark.usefixtures("eager_and_fused")
-
 TASKS = ["like", "reply"]
 BEFORE = (5, 0.5)
 UPDATES = 2000

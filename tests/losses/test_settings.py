@@ -20,8 +20,6 @@ from tests.support import reference
 from tests.support.casts import CASTS
 from twloss import Loss, LossType, MultiTaskLoss
 
-pytestmark = pytest.mark.usefixtures("eager_and_fused")
-
 TASKS = ["a", "b", "c"]
 LOGITS = [[0.0, 1.0, -2.0], [0.5, -1.0, 3.0]]
 LABELS = [[1.0, 1.0, 0.0], [0.0, 1.0, 0.5]]

@@ -20,8 +20,6 @@ from tests.support.cases import Settings, norm, settings_of_all_kinds
 from tests.support.refusals import expect_error_that_names, snapshot
 from twloss import Loss, MultiTaskLoss
 
-pytestmark = pytest.mark.usefixtures("eager_and_fused")
-
 RTOL = {torch.float32: 1e-6, torch.float64: 1e-13}
 
 
