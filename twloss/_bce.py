@@ -35,7 +35,8 @@ class Pass(NamedTuple):
     """How sums become losses, without keys; None: they are wanted as they are."""
     mean_over: MeanOver
     over_rows: RowReduction
-    drops_non_finite: bool
+    drops_non_finite: bool | None
+    """Whether the running sums drop what is not finite; None: they are to be joined with other tasks', unpacked."""
     quality: bool | None
     """Whether the sums of the quality drop what is not finite; None: there are none."""
     with_slopes: bool = False
@@ -52,9 +53,9 @@ class Sums(NamedTuple):
     weight: Tensor | float
     """``(tasks,)``, or a number that all tasks share."""
     update: Tensor | None
-    """For the running sums, detached; None where a transform runs the forward, any number of times."""
+    """For the running sums: packed, or Σ w·l ``(tasks,)``; None where a transform runs the forward."""
     quality: Tensor | None
-    """The same, for those of the quality."""
+    """For those of the quality, packed."""
     slopes: Tensor | None
     """The derivatives of Σ w·l by the logits."""
 
@@ -95,8 +96,7 @@ def sum_bce(
             return run(what, *others.with_batch(batch))
     what = what._replace(with_slopes=True)
     losses, loss, sums = _ClosedForm.apply(logits, batch, others, run, what)  # type: ignore[no-untyped-call]
-    result: Sums = sums._replace(losses=losses, loss=loss)
-    return result
+    return sums._replace(losses=losses, loss=loss)  # type: ignore[no-any-return]
 
 
 class _Others(NamedTuple):
@@ -140,7 +140,9 @@ def run_pass(  # noqa: PLR0917 (the compiled one takes no keywords)
         values = bce_values(logits, labels, pos_weight)
     loss_sum = sum_wide(weigh_(values, weights), tasks)
     sums = TaskSums(loss_sum, sum_weights(batch, tasks, what.mean_over, what.over_rows))
-    update, quality = pack_update(sums, drops_non_finite=what.drops_non_finite), None
+    update, quality = loss_sum, None
+    if what.drops_non_finite is not None:
+        update = pack_update(sums, drops_non_finite=what.drops_non_finite)
     if what.quality is not None:
         # Without pos_weights the log loss is the loss.
         log_loss = loss_sum if pos_weight is None else None

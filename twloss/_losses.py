@@ -16,7 +16,6 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.fx import Proxy
 
-from twloss._accumulator import pack_update
 from twloss._arguments import (
     GradientReduction,
     IgnoreIndex,
@@ -167,13 +166,13 @@ class _TaskLosses(nn.Module):
         is_direct = len(groups) == 1 and self._reduction.adds_up and not self.global_batch and normalizer is None
         metrics = self._metrics()
         sums = [self._sum(group, part, metrics, is_direct=is_direct) for group, part in zip(groups, parts)]
-        if sums[0].loss is not None:
-            losses = self._reduction.by_key(sums[0].losses, sums[0].loss)
+        whole = sums[0] if len(sums) == 1 else _join(sums, self._order)
+        if whole.loss is not None:
+            losses = self._reduction.by_key(whole.losses, whole.loss)
         else:
-            own = [TaskSums(each.losses, each.weight) for each in sums]
-            losses = self._reduce(own[0] if len(own) == 1 else join_sums(own, self._order), normalizer)
+            losses = self._reduce(TaskSums(whole.losses, whole.weight), normalizer)
         # Last, so that a batch whose loss could not be computed is not in the running sums either.
-        _track(sums, *metrics, self._order)
+        _track(whole, *metrics)
         return losses
 
     def _sum(
@@ -196,7 +195,7 @@ class _TaskLosses(nn.Module):
                 self._rule if is_direct else None,
                 self.mean_over,
                 self._reduction.over_rows,
-                metric._drops_non_finite,
+                metric._drops_non_finite if len(self._groups) == 1 else None,
                 None if quality is None else quality._drops_non_finite,
             )
             task_weights = self._task_weights.like(batch.logits)
@@ -204,13 +203,9 @@ class _TaskLosses(nn.Module):
         pos_weight = group.pos_weights.like(batch.logits)
         weight = sum_weights(batch, size, self.mean_over, self._reduction.over_rows)
         loss_sum, wide = sum_rows(loss_type, batch, pos_weight, size, takes_valid=takes_valid)
-        update = four = None
-        if wide is not None:
-            update = pack_update((wide, weight), drops_non_finite=metric._drops_non_finite)
-        if wide is not None and quality is not None:
-            known = wide if pos_weight is None else None
-            four = pack_update(sum_quality(batch, size, known), drops_non_finite=quality._drops_non_finite)
-        return Sums(loss_sum, None, weight, update, four, None)
+        known = wide if pos_weight is None else None
+        four = None if wide is None or quality is None else quality._pack(sum_quality(batch, size, known))
+        return Sums(loss_sum, None, weight, wide, four, None)
 
     def _reduce(self, local: TaskSums, normalizer: Tensor | float | None) -> dict[str, Tensor]:
         """The losses of this rank's sums, or of those of all ranks."""
@@ -322,18 +317,25 @@ class _TaskLosses(nn.Module):
         super().__setstate__(group_from_state(state))  # type: ignore[no-untyped-call]
 
 
-def _track(sums: Sequence[Sums], metric: GlobalLoss, quality: RankingQuality | None, order: TaskConstants) -> None:
-    """Add a batch to the metrics of its mode; to none of them where one refuses it."""
+def _join(sums: Sequence[Sums], order: TaskConstants) -> Sums:
+    """The sums of several groups of tasks as those of all."""
+    loss_sum, weight = join_sums([TaskSums(each.losses, each.weight) for each in sums], order)
     updates = [each.update for each in sums if each.update is not None]
-    if len(updates) < len(sums):
+    update = join_tasks(updates, order) if len(updates) == len(sums) else None
+    quality = next((each.quality for each in sums if each.quality is not None), None)
+    return Sums(loss_sum, None, weight, update, quality, None)
+
+
+def _track(sums: Sums, metric: GlobalLoss, quality: RankingQuality | None) -> None:
+    """Add a batch to the metrics of its mode; to none of them where one refuses it."""
+    if (update := sums.update) is None:
         return
-    update = updates[0] if len(updates) == 1 else join_tasks(updates, order)
     metric._prepare_for(update)
-    if quality is not None:
+    if update.ndim == 1:
+        update = metric._pack(TaskSums(update, sums.weight))
+    if quality is not None and sums.quality is not None:
         quality._prepare_for(update)
-        for each in sums:
-            if each.quality is not None:
-                quality._put(each.quality)
+        quality._put(sums.quality)
     metric._put(update)
 
 

@@ -16,7 +16,7 @@ from twloss._accumulator import sum_wide
 from twloss._arguments import IgnoreIndex, NanStrategy, check_choice, check_ignore_index, check_tasks, label_name
 from twloss._batch import Batch, align
 from twloss._columns import TaskTensors
-from twloss._loss_type import LossType, bce_at_once, bce_values, row_losses
+from twloss._loss_type import LossType, bce_at_once, bce_values
 from twloss._metric import TaskMetric
 from twloss._torch import is_transformed, weigh
 
@@ -152,10 +152,8 @@ def sum_quality(
     """Σ w·l, Σ w, Σ w·y and Σ w·σ(x) ``(tasks,)`` of rows that are aligned; what is known of them is given."""
     logits, labels, weights, _, _ = batch
     if loss_sum is None:
-        if torch.compiler.is_compiling():
+        if torch.compiler.is_compiling() or is_transformed(logits, labels, weights):
             loss, _, sigmoid = bce_at_once(logits, labels, None)
-        elif is_transformed(logits, labels, weights):
-            loss = row_losses(LossType.BCE_WITH_LOGITS, logits, labels)
         else:
             loss = bce_values(logits, labels, None)
         loss_sum = sum_wide(weigh(loss, weights), tasks)

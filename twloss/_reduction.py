@@ -60,7 +60,7 @@ class Reduction:
 
     def check_normalizer(self, normalizer: Tensor | float, loss_sum: Tensor) -> Tensor | float:
         """What means divide by in place of the weights of ``loss_sum`` ``(tasks,)``, after checks."""
-        if self.over_rows != "mean" or self.over_tasks not in ("mean", "sum"):
+        if self.over_rows != "mean" or not self.adds_up:
             rule = f"reduction={self.over_rows!r}"
             if len(self.keys) > 1:
                 rule = f"task_loss_{rule} and global_reduction={self.over_tasks!r}"
@@ -137,8 +137,6 @@ class Reduction:
         tasks: int,
     ) -> Tensor:
         """The gradient by the sums of what ``adds_up``, ``(tasks,)``, or 0-dim where it is the same for all.
-
-        It is what autograd would make of ``values``, with fewer operations.
 
         Args:
             weight: of the ``TaskSums``.

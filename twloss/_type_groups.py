@@ -164,7 +164,7 @@ def join_sums(sums: Sequence[TaskSums], order: TaskConstants) -> TaskSums:
 
 
 def join_tasks(parts: Sequence[Tensor], order: TaskConstants) -> Tensor:
-    """``(…, tasks)`` of each group as one, in the tasks' order."""
-    joined = torch.cat(list(parts), -1)
+    """``(tasks,)`` of each group as one, in the tasks' order."""
+    joined = torch.cat(list(parts))
     index = order.like(joined)
-    return joined if index is None else joined.index_select(-1, index)
+    return joined if index is None else joined.index_select(0, index)

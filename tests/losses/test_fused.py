@@ -8,7 +8,6 @@ import os
 import subprocess
 import sys
 import warnings
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -25,16 +24,6 @@ from twloss import Loss, LossType, MultiTaskLoss, RankingQuality
 
 TASKS = ["like", "reply", "retweet"]
 ROWS = 37
-
-pytestmark = pytest.mark.usefixtures("quiet_compiler")
-
-
-@pytest.fixture
-def quiet_compiler() -> Iterator[None]:
-    """The compiler's own warnings are no errors."""
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        yield
 
 
 def batch(rows: int = ROWS, tasks: int = 3, **options: Any) -> tuple[Tensor, Tensor, Tensor]:

@@ -53,6 +53,7 @@ def test_the_smoke_run_reports_every_benchmark_and_meets_what_no_load_changes(tm
     for benchmark in report["benchmarks"].values():
         asserted = [row for row in benchmark["rows"] if row["asserted"]]
         assert all(row["met"] and not row["timed"] for row in asserted)
+        assert any(row["goal"] for row in benchmark["rows"])
     assert plot.read_bytes().startswith(b"\x89PNG")
     assert all(f"### {name}" in markdown.read_text(encoding="utf-8") for name in BENCHMARKS)
 
