@@ -108,7 +108,7 @@ class TaskMetric(Metric):
     # What torch.jit leaves alone, so that a model can be scripted that has a metric and does not call it.
     __jit_unused_properties__: ClassVar = [
         *Metric.__jit_unused_properties__,
-        *("nan_strategy", "update_count", "update_called"),
+        *("metric_state", "nan_strategy", "update_count", "update_called"),
     ]
 
     def __init__(
@@ -131,6 +131,7 @@ class TaskMetric(Metric):
                 "compute_with_cache: got True, expected False: ranks with a cached value skip the collective"
             )
         super().__init__(**options)
+        self._device = torch.get_default_device()  # torchmetrics 1.0.3 says "cpu" whatever it is
         self.tasks = tasks
         self._nan_strategy = nan_strategy
         self.window = window
@@ -464,26 +465,34 @@ class TaskMetric(Metric):
 
     @property
     def metric_state(self) -> dict[str, Any]:
-        """As ``Metric.metric_state``: what this rank adds to the sums of all, so that all ranks' can be merged."""
-        state = super().metric_state
-        if not self.totals.is_meta:
+        """The states, by name: what this rank adds to the sums of all, so that all ranks' can be merged."""
+        totals = self.totals
+        if not totals.is_meta:
             with _LOCK:
-                own = contribution(in_order(value_of(self.totals)), place_in(self.process_group)[0])
-            state["totals"] = state_on(self.totals.device, as_ring(as_added(own)))
-        return state
+                own = contribution(in_order(value_of(totals)), place_in(self.process_group)[0])
+            totals = state_on(totals.device, as_ring(as_added(own)))
+        return {"sums_of": self.sums_of, "totals": totals}
 
     def merge_state(self, incoming_state: dict[str, Any] | Metric) -> None:
         """Add the sums of another metric, or its ``metric_state``, to these.
 
         Raises:
+            RuntimeError: with ``dist_sync_on_step=True``, whose sums are of all ranks at each step.
             TorchMetricsUserError: between sync() and unsync() of either.
             ValueError: for sums of something else.
         """
+        # As torchmetrics 1.9 does; 1.0.3 has no such method.
         self._refuse_between_syncs("merge_state")
-        if isinstance(incoming_state, TaskMetric):
+        if self.dist_sync_on_step:
+            raise RuntimeError("merge_state: got a metric with dist_sync_on_step=True, expected one without")
+        if isinstance(incoming_state, type(self)):
             incoming_state._refuse_between_syncs("merge_state")
+            incoming_state = incoming_state.metric_state
+        if not isinstance(incoming_state, dict):
+            found, name = type(incoming_state).__name__, type(self).__name__
+            raise ValueError(f"incoming_state: got {found}, expected a {name} or its metric_state")
         with _LOCK:
-            super().merge_state(incoming_state)
+            self._reduce_states(incoming_state)
 
     def _reduce_states(self, incoming_state: dict[str, Any]) -> None:
         for name in ("sums_of", "totals"):

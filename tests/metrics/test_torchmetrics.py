@@ -10,11 +10,10 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
-from torchmetrics import MeanMetric, Metric, MetricCollection, MetricTracker
+from torchmetrics import MeanMetric, Metric, MetricCollection, MetricTracker, wrappers
 from torchmetrics.wrappers import (
     BootStrapper,
     ClasswiseWrapper,
-    LambdaInputTransformer,
     MinMaxMetric,
     MultioutputWrapper,
     MultitaskWrapper,
@@ -22,6 +21,7 @@ from torchmetrics.wrappers import (
 )
 
 from tests.support import reference
+from tests.support.results import IS_TORCHMETRICS_1_0, compute_each
 from twloss import GlobalLoss, MultiTaskLoss
 
 TASKS = ["like", "reply"]
@@ -59,6 +59,7 @@ def views(owner: GlobalLoss) -> dict[str, Metric | MetricCollection]:
 # MetricCollection.
 
 
+@pytest.mark.skipif(IS_TORCHMETRICS_1_0, reason="of equal keys torchmetrics 1.0.3 keeps the last")
 def test_a_collection_within_a_collection_keeps_the_names_apart() -> None:
     inner: dict[str, Metric | MetricCollection] = {
         name: MetricCollection(GlobalLoss(TASKS, "mean", name), prefix=f"{name}/", postfix="")
@@ -85,7 +86,7 @@ def test_a_collection_of_losses_and_others_gives_each_its_own(compute_groups: bo
     oracles = {"mean": expected(BATCHES), "sum": expected(BATCHES, task_loss_reduction="sum", global_reduction="max")}
     rows = [(value, weight) for batch in BATCHES for value, weight in zip(*batch)]
     for _ in range(2):
-        found = numbers(feed(collection).compute())
+        found = numbers(compute_each(feed(collection)))
         for name, oracle in oracles.items():
             assert {key: found[f"{name}_{key}"] for key in oracle} == pytest.approx(oracle, rel=1e-15)
         other = sum(value * weight for value, weight in rows) / sum(weight for _, weight in rows)
@@ -141,7 +142,8 @@ def test_a_view_beside_other_metrics_is_fed_with_them() -> None:
 def test_a_tracker_of_views_in_a_collection_finds_the_best_of_each() -> None:
     """The copies that the tracker makes of the views share a copy of the owner, fed once for all of them."""
     collection = MetricCollection(views(GlobalLoss(TASKS)), compute_groups=[["a", "b"]])
-    tracker = MetricTracker(collection)
+    # torchmetrics 1.0.3 does not ask which is better.
+    tracker = MetricTracker(collection, **({"maximize": False} if IS_TORCHMETRICS_1_0 else {}))
     for batch in (BATCHES[0], BATCHES[2]):
         tracker.increment()
         feed(tracker, [batch])
@@ -194,24 +196,30 @@ def test_a_loss_of_many_values_has_no_arithmetic() -> None:
 # States, merged.
 
 
-def test_the_state_of_a_metric_is_merged_and_that_of_a_view_refused() -> None:
+def test_the_state_of_a_metric_is_merged() -> None:
     metric, other = feed(GlobalLoss(TASKS), BATCHES[:1]), feed(GlobalLoss(TASKS), BATCHES[1:])
     assert list(metric.metric_state) == ["sums_of", "totals"]
     metric.merge_state(other.metric_state)
     assert numbers(metric.compute()) == pytest.approx(expected(BATCHES), rel=1e-15)
     view = metric.scalar("loss")
-    assert view.metric_state == {}
-    with pytest.raises(RuntimeError, match="merge_state"):
-        view.merge_state(other.scalar("loss"))
-    with pytest.raises(RuntimeError, match="merge_state"):
-        view.merge_state({})
     metric.merge_state(other)
     assert view.compute().item() == pytest.approx(expected([*BATCHES, *BATCHES[1:]])["loss"], rel=1e-15)
+
+
+@pytest.mark.skipif(IS_TORCHMETRICS_1_0, reason="torchmetrics 1.0.3 has no merge_state")
+def test_the_state_of_a_view_is_not_merged() -> None:
+    view, other = feed(GlobalLoss(TASKS)).scalar("loss"), feed(GlobalLoss(TASKS)).scalar("loss")
+    assert view.metric_state == {}
+    with pytest.raises(RuntimeError, match="merge_state"):
+        view.merge_state(other)
+    with pytest.raises(RuntimeError, match="merge_state"):
+        view.merge_state({})
 
 
 # Wrappers.
 
 
+@pytest.mark.skipif(IS_TORCHMETRICS_1_0, reason="after forward(), torchmetrics 1.0.3 takes it for not updated")
 def test_running_takes_a_loss_and_refuses_a_view() -> None:
     running = Running(GlobalLoss(TASKS), window=2)
     for last, batch in enumerate(BATCHES, start=1):
@@ -241,12 +249,13 @@ WRAPPED: dict[str, Callable[[], Any]] = {
 
 @pytest.mark.parametrize("make", WRAPPED.values(), ids=WRAPPED)
 def test_multitask_takes_one_task_metrics_of_either_kind(make: Callable[[], Any]) -> None:
-    metric = MultitaskWrapper({task: make() for task in TASKS}, prefix="val/")
+    prefix = "" if IS_TORCHMETRICS_1_0 else "val/"
+    metric = MultitaskWrapper({task: make() for task in TASKS}, **({"prefix": prefix} if prefix else {}))
     for sums, weights in BATCHES:
         metric.update(dict(zip(TASKS, torch.tensor(sums))), dict(zip(TASKS, torch.tensor(weights))))
     found = metric.compute()
     for task in TASKS:
-        value = found[f"val/{task}"]
+        value = found[f"{prefix}{task}"]
         value = value["loss"] if isinstance(value, dict) else value
         assert value.item() == pytest.approx(expected(BATCHES)[f"loss/{task}"], rel=1e-15)
 
@@ -263,17 +272,22 @@ def halved(sums: Tensor) -> Tensor:
     return sums / 2
 
 
+@pytest.mark.skipif(IS_TORCHMETRICS_1_0, reason="torchmetrics 1.0.3 has no such wrapper")
 @pytest.mark.parametrize("wrapped", ["loss", None])
 def test_a_transformer_of_inputs_takes_either_kind(wrapped: str | None) -> None:
     owner = GlobalLoss(TASKS)
-    metric = LambdaInputTransformer(owner if wrapped is None else owner.scalar(wrapped), halved)
+    metric = wrappers.LambdaInputTransformer(owner if wrapped is None else owner.scalar(wrapped), halved)
     found = numbers(feed(metric).compute())
     assert (found["loss"] if wrapped is None else found) == pytest.approx(expected(BATCHES)["loss"] / 2, rel=1e-15)
 
 
 UNFIT: dict[str, tuple[Callable[[], Any], type[Exception], str]] = {
     # It looks at one number.
-    "min and max of a loss": (lambda: feed(MinMaxMetric(GlobalLoss(TASKS))).compute(), RuntimeError, "scalar tensor"),
+    "min and max of a loss": (
+        lambda: feed(MinMaxMetric(GlobalLoss(TASKS))).compute(),
+        RuntimeError,
+        r"scalar (tensor|\(int)",
+    ),
     # It stacks tensors.
     "outputs of a loss": (
         lambda: feed(MultioutputWrapper(GlobalLoss(None), 2, output_dim=0, remove_nans=False)).compute(),
@@ -305,7 +319,7 @@ def test_a_collection_can_hold_the_metric_that_a_loss_feeds() -> None:
     for mode in (True, False):
         loss.train(mode)
         loss(torch.zeros(3, 2), torch.ones(3, 2))
-    found = numbers(collection.compute())
+    found = numbers(compute_each(collection))
     assert found == {key: pytest.approx(math.log(2), rel=1e-6) for key in found}
     assert len(found) == 6
     twin = copy.deepcopy(collection)
