@@ -67,6 +67,8 @@ class _TaskLosses(nn.Module):
         eval_quality: RankingQuality
 
     __jit_unused_properties__: ClassVar = ["task_weights"]
+    # TorchRec's pipelines then trace into forward, whose result has the keys; of a leaf they would know none.
+    _is_pytorch_fx_traceable = True
 
     # What is read-only once a loss is made.
     _settings = frozenset({
@@ -262,7 +264,9 @@ class _TaskLosses(nn.Module):
             object.__setattr__(self, name, value)
             return
         is_setting = name in self._settings or name.startswith("loss_type_")
-        if is_setting and "train_metric" in self.__dict__.get("_modules", ()):
+        modules = self.__dict__.get("_modules", {})
+        # TorchRec's DistributedModelParallel puts each child of a module back in its place.
+        if is_setting and "train_metric" in modules and modules.get(name, self) is not value:
             raise AttributeError(f"{name}: got a change of it, expected a new loss that is made with it")
         super().__setattr__(name, value)
 

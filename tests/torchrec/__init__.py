@@ -1,0 +1,1 @@
+"""Beside TorchRec, in an environment of its own: ``constraints-torchrec.txt``."""
