@@ -1,4 +1,4 @@
-"""FSDP2: sharded parameters, and on every rank the loss and the gradient of one process with all ranks' rows.
+"""FSDP2: sharded parameters, with the loss and gradient of one process on every rank.
 
 ``python examples/fsdp2_loop.py``, or on two processes
 ``torchrun --standalone --nproc-per-node=2 examples/fsdp2_loop.py``.
@@ -26,8 +26,11 @@ class Ranker(nn.Module):
     def __init__(self) -> None:
         super().__init__()
         self.heads = nn.Linear(FEATURES, len(TASKS), dtype=torch.float64)
-        # global_batch: FSDP averages gradients over ranks, as DDP does. The sums of all ranks make that average exact.
-        self.loss = MultiTaskLoss("bce_with_logits", TASKS, ignore_index=MISSING, global_batch=True)
+        # global_batch: FSDP averages gradients over ranks, as DDP does. The sums of all
+        # ranks make that average exact.
+        self.loss = MultiTaskLoss(
+            "bce_with_logits", TASKS, ignore_index=MISSING, global_batch=True
+        )
 
     def forward(self, features: Tensor, labels: Tensor) -> dict[str, Tensor]:
         """The losses of this step's rows of all ranks."""
@@ -36,10 +39,11 @@ class Ranker(nn.Module):
 
 
 def rows(count: int, seed: int) -> tuple[Tensor, Tensor]:
-    """Features ``(rows, FEATURES)`` and labels ``(rows, tasks)``, of which three in ten are missing."""
+    """Features ``(rows, FEATURES)``, labels ``(rows, tasks)``, three in ten missing."""
     generator = torch.Generator().manual_seed(seed)
     features = torch.randn(count, FEATURES, generator=generator, dtype=torch.float64)
-    labels = (features[:, : len(TASKS)] + torch.randn(count, len(TASKS), generator=generator) > 0).double()
+    noise = torch.randn(count, len(TASKS), generator=generator)
+    labels = (features[:, : len(TASKS)] + noise > 0).double()
     labels[torch.rand(labels.shape, generator=generator) < 0.3] = MISSING
     return features, labels
 
@@ -47,21 +51,26 @@ def rows(count: int, seed: int) -> tuple[Tensor, Tensor]:
 def shares(data: tuple[Tensor, Tensor]) -> list[tuple[Tensor, Tensor]]:
     """This rank's part of each global batch.
 
-    Of the last one, a single row, the second of two ranks gets none: it takes the step all the same, with 0 rows, as
-    every forward and backward has collectives.
+    Of the last one, a single row, the second of two ranks gets none: it takes the step
+    all the same, with 0 rows, as every forward and backward has collectives.
     """
     rank, world_size = dist.get_rank(), dist.get_world_size()
-    return [(x[rank::world_size], y[rank::world_size]) for x, y in zip(*(part.split(GLOBAL_BATCH) for part in data))]
+    return [
+        (x[rank::world_size], y[rank::world_size])
+        for x, y in zip(*(part.split(GLOBAL_BATCH) for part in data))
+    ]
 
 
 def main(epochs: int = 2) -> dict[str, float]:
-    """Train, evaluate, and return the losses of the last epoch and of the evaluation. Needs a process group."""
+    """Train, evaluate, and return the losses of both. Needs a process group."""
     torch.manual_seed(0)
     model = Ranker()
     mesh = init_device_mesh("cpu", (dist.get_world_size(),))
     fully_shard(model.heads, mesh=mesh)  # each layer of a deeper model
-    fully_shard(model, mesh=mesh)  # warns once that the losses are views; only changing one in place would matter
-    optimizer = torch.optim.SGD(model.parameters(), lr=0.5)  # after the sharding, which replaces the parameters
+    # Warns once that the losses are views; only changing one in place would matter.
+    fully_shard(model, mesh=mesh)
+    # After the sharding, which replaces the parameters.
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.5)
     for _ in range(epochs):
         model.loss.train_metric.reset()
         for features, labels in shares(rows(TRAIN_ROWS, seed=1)):
@@ -74,7 +83,11 @@ def main(epochs: int = 2) -> dict[str, float]:
         for features, labels in shares(rows(EVAL_ROWS, seed=2)):
             model(features, labels)
     metrics = {"train": model.loss.train_metric, "eval": model.loss.eval_metric}
-    results = {f"{mode}/{key}": x.item() for mode, metric in metrics.items() for key, x in metric.compute().items()}
+    results = {
+        f"{mode}/{key}": x.item()
+        for mode, metric in metrics.items()
+        for key, x in metric.compute().items()
+    }
     if dist.get_rank() == 0:
         for key, value in results.items():
             print(f"{key:<18} {value:.6f}")
@@ -85,8 +98,11 @@ if __name__ == "__main__":
     if dist.is_torchelastic_launched():
         dist.init_process_group("gloo")
     else:  # FSDP wants a process group, if only of one
-        dist.init_process_group("gloo", init_method="tcp://127.0.0.1:0", rank=0, world_size=1)
+        dist.init_process_group(
+            "gloo", init_method="tcp://127.0.0.1:0", rank=0, world_size=1
+        )
     main()
-    # A collector's run, because modules are in reference cycles: gloo aborts a process that ends with a group in use.
+    # A collector's run, because modules are in reference cycles: gloo aborts a process
+    # that ends with a group in use.
     gc.collect()
     dist.destroy_process_group()

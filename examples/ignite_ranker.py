@@ -1,4 +1,4 @@
-"""PyTorch-Ignite: a metric of the loss in ``engine.state.metrics``, exact over all rows of all ranks.
+"""PyTorch-Ignite: the loss over all rows of all ranks in ``engine.state.metrics``.
 
 ``python examples/ignite_ranker.py``, or on two processes
 ``torchrun --standalone --nproc-per-node=2 examples/ignite_ranker.py``.
@@ -24,31 +24,38 @@ Batch = tuple[Tensor, Tensor, Tensor]
 
 
 class Ranker(nn.Module):
-    """A linear ranker with its loss as a submodule; weighted rows count by their weight."""
+    """A linear ranker with its loss as a submodule; rows count by their weight."""
 
     def __init__(self) -> None:
         super().__init__()
         self.heads = nn.Linear(FEATURES, len(TASKS), dtype=torch.float64)
-        self.loss = MultiTaskLoss("bce_with_logits", TASKS, mean_over="weights", global_batch=True)
+        self.loss = MultiTaskLoss(
+            "bce_with_logits", TASKS, mean_over="weights", global_batch=True
+        )
 
-    def forward(self, features: Tensor, labels: Tensor, weights: Tensor) -> dict[str, Tensor]:
-        """The losses of the rows; adds them to train_metric, or in eval() to eval_metric."""
+    def forward(
+        self, features: Tensor, labels: Tensor, weights: Tensor
+    ) -> dict[str, Tensor]:
+        """The losses of the rows; also adds to train_metric, or to eval_metric."""
         losses: dict[str, Tensor] = self.loss(self.heads(features), labels, weights)
         return losses
 
 
 def rows(count: int, seed: int) -> Batch:
-    """Features ``(rows, FEATURES)``, labels ``(rows, tasks)`` and weights ``(rows,)``, some of them 0."""
+    """Features ``(rows, FEATURES)``, labels ``(rows, tasks)``, weights ``(rows,)``."""
     generator = torch.Generator().manual_seed(seed)
     features = torch.randn(count, FEATURES, generator=generator, dtype=torch.float64)
-    labels = (features[:, : len(TASKS)] + torch.randn(count, len(TASKS), generator=generator) > 0).double()
-    return features, labels, (4 * torch.rand(count, generator=generator, dtype=torch.float64) - 1).clamp(min=0)
+    noise = torch.randn(count, len(TASKS), generator=generator)
+    labels = (features[:, : len(TASKS)] + noise > 0).double()
+    weights = 4 * torch.rand(count, generator=generator, dtype=torch.float64) - 1
+    return features, labels, weights.clamp(min=0)
 
 
 def shares(data: Batch) -> list[Batch]:
-    """This rank's part of each global batch. Of the last one, a single row, the second of two ranks gets none.
+    """This rank's part of each global batch: no row of the last one on a second rank.
 
-    A sampler that gives every rank equally many rows would repeat some, which would then count twice.
+    A sampler that gives every rank equally many rows would repeat some, which would
+    then count twice.
     """
     batches = zip(*(values.split(GLOBAL_BATCH) for values in data))
     rank, world_size = idist.get_rank(), idist.get_world_size()
@@ -56,9 +63,10 @@ def shares(data: Batch) -> list[Batch]:
 
 
 def attach(metric: GlobalLoss, engine: Engine) -> None:
-    """Fill ``engine.state.metrics`` at the end of each epoch, before the handlers that are added later read it.
+    """Fill ``engine.state.metrics`` at each epoch's end, for handlers added later.
 
-    Ignite's own metrics take a process function's output; this one has been fed by the model's forward.
+    Ignite's own metrics take a process function's output; this one has been fed by the
+    model's forward.
     """
 
     @engine.on(Events.EPOCH_STARTED)
@@ -67,7 +75,8 @@ def attach(metric: GlobalLoss, engine: Engine) -> None:
 
     @engine.on(Events.EPOCH_COMPLETED)
     def compute() -> None:  # one collective: the handler runs on every rank
-        engine.state.metrics.update({key: value.item() for key, value in metric.compute().items()})
+        values = {key: value.item() for key, value in metric.compute().items()}
+        engine.state.metrics.update(values)
 
 
 def main(epochs: int = 2) -> dict[str, float]:
@@ -95,7 +104,8 @@ def main(epochs: int = 2) -> dict[str, float]:
     attach(ranker.loss.train_metric, trainer)
     attach(ranker.loss.eval_metric, evaluator)
 
-    train_batches, eval_batches = shares(rows(TRAIN_ROWS, seed=1)), shares(rows(EVAL_ROWS, seed=2))
+    train_batches = shares(rows(TRAIN_ROWS, seed=1))
+    eval_batches = shares(rows(EVAL_ROWS, seed=2))
 
     @trainer.on(Events.EPOCH_COMPLETED)
     def evaluate() -> None:
@@ -103,7 +113,11 @@ def main(epochs: int = 2) -> dict[str, float]:
 
     trainer.run(train_batches, max_epochs=epochs)
     engines = {"train": trainer, "eval": evaluator}
-    results = {f"{mode}/{key}": x for mode, engine in engines.items() for key, x in engine.state.metrics.items()}
+    results = {
+        f"{mode}/{key}": x
+        for mode, engine in engines.items()
+        for key, x in engine.state.metrics.items()
+    }
     if idist.get_rank() == 0:
         for key, value in results.items():
             print(f"{key:<18} {value:.6f}")
@@ -114,6 +128,7 @@ if __name__ == "__main__":
     if dist.is_torchelastic_launched():
         idist.initialize("gloo")
     main()
-    # A collector's run, because DDP is in reference cycles: gloo aborts a process that ends with a group in use.
+    # A collector's run, because DDP is in reference cycles: gloo aborts a process that
+    # ends with a group in use.
     gc.collect()
     idist.finalize()
