@@ -376,7 +376,7 @@ class TaskMetric(Metric):
             The figure and the axes.
 
         Raises:
-            ModuleNotFoundError: without matplotlib.
+            ModuleNotFoundError: without matplotlib, which the extra "visual" brings.
             TypeError: for a ``val`` that is no result.
             ValueError: for a ``val`` in which a key is missing.
         """

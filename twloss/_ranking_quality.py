@@ -115,7 +115,7 @@ class RankingQuality(TaskMetric):
             The figure and the axes.
 
         Raises:
-            ModuleNotFoundError: without matplotlib.
+            ModuleNotFoundError: without matplotlib, which the extra "visual" brings.
             TypeError: for a ``val`` that is no result.
             ValueError: for an unknown quantity, or a ``val`` without it.
         """

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import contextlib
+import importlib.util
 import io
 import re
+import shlex
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
@@ -19,6 +22,10 @@ FENCE = re.compile(r"^ *(?:```+|~~~+) *(\S+).*$", re.MULTILINE)
 INCLUDED = re.compile(r'--8<-- "([^"]+)"')
 RANKS = re.compile(r"\A---\nranks: \[([\d, ]+)\]\n---\n")
 TABLE_ROW = re.compile(r"^\| (?:mean|sum) \|.*$|^\| over rows \|.*$", re.MULTILINE)
+
+PROJECT = (ROOT / "pyproject.toml").read_text(encoding="utf-8")
+OPTIONAL = PROJECT.partition("[project.optional-dependencies]")[2].partition("\n[")[0]
+EXTRAS = set(re.findall(r"^([\w-]+) = \[", OPTIONAL, re.MULTILINE))
 
 _run_python = PythonEvaluator()
 
@@ -41,7 +48,7 @@ def check_example(name: str) -> None:
     path = ROOT / name
     assert path.is_file()
     assert path.parent.name == "examples"
-    tests = [test.read_text(encoding="utf-8") for test in (ROOT / "tests" / "compat").glob("test_*.py")]
+    tests = [test.read_text(encoding="utf-8") for test in (ROOT / "tests").rglob("test_*.py")]
     assert any("examples" in text and re.search(rf"\b{path.stem}\b", text) for text in tests)
 
 
@@ -50,7 +57,29 @@ def compare_output(example: Example) -> None:
     assert example.namespace.pop("_printed") == example.parsed
 
 
-SYBIL = Sybil([CodeBlockParser("python", run_python), CodeBlockParser("text", compare_output)])
+def check_commands(example: Example) -> None:
+    """Commands are not run, but what they name is there: programs, modules, files of the repository and extras."""
+    for line in example.parsed.replace("\\\n", " ").splitlines():
+        words = shlex.split(line)
+        assert Path(words[0]).name in {"cd", "export", "mkdocs", "pip", "pytest", "python", "torchrun"}, line
+        for option, value in pairwise(words):
+            if option == "-m" and Path(words[0]).name == "python" and value != "not slow":
+                assert importlib.util.find_spec(value) is not None, line
+            if option == "-c" and Path(words[0]).name == "pip":
+                assert (ROOT / value).is_file(), line
+        for word in words:
+            assert not word.startswith("examples/") or (ROOT / word).is_file(), line
+            if extras := re.fullmatch(r"[^\[\]]+\[([\w,-]+)\]", word):
+                assert set(extras[1].split(",")) <= EXTRAS, line
+
+
+SYBIL = Sybil(
+    [
+        CodeBlockParser("python", run_python),
+        CodeBlockParser("sh", check_commands),
+        CodeBlockParser("text", compare_output),
+    ]
+)
 
 
 def ranks_of(page: str) -> list[int]:
@@ -72,9 +101,9 @@ CASES = [(page, ranks) for page in PAGES for ranks in ranks_of(page) if FENCE.se
 
 @pytest.mark.parametrize(("page", "world_size"), CASES)
 def test_every_block_of_the_page_runs(page: str, world_size: int, request: pytest.FixtureRequest) -> None:
-    """Blocks of another language than Python, or its output, would be run by nothing: there are none."""
+    """Blocks of another language than Python, its output and commands would be checked by nothing: there are none."""
     blocks = len(FENCE.findall(text_of(page)))
-    assert set(FENCE.findall(text_of(page))) <= {"python", "text"}
+    assert set(FENCE.findall(text_of(page))) <= {"python", "sh", "text"}
     if world_size == 1:
         assert run_page(0, page) == blocks
     else:
@@ -98,6 +127,12 @@ def test_the_table_of_errors_is_the_readmes() -> None:
     tables = [TABLE_ROW.findall(path.read_text(encoding="utf-8")) for path in (ROOT / "README.md", DOCS / "laws.md")]
     assert tables[0] == tables[1]
     assert len(tables[0]) == 11
+
+
+def test_the_page_of_the_installation_has_every_extra_and_file_of_constraints() -> None:
+    first_cells = re.findall(r"^\| `([\w.-]+)` \|", text_of("install.md"), re.MULTILINE)
+    files = {path.name for path in ROOT.glob("constraints*.txt")}
+    assert sorted(first_cells) == sorted(EXTRAS | files)
 
 
 def test_lines_are_not_too_long() -> None:

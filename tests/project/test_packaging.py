@@ -23,7 +23,7 @@ ROOT = Path(__file__).parents[2]
 SHIPPED_FOLDERS = ("twloss", "tests", "benchmarks", "docs", "examples")
 SHIPPED_FILES = {"CHANGELOG.md", "LICENSE", "README.md", "constraints.txt", "mkdocs.yml", "pyproject.toml"}
 ADDED = {".gitignore", "PKG-INFO"}
-EXTRAS = {"bench", "demo", "dev", "docs", "test"}
+EXTRAS = {"bench", "demo", "dev", "docs", "test", "visual"}
 
 
 def run(*command: str, cwd: Path = ROOT) -> str:
