@@ -18,7 +18,7 @@ from tests.support.site import PAGES, built
 pytestmark = pytest.mark.slow
 
 DESKTOP, PHONE = 1280, 390
-SHOWN = ["index.md", "how-it-works.md", "api.md"]
+SHOWN = ["index.md", "how-it-works.md", "api/multi-task-loss.md"]
 OPTIONS = [
     *("--headless", "--no-sandbox", "--disable-gpu", "--no-first-run", "--disable-background-networking"),
     *("--disable-component-update", "--disable-sync"),
