@@ -142,7 +142,7 @@ def test_lines_are_not_too_long() -> None:
         assert long == [], page
 
 
-WRITTEN = [*(f"docs/{page}" for page in PAGES), "README.md", "benchmarks/README.md"]
+WRITTEN = [*(f"docs/{page}" for page in PAGES), "README.md", "CONTRIBUTING.md", "benchmarks/README.md"]
 BLOCK = re.compile(r"(?:^<!-- command: (\w+) -->\n)?^( *)```\w+.*\n((?:.*\n)*?)^\2```$", re.MULTILINE)
 
 

@@ -20,8 +20,11 @@ import twloss
 
 ROOT = Path(__file__).parents[2]
 # What the sdist has of the repository. The backend adds .gitignore, which tells it what to leave out, and PKG-INFO.
-SHIPPED_FOLDERS = ("twloss", "tests", "benchmarks", "docs", "examples")
-SHIPPED_FILES = {"CHANGELOG.md", "LICENSE", "README.md", "constraints.txt", "mkdocs.yml", "pyproject.toml"}
+SHIPPED_FOLDERS = (".ci", "twloss", "tests", "benchmarks", "docs", "examples")
+SHIPPED_FILES = {
+    *("CHANGELOG.md", "CONTRIBUTING.md", "LICENSE", "README.md", "SECURITY.md"),
+    *(".pre-commit-config.yaml", "constraints.txt", "mkdocs.yml", "pyproject.toml"),
+}
 ADDED = {".gitignore", "PKG-INFO"}
 EXTRAS = {"bench", "demo", "dev", "docs", "test", "visual"}
 
