@@ -93,14 +93,17 @@ def check_tasks(tasks: Sequence[str]) -> tuple[str, ...]:
     return tuple(str.__str__(task) for task in tasks)
 
 
-def check_window(window: object) -> None:
-    """Raise unless ``window`` is a number of updates or None."""
-    if window is None:
-        return
-    if isinstance(window, bool) or not isinstance(window, int):
-        raise TypeError(f"window: got {type(window).__name__}, expected a number of updates or None")
-    if window < 1:
-        raise ValueError(f"window: got {window}, expected at least one update")
+def check_window(window: object, window_rows: object) -> None:
+    """Raise unless each is a number or None, and one of them None."""
+    for name, value, unit in (("window", window, "update"), ("window_rows", window_rows, "row")):
+        if value is None:
+            continue
+        if isinstance(value, bool) or not isinstance(value, int):
+            raise TypeError(f"{name}: got {type(value).__name__}, expected a number of {unit}s or None")
+        if value < 1:
+            raise ValueError(f"{name}: got {value}, expected at least one {unit}")
+    if window is not None and window_rows is not None:
+        raise ValueError(f"window_rows: got {window_rows} beside window={window}, expected one of the two")
 
 
 def per_task_numbers(name: str, values: PerTask | None, tasks: Sequence[str]) -> tuple[float, ...] | None:

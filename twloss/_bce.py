@@ -39,6 +39,8 @@ class Pass(NamedTuple):
     """Whether the running sums drop what is not finite; None: they are to be joined with other tasks', unpacked."""
     quality: bool | None
     """Whether the sums of the quality drop what is not finite; None: there are none."""
+    counts_rows: bool = False
+    """Whether they have the number of rows beside them."""
     with_slopes: bool = False
     """Whether a backward pass may follow."""
 
@@ -148,7 +150,9 @@ def run_pass(  # noqa: PLR0917 (the compiled one takes no keywords)
         log_loss = loss_sum if pos_weight is None else None
         if log_loss is None and plain is not None:
             log_loss = sum_wide(weigh(plain, weights), tasks)
-        quality = pack_update(sum_quality(batch, tasks, log_loss, sigmoid), drops_non_finite=what.quality)
+        *four, count = sum_quality(batch, tasks, log_loss, sigmoid)
+        assert not isinstance(count, Tensor)
+        quality = pack_update(four, drops_non_finite=what.quality, rows=count if what.counts_rows else None)
     if what.reduction is None:
         losses, loss = loss_sum.to(logits.dtype), None
     else:

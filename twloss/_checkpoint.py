@@ -147,13 +147,14 @@ def sums_to_bytes(sums: Tensor, description: dict[str, Any], place: tuple[int, i
 
 
 def sums_from_bytes(
-    entry: Any, shape: tuple[int, ...], description: dict[str, Any], *, is_finite: bool
+    entry: Any, shape: tuple[int, ...], counters: int, description: dict[str, Any], *, is_finite: bool
 ) -> tuple[Tensor, tuple[int, int]]:
     """The sums of an entry, and their place.
 
     Args:
         entry: what ``sums_to_bytes`` gave.
         shape: of the sums.
+        counters: how many of the last rows of them are counts.
         description: what they have to be of.
         is_finite: whether they have to be finite.
 
@@ -181,7 +182,7 @@ def sums_from_bytes(
     if count != math.prod(shape):
         raise damaged
     sums = entry[start:end].view(torch.float64).view(shape)
-    counts = sums[..., -2:, :]  # of updates
+    counts = sums[..., -counters:, :]
     if not (counts.isfinite() & (counts >= 0) & (counts == counts.round())).all():
         raise damaged
     if is_finite and not sums.isfinite().all():

@@ -199,6 +199,7 @@ class _TaskLosses(nn.Module):
                 self._reduction.over_rows,
                 metric._drops_non_finite if len(self._groups) == 1 else None,
                 None if quality is None else quality._drops_non_finite,
+                quality is not None and quality.window_rows is not None,
             )
             task_weights = self._task_weights.like(batch.logits)
             return sum_bce(batch, size, what, group.pos_weights, task_weights, fused=self.fused)

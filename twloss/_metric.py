@@ -21,7 +21,17 @@ from torchmetrics.utilities.distributed import gather_all_tensors
 from torchmetrics.utilities.exceptions import TorchMetricsUserError
 from torchmetrics.utilities.prints import rank_zero_warn
 
-from twloss._accumulator import add_once, as_added, as_ring, in_order, pack_update, state_on, value_of, zero_state
+from twloss._accumulator import (
+    Ring,
+    add_once,
+    as_added,
+    as_ring,
+    in_order,
+    pack_update,
+    state_on,
+    value_of,
+    zero_state,
+)
 from twloss._arguments import NanStrategy, check_choice, check_process_group, check_tasks, check_window, list_some
 from twloss._checkpoint import ALL_RANKS, SavedSums, check_same, decode, encode, sums_from_bytes, sums_to_bytes
 from twloss._pending import PendingResult
@@ -46,6 +56,10 @@ if hasattr(os, "register_at_fork"):  # not on Windows, which has no fork
     os.register_at_fork(before=_LOCK.acquire, after_in_parent=_LOCK.release, after_in_child=_LOCK.release)
 
 
+# Of a window of rows: it ends, on the old side, within a thousandth of itself or one update, whichever is more.
+_MOST_PLACES = 1000
+
+
 class TaskMetric(Metric):
     """The base of metrics whose result is a function of sums over rows, of each task.
 
@@ -53,21 +67,23 @@ class TaskMetric(Metric):
 
     - ``update(…)``, which calls ``self._add(self._sum_batch(…))``: the signature that users and collections see;
     - ``_sum_batch(…)``: the same arguments -> what they add, ``(tasks,)`` tensors, or after the first one
-      also numbers that all tasks share;
+      also numbers that all tasks share; below them, for a window of rows, how many rows the batch has;
     - ``_keys()``: the keys of the result, in its order, and whether higher values are better (None: neither);
     - ``_results(sums)``: ``(sums, tasks)`` in float64, of all rows of all steps and ranks -> the values, in that order.
 
     All else is the same for all: sums in float64 that survive casts, copies, threads, checkpoints and NaN, a window,
     one collective a compute(), views of single keys and plots.
 
-    The state ``totals`` is ``(2, 1 + window, sums + 2, tasks)``: the sums of all updates, then those of each of the
-    last ones; after those that were added here, those of a checkpoint, which are carried beside them. Below the
-    subclass's sums stand the number of updates that were finite, and of all updates.
+    The state ``totals`` is ``(2, 1 + places, sums + 2, tasks)``: the sums of all updates, then those of the last ones,
+    in the places of a ring buffer; after those that were added here, those of a checkpoint, which are carried beside
+    them. Below the subclass's sums stand the number of updates that were finite, for a window of rows that of the rows,
+    and the number of all updates.
 
     Args:
         tasks: the tasks' names, or None for the one-task form, whose keys have no name in them.
         sums: how many sums a task has.
         window: how many of the last updates to give a result of as well, under keys with "window_" before them.
+        window_rows: the same, for this many of the last rows of all ranks, as long as each has as many.
         nan_strategy: what becomes of a task's sums in an update in which they are not finite.
         of: what else the sums are of, in JSON's types; those of something else are neither loaded nor merged.
         settings: what else tells it from a metric with the same sums; a MetricCollection never takes them for one.
@@ -117,6 +133,7 @@ class TaskMetric(Metric):
         sums: int,
         *,
         window: int | None = None,
+        window_rows: int | None = None,
         nan_strategy: NanStrategy = "warn",
         of: Mapping[str, Any] | None = None,
         settings: Sequence[str] = (),
@@ -124,7 +141,7 @@ class TaskMetric(Metric):
     ) -> None:
         check_choice("nan_strategy", nan_strategy, get_args(NanStrategy))
         check_process_group(options.get("process_group"))
-        check_window(window)
+        check_window(window, window_rows)
         tasks = None if tasks is None else check_tasks(tasks)
         if options.setdefault("compute_with_cache", False):
             raise ValueError(
@@ -135,14 +152,19 @@ class TaskMetric(Metric):
         self.tasks = tasks
         self._nan_strategy = nan_strategy
         self.window = window
+        self.window_rows = window_rows
+        self._sums = sums
+        places = window or min(window_rows or 0, _MOST_PLACES)
         # What stands before the keys: of all updates, and of those in the window.
-        self._horizons = ("",) if window is None else ("", "window_")
+        self._horizons = ("", "window_") if places else ("",)
         self._names = ColumnNames(tasks or ("loss",))
-        self._description = {"tasks": None if tasks is None else list(tasks), "window": window, **(of or {})}
+        windows = {"window": window, "window_rows": window_rows}
+        self._description = {"tasks": None if tasks is None else list(tasks), **windows, **(of or {})}
         self._settings = tuple(settings)
         self._sign()
         with plain_tensors():
-            state = zero_state((2, 1 + (window or 0), sums + 2, len(tasks or ("",))), self.device)
+            rows = sums + 2 + (window_rows is not None)
+            state = zero_state((2, 1 + places, rows, len(tasks or ("",))), self.device)
             self.add_state("totals", state, dist_reduce_fx="sum")
 
     def _sign(self) -> None:
@@ -174,7 +196,7 @@ class TaskMetric(Metric):
         is_over_ranks = self.dist_sync_on_step and self.distributed_available_fn()
         shared = batch
         if is_over_ranks:
-            shared = self._sum_over_ranks(as_added(batch), self.dist_sync_fn, None)
+            shared = self._sum_over_ranks(as_added(batch.unsqueeze(0)), self.dist_sync_fn, None)[0]
         results = self._name_results(shared.expand(len(self._horizons), *shared.shape), self._results_of_now())
         if not is_transformed(*sums):
             self._put(batch, in_place=False)
@@ -192,21 +214,31 @@ class TaskMetric(Metric):
             return
         if torch.compiler.is_compiling():
             # With no attribute written: torch.compile would guard on the attribute and recompile at each step.
-            torch.ops.twloss.add_once(self.totals, batch)
+            torch.ops.twloss.add_once(self.totals, batch, *self._ring)
             return
         with _LOCK:
             if not in_place:
                 # The metrics of a collection's compute group have one state, and forward is called on each.
                 with plain_tensors():
                     self.totals = self.totals.clone()
-            add_once(self.totals, batch)
+            add_once(self.totals, batch, *self._ring)
+
+    @property
+    def _ring(self) -> Ring:
+        """How the latest updates are kept; with as many rows on each rank, the ranks that there are at an update."""
+        if self.window_rows is None:
+            return Ring(self.window or 0)
+        places = min(self.window_rows, _MOST_PLACES)
+        return Ring(places, places * max(1, place_in(self.process_group)[1]), self.window_rows, counter=-2)
 
     def _pack(self, sums: Sequence[Tensor | float]) -> Tensor:
         """``pack_update`` of a batch's sums, by this metric's rule."""
         like = sums[0]
         assert isinstance(like, Tensor)
         self._prepare_for(like)
-        return pack_update(sums, drops_non_finite=self._drops_non_finite)
+        own, rows = sums[: self._sums], None if self.window_rows is None else sums[self._sums]
+        assert not isinstance(rows, Tensor)
+        return pack_update(own, drops_non_finite=self._drops_non_finite, rows=rows)
 
     def _prepare_for(self, like: Tensor) -> None:
         """Be where a batch's sums are, or raise where they would be lost."""
@@ -275,7 +307,7 @@ class TaskMetric(Metric):
             if not total[:, -1].any():
                 name = type(self).__name__
                 rank_zero_warn(f"{name}.compute() was called before update() on any rank; without data, values are NaN")
-            counted, offered = total[0, -2:].tolist()
+            counted, offered = total[0, [self._sums, -1]].tolist()
             if counted != offered:
                 self._report_non_finite(counted, offered, nan_strategy)
             return self._name_results(total, results_of)
@@ -301,7 +333,7 @@ class TaskMetric(Metric):
 
     @torch.no_grad()
     def _name_results(self, sums: Tensor, results_of: Callable[[Tensor], Sequence[Tensor]]) -> dict[str, Tensor]:
-        values = [value for each in sums for value in results_of(each[:-2])]
+        values = [value for each in sums for value in results_of(each[: self._sums])]
         return dict(zip(self.keys(), values))
 
     def _report_non_finite(self, counted: list[float], offered: list[float], nan_strategy: NanStrategy) -> None:
@@ -446,8 +478,8 @@ class TaskMetric(Metric):
         return self._start_sum_over_ranks(sums, gather, process_group, is_async=False)[1]()
 
     def _sync_dist(self, dist_sync_fn: Callable[..., Any] = gather_all_tensors, process_group: Any = None) -> None:
-        total = self._sum_over_ranks(in_order(value_of(self.totals)), dist_sync_fn, process_group)
-        self.totals = as_ring(as_added(total))
+        total = self._sum_over_ranks(in_order(value_of(self.totals), self._ring), dist_sync_fn, process_group)
+        self.totals = as_ring(as_added(total), self._ring)
 
     @contextmanager
     def sync_context(self, *args: Any, should_unsync: bool = True, **kwargs: Any) -> Generator[None, None, None]:
@@ -469,8 +501,8 @@ class TaskMetric(Metric):
         totals = self.totals
         if not totals.is_meta:
             with _LOCK:
-                own = contribution(in_order(value_of(totals)), place_in(self.process_group)[0])
-            totals = state_on(totals.device, as_ring(as_added(own)))
+                own = contribution(in_order(value_of(totals), self._ring), place_in(self.process_group)[0])
+            totals = state_on(totals.device, as_ring(as_added(own), self._ring))
         return {"sums_of": self.sums_of, "totals": totals}
 
     def merge_state(self, incoming_state: dict[str, Any] | Metric) -> None:
@@ -509,7 +541,8 @@ class TaskMetric(Metric):
         if theirs.shape != ours.shape:
             raise ValueError(f"totals: got shape {tuple(theirs.shape)}, expected {tuple(ours.shape)}")
         # Newest to newest: the place of the next update is that of the sum of both counters.
-        self.totals = state_on(self.totals.device, as_ring(in_order(ours) + in_order(theirs)))
+        ring = self._ring
+        self.totals = state_on(self.totals.device, as_ring(in_order(ours, ring) + in_order(theirs, ring), ring))
 
     def _wrap_update(self, update: Callable[..., None]) -> Callable[..., None]:
         return update
@@ -546,7 +579,7 @@ class TaskMetric(Metric):
         """The entry of this rank's sums, or, by a collective, of those of all."""
         with _LOCK:
             value = torch.zeros_like(self.totals, device="cpu") if self.totals.is_meta else value_of(self.totals)
-            sums = in_order(value)
+            sums = in_order(value, self._ring)
         place = place_in(self.process_group)
         if self._is_synced:
             own, place = sums[0], ALL_RANKS
@@ -561,7 +594,7 @@ class TaskMetric(Metric):
         if self._is_synced:
             raise ValueError("got sums between sync() and unsync(), which would drop what is loaded")
         shape, is_finite = tuple(value_of(self.totals).shape[1:]), self._nan_strategy != "disable"
-        sums, place = sums_from_bytes(entry, shape, self._description, is_finite=is_finite)
+        sums, place = sums_from_bytes(entry, shape, shape[-2] - self._sums, self._description, is_finite=is_finite)
         here = place_in(self.process_group)
         if place not in (ALL_RANKS, here) and sums.any():
             raise ValueError(
@@ -572,7 +605,8 @@ class TaskMetric(Metric):
         if place == ALL_RANKS:
             value = value.flip(0)
         with _LOCK:
-            self.totals = state_on(sums.device if self.totals.is_meta else self.totals.device, as_ring(value))
+            device = sums.device if self.totals.is_meta else self.totals.device
+            self.totals = state_on(device, as_ring(value, self._ring))
             self._restarts += 1
 
     def _load_from_state_dict(self, *args: Any) -> None:

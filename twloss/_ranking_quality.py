@@ -47,6 +47,9 @@ class RankingQuality(TaskMetric):
         ignore_index: the label that says "missing", NaN allowed; such rows are in no sum. Also a mapping task -> label;
             a task that is left out has none.
         window: also give the quality of the last ``window`` updates of each rank, under keys that begin "window_".
+        window_rows: the same of the last rows, this many over all ranks, of each rank its share. It is exact to within
+            one update or a thousandth of the window, whichever has more rows: an update counts as long as its last row
+            does.
         nan_strategy: as for ``GlobalLoss``.
         kwargs: ``Metric``'s own, such as ``process_group``.
 
@@ -71,12 +74,15 @@ class RankingQuality(TaskMetric):
         *,
         ignore_index: IgnoreIndex = None,
         window: int | None = None,
+        window_rows: int | None = None,
         nan_strategy: NanStrategy = "warn",
         **kwargs: Any,
     ) -> None:
         ignore_index = check_ignore_index(ignore_index, None if tasks is None else check_tasks(tasks))
         of = {"ignore_index": label_name(ignore_index)}
-        super().__init__(tasks, 4, nan_strategy=nan_strategy, window=window, of=of, options=kwargs)
+        super().__init__(
+            tasks, 4, window=window, window_rows=window_rows, nan_strategy=nan_strategy, of=of, options=kwargs
+        )
         self.ignore_index = ignore_index
 
     if TYPE_CHECKING:
@@ -150,7 +156,7 @@ class RankingQuality(TaskMetric):
 def sum_quality(
     batch: Batch, tasks: int, loss_sum: Tensor | None = None, sigmoid: Tensor | None = None
 ) -> Sequence[Tensor | float]:
-    """Σ w·l, Σ w, Σ w·y and Σ w·σ(x) ``(tasks,)`` of rows that are aligned; what is known of them is given."""
+    """Σ w·l, Σ w, Σ w·y and Σ w·σ(x) ``(tasks,)``, and the number of rows; what is known of them is given."""
     logits, labels, weights, _, _ = batch
     if loss_sum is None:
         if torch.compiler.is_compiling() or is_transformed(logits, labels, weights):
@@ -159,5 +165,6 @@ def sum_quality(
             loss = bce_values(logits, labels, None)
         loss_sum = sum_wide(weigh(loss, weights), tasks)
     positives, predicted = weigh(labels, weights), weigh(logits.sigmoid() if sigmoid is None else sigmoid, weights)
-    weight = labels.numel() // tasks if weights is None else sum_wide(weights, tasks)
-    return loss_sum, weight, sum_wide(positives, tasks), sum_wide(predicted, tasks)
+    rows = labels.numel() // tasks
+    weight = rows if weights is None else sum_wide(weights, tasks)
+    return loss_sum, weight, sum_wide(positives, tasks), sum_wide(predicted, tasks), rows

@@ -126,12 +126,14 @@ def pack_running_sums(sums: Tensor, names: ColumnNames, rank: int) -> Tensor:
     """What a rank sends of its running sums ``(rows, tasks)``, with what tells whether all ranks mean the same by them.
 
     Args:
-        sums: ``(2, …, tasks)``, as for ``contribution``; a rank that does not add what it carries sends a mark of it.
+        sums: ``(2, parts, …, tasks)``, as for ``contribution``, those of all updates first; a rank that does not add
+            what it carries sends a mark of it.
         names: of the tasks.
         rank: this one's in the group.
     """
+    # Those of a window are no part of the mark: they leave it as this rank goes on.
+    mark = sums[1, 0].nan_to_num(0.0, 0.0, 0.0).abs().sum(0)
     sums = sums.flatten(1, -2)
-    mark = sums[1].nan_to_num(0.0, 0.0, 0.0).abs().sum(0)
     nothing = torch.zeros_like(mark)
     marks = (mark, nothing, nothing) if rank == 0 else (nothing, mark, (mark != 0).to(mark))
     return torch.cat((contribution(sums, rank), torch.stack((names.row(mark), *marks))))

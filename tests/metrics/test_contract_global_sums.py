@@ -44,18 +44,19 @@ def later_batches(kind: Kind, rank: int, count: int) -> list[Batch]:
     return kind.batches(count, seed=1000 + 100 * rank)
 
 
-def expected(kind: Kind, saved: list[list[Batch]], later: list[list[Batch]]) -> Numbers:
-    """The oracle's result; in the window, an update that is saved ages as the first rank goes on."""
+def expected(kind: Kind, saved: list[list[Batch]], later: list[list[Batch]], of: int | None = None) -> Numbers:
+    """The oracle's result, of so many ranks; in the window, an update that is saved ages as the first rank goes on."""
     plain = Kind(kind.of, kind.tasks)
 
     def of_all(ranks: list[list[Batch]]) -> Numbers:
         return plain.expected([batch for rank in ranks for batch in rank])
 
     result = of_all([*saved, *later])
-    if kind.window is None:
+    if not (kind.window or kind.window_rows):
         return result
-    left = max(0, kind.window - len(later[0]))
-    recent = of_all([*(rank[-left:] if left else [] for rank in saved), *(rank[-kind.window :] for rank in later)])
+    ranks = of or len(later)
+    of_the_file = [kind.latest(rank, len(saved), later[0], ranks) for rank in saved]
+    recent = of_all([*of_the_file, *(kind.latest(rank, ranks) for rank in later)])
     return {**result, **{f"window_{key}": value for key, value in recent.items()}}
 
 
@@ -128,6 +129,22 @@ def test_two_ranks_go_on_as_three_and_as_one_and_a_file_of_one_process_is_of_all
             assert_close(found[1], expected(kind, saved, [later_batches(kind, rank, 1) for rank in range(3)]))
         for found in three_ranks.run(load, kind, metric.state_dict(), first_only, []):
             assert_close(found[0], expected(kind, saved, [later_batches(kind, 0, 1)]))
+
+
+def go_on_unevenly(rank: int, kind: Kind, state: State) -> Numbers:
+    metric = persistent(kind)
+    metric.load_state_dict(state)
+    return numbers(fed(metric, later_batches(kind, rank, [1, 3][rank])).compute())
+
+
+@of_every_kind
+def test_ranks_go_on_with_different_numbers_of_updates(two_ranks: RankPool, kind: Kind) -> None:
+    """What they carry is one file's, also where more of it has left the one rank's window."""
+    saved = [saved_batches(kind, rank) for rank in range(2)]
+    state = two_ranks.run(save, kind)[0][0]
+    later = [later_batches(kind, rank, count) for rank, count in enumerate([1, 3])]
+    for found in two_ranks.run(go_on_unevenly, kind, state):
+        assert_close(found, expected(kind, saved, later))
 
 
 def load_where_there_is_no_group_yet(rank: int, kind: Kind, state: State, store: str) -> Numbers:
@@ -268,8 +285,8 @@ def test_the_parts_of_all_ranks_add_up(two_ranks: RankPool, kind: Kind) -> None:
         assert_close(synced, expected(kind, saved, later))
     plain = {key: value for key, value in expected(kind, saved, later).items() if not key.startswith("window")}
     assert_close({key: value for key, value in numbers(total.compute()).items() if key in plain}, plain)
-    assert_close(answers[0][1], expected(kind, saved, later[:1]))
-    assert_close(answers[1][1], kind.expected(later[1]))
+    assert_close(answers[0][1], expected(kind, saved, later[:1], of=2))
+    assert_close(answers[1][1], kind.expected(later[1], of=2))
 
 
 # Refused, or not.

@@ -71,7 +71,7 @@ def test_compute_is_of_all_ranks_in_one_collective_and_keeps_the_local_sums(
         assert answer["collectives"] == [[], ONE_COLLECTIVE, ONE_COLLECTIVE]
         assert answer["kept"]
         if own:
-            assert_close(answer["own"], kind.expected(own))
+            assert_close(answer["own"], kind.expected(own, of=ranks.world_size))
     for which in range(2):
         expect_on_every_rank([answer["results"][which] for answer in answers], kind.expected(*batches))
 
@@ -224,8 +224,8 @@ def test_a_sync_over_a_group_is_of_its_ranks_alone(three_ranks: RankPool, kind: 
     batches = batches_of(kind, UNEVEN[3])
     answers = three_ranks.run(sync_in_a_group, kind, batches)
     synced = [found for found, _ in answers]
-    expect_on_every_rank(synced[:2], kind.expected(batches[0], batches[1]))
-    assert_close(synced[2], kind.expected(batches[2]))
+    expect_on_every_rank(synced[:2], kind.expected(batches[0], batches[1], of=3))
+    assert_close(synced[2], kind.expected(batches[2], of=3))
     expect_on_every_rank([found for _, found in answers], kind.expected(*batches))
 
 
@@ -376,8 +376,8 @@ def test_a_collective_that_fails_halfway_leaves_the_local_sums(
             raise AssertionError
         assert torch.equal(metric.totals, before)
     is_distributed["value"] = False
-    expect_result_of(kind, metric, batches[:3])
-    expect_result_of(kind, fed(metric, batches[3:]), batches)
+    expect_result_of(kind, metric, batches[:3], of=1 if of_the_users else 2)
+    expect_result_of(kind, fed(metric, batches[3:]), batches, of=1 if of_the_users else 2)
 
 
 # In a model that DDP wraps.

@@ -29,10 +29,12 @@ class Kind:
     of: type[GlobalLoss] | type[RankingQuality]
     tasks: tuple[str, ...] | None = ("like", "reply", "share")
     window: int | None = None
+    window_rows: int | None = None
 
     def make(self, **options: Any) -> Summing:
         """A new metric, with further arguments."""
-        return self.of(self.tasks, **options if self.window is None else {"window": self.window, **options})
+        windows = {"window": self.window, "window_rows": self.window_rows}
+        return self.of(self.tasks, **{**{name: value for name, value in windows.items() if value}, **options})
 
     def names(self) -> tuple[str, ...]:
         """The tasks' names in a warning."""
@@ -77,13 +79,25 @@ class Kind:
             part.view(-1, len(self.names()))[:, -1] = 0.0
         return tuple(parts)
 
-    def expected(self, *ranks: Sequence[Batch]) -> dict[str, float]:
-        """The oracle's result of the batches of one rank, or of each of several."""
+    def expected(self, *ranks: Sequence[Batch], of: int | None = None) -> dict[str, float]:
+        """The oracle's result of the batches of one rank, or of each of several, of so many that there were."""
         result = self._oracle(batch for rank in ranks for batch in rank)
-        if self.window is None:
+        if not (self.window or self.window_rows):
             return result
-        recent = self._oracle(batch for rank in ranks for batch in rank[-self.window :])
+        recent = self._oracle(batch for rank in ranks for batch in self.latest(rank, of or len(ranks)))
         return {**result, **{f"window_{key}": value for key, value in recent.items()}}
+
+    def latest(self, batches: Sequence[Batch], ranks: int, after: Sequence[Batch] = (), ranks_after: int = 1) -> Any:
+        """Those of one of so many ranks that the window has, after more of them on one of other ranks."""
+        if self.window:
+            left = max(0, self.window - len(after))
+            return batches[-left:] if left else []
+        found, rows = [], sum(len(batch[0]) for batch in after) * ranks_after
+        for batch in reversed(batches):
+            if rows < (self.window_rows or 0):
+                found.append(batch)
+            rows += len(batch[0]) * ranks
+        return found[::-1]
 
     def _oracle(self, batches: Iterable[Batch]) -> dict[str, float]:
         if self.of is GlobalLoss:
@@ -109,6 +123,8 @@ class Kind:
             others["fewer tasks"] = replace(self, tasks=self.tasks[:2])
         if self.window:
             others["another window"] = replace(self, window=self.window + 1)
+        if self.window_rows:
+            others["another window"] = replace(self, window_rows=self.window_rows + 1)
         return others
 
 
@@ -118,6 +134,7 @@ KINDS = {
     "qualities": Kind(RankingQuality),
     "quality of one task": Kind(RankingQuality, None),
     "qualities with a window": Kind(RankingQuality, window=2),
+    "qualities with a window of rows": Kind(RankingQuality, window_rows=40),
 }
 
 KEY = "sums._extra_state"
@@ -134,9 +151,9 @@ def persistent(kind: Kind, **options: Any) -> Summing:
 of_every_kind: Callable[[Any], Any] = pytest.mark.parametrize("kind", KINDS.values(), ids=KINDS)
 
 
-def expect_result_of(kind: Kind, metric: Summing, *ranks: Sequence[Batch]) -> None:
+def expect_result_of(kind: Kind, metric: Summing, *ranks: Sequence[Batch], of: int | None = None) -> None:
     """What a metric gives is the oracle's of all of these batches."""
-    assert_close(numbers(metric.compute()), kind.expected(*ranks))
+    assert_close(numbers(metric.compute()), kind.expected(*ranks, of=of))
 
 
 def numbers_of_this_rank(metric: Summing) -> dict[str, float]:
