@@ -475,8 +475,7 @@ class MultiTaskLoss(_TaskLosses):
         >>> import torch
         >>> from twloss import MultiTaskLoss
         >>> loss = MultiTaskLoss("bce_with_logits", ["like", "reply"])
-        >>> logits, labels = [[0.0, 2.0], [1.0, -1.0]], [[1, 1], [1, 0]]
-        >>> losses = loss(torch.tensor(logits), torch.tensor(labels))
+        >>> losses = loss(torch.tensor([[0.0, 2], [1, -1]]), torch.tensor([[1, 1], [1, 0]]))
         >>> {key: round(value.item(), 4) for key, value in losses.items()}
         {'loss/like': 0.5032, 'loss/reply': 0.2201, 'loss': 0.3616}
     """

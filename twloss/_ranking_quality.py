@@ -61,8 +61,7 @@ class RankingQuality(TaskMetric):
         >>> import torch
         >>> from twloss import RankingQuality
         >>> quality = RankingQuality(["like"])
-        >>> logits, labels = torch.tensor([0.0, 0.0, 2.0, -2.0]), torch.tensor([1, 0, 1, 0])
-        >>> quality.update(logits.unsqueeze(1), labels.unsqueeze(1))
+        >>> quality.update(torch.tensor([[0.0, 0, 2, -2]]).T, torch.tensor([[1, 0, 1, 0]]).T)
         >>> {key: round(value.item(), 4) for key, value in quality.compute().items()}
         {'ne/like': 0.5916, 'rce/like': 40.8441, 'calibration/like': 1.0, 'ctr/like': 0.5,
          'logloss/like': 0.41, 'weight/like': 4.0}

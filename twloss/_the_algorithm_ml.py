@@ -43,9 +43,8 @@ def build_loss(loss_type: LossType | LossName | LossFunction, reduction: RowRedu
 
     Examples:
         >>> import torch
-        >>> from twloss import LossType, build_loss
-        >>> loss = build_loss(LossType.CROSS_ENTROPY)
-        >>> loss(torch.tensor([[2.0, 0.0], [0.0, 0.0]]), torch.tensor([0, 1]))
+        >>> from twloss import build_loss
+        >>> build_loss("cross_entropy")(torch.tensor([[2.0, 0], [0, 0]]), torch.tensor([0, 1]))
         tensor(0.4100)
     """
     return Loss(loss_type, reduction)
@@ -69,9 +68,8 @@ def build_multi_task_loss(
 
     Examples:
         >>> import torch
-        >>> from twloss import build_multi_task_loss
-        >>> tasks = ["like", "reply"]
-        >>> loss = build_multi_task_loss("bce_with_logits", tasks, pos_weights=[1.0, 27.3])
+        >>> from twloss import LossType, build_multi_task_loss
+        >>> loss = build_multi_task_loss(LossType.BCE_WITH_LOGITS, ["like", "reply"])
         >>> list(loss(torch.zeros(4, 2), torch.ones(4, 2)))
         ['loss/like', 'loss/reply', 'loss']
     """
