@@ -7,6 +7,7 @@ import importlib.util
 import io
 import re
 import shlex
+import subprocess
 from itertools import pairwise
 from pathlib import Path
 
@@ -58,10 +59,11 @@ def compare_output(example: Example) -> None:
 
 
 def check_commands(example: Example) -> None:
-    """Commands are not run, but what they name is there: programs, modules, files of the repository and extras."""
+    """Commands are not run, but are those of a shell, and what they name of Python and the repository is there."""
+    process = subprocess.run(["bash", "-n"], input=example.parsed, capture_output=True, text=True, check=False)
+    assert process.returncode == 0, process.stderr
     for line in example.parsed.replace("\\\n", " ").splitlines():
-        words = shlex.split(line)
-        assert Path(words[0]).name in {"cd", "export", "mkdocs", "pip", "pytest", "python", "torchrun"}, line
+        words = shlex.split(line, comments=True)
         for option, value in pairwise(words):
             if option == "-m" and Path(words[0]).name == "python" and value != "not slow":
                 assert importlib.util.find_spec(value) is not None, line
@@ -73,13 +75,8 @@ def check_commands(example: Example) -> None:
                 assert set(extras[1].split(",")) <= EXTRAS, line
 
 
-SYBIL = Sybil(
-    [
-        CodeBlockParser("python", run_python),
-        CodeBlockParser("sh", check_commands),
-        CodeBlockParser("text", compare_output),
-    ]
-)
+LANGUAGES = {"python": run_python, "text": compare_output, "sh": check_commands}
+SYBIL = Sybil([CodeBlockParser(language, evaluator) for language, evaluator in LANGUAGES.items()])
 
 
 def ranks_of(page: str) -> list[int]:
@@ -103,12 +100,20 @@ CASES = [(page, ranks) for page in PAGES for ranks in ranks_of(page) if FENCE.se
 def test_every_block_of_the_page_runs(page: str, world_size: int, request: pytest.FixtureRequest) -> None:
     """Blocks of another language than Python, its output and commands would be checked by nothing: there are none."""
     blocks = len(FENCE.findall(text_of(page)))
-    assert set(FENCE.findall(text_of(page))) <= {"python", "sh", "text"}
+    assert set(FENCE.findall(text_of(page))) <= set(LANGUAGES)
     if world_size == 1:
         assert run_page(0, page) == blocks
     else:
         ranks: RankPool = request.getfixturevalue({2: "two_ranks", 3: "three_ranks"}[world_size])
         assert ranks.run(run_page, page) == [blocks] * world_size
+
+
+@pytest.mark.parametrize("name", ["README.md", "CONTRIBUTING.md"])
+def test_commands_outside_of_the_pages_name_what_is_there(name: str) -> None:
+    commands = list(Sybil([CodeBlockParser("sh", check_commands)]).parse(ROOT / name))
+    assert commands
+    for command in commands:
+        command.evaluate()
 
 
 def test_blocks_without_a_language_are_none() -> None:
