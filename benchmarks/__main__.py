@@ -6,6 +6,7 @@ import argparse
 import sys
 import time
 from collections.abc import Callable, Iterator
+from importlib.util import find_spec
 from pathlib import Path
 
 import torch
@@ -31,6 +32,7 @@ from benchmarks.row import Row
 from benchmarks.scale import scale
 from benchmarks.step_cost import step_cost
 from benchmarks.sync_cost import sync_cost
+from benchmarks.torchrec_metrics import torchrec_metrics
 from benchmarks.tracking_cost import tracking_cost
 from benchmarks.workload import Setting
 
@@ -52,13 +54,15 @@ BENCHMARKS: dict[str, Benchmark] = {
     "scale": scale,
     "compile": compile_cost,
     "first_call": first_call,
+    # In an environment of its own.
+    **({"torchrec_metrics": torchrec_metrics} if find_spec("torchrec") else {}),
 }
 # With --device cuda: the ranks are gloo processes on the CPU, and one GPU has no ranks; a GPU has a bandwidth to reach.
 CUDA_BENCHMARKS: dict[str, Benchmark] = {
     **{
         name: run
         for name, run in BENCHMARKS.items()
-        if name not in ("sync_cost", "log_every_step", "global_batch_cost")
+        if name not in ("sync_cost", "log_every_step", "global_batch_cost", "torchrec_metrics")
     },
     "bandwidth": bandwidth,
 }
