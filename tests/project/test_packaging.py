@@ -23,10 +23,11 @@ ROOT = Path(__file__).parents[2]
 SHIPPED_FOLDERS = (".ci", "twloss", "tests", "benchmarks", "docs", "examples")
 SHIPPED_FILES = {
     *("CHANGELOG.md", "CONTRIBUTING.md", "LICENSE", "README.md", "SECURITY.md"),
-    *(".pre-commit-config.yaml", "constraints.txt", "mkdocs.yml", "pyproject.toml"),
+    *(".pre-commit-config.yaml", "mkdocs.yml", "pyproject.toml"),
+    *("constraints.txt", "constraints-frameworks.txt"),
 }
 ADDED = {".gitignore", "PKG-INFO"}
-EXTRAS = {"bench", "demo", "dev", "docs", "test", "visual"}
+EXTRAS = {"bench", "demo", "dev", "docs", "frameworks", "hugging-face", "mlflow", "ray", "test", "visual", "wandb"}
 
 
 def run(*command: str, cwd: Path = ROOT) -> str:

@@ -1,0 +1,1 @@
+"""Frameworks: the examples, run on one process and on two, against the same training by hand."""
