@@ -1,4 +1,4 @@
-"""Hugging Face Trainer: gradient accumulation with the gradient of one big batch, and an exact evaluation.
+"""Hugging Face: gradient accumulation with the gradient of one batch, exact evaluation.
 
 ``python examples/hf_trainer.py``, or on two processes
 ``torchrun --standalone --nproc-per-node=2 examples/hf_trainer.py``.
@@ -31,7 +31,7 @@ class Ranker(nn.Module):
     def __init__(self) -> None:
         super().__init__()
         self.heads = nn.Linear(FEATURES, len(TASKS), dtype=torch.float64)
-        # No global_batch: the Trainer multiplies the loss by the number of ranks itself.
+        # No global_batch: the Trainer multiplies by the number of ranks itself.
         self.loss = MultiTaskLoss("bce_with_logits", TASKS)
 
     def forward(
@@ -53,7 +53,7 @@ class RankerTrainer(Trainer):
     """Logs the exact loss of each task, and repeats no row in training."""
 
     def log(self, logs: dict[str, float], *args: Any) -> None:
-        """Add the losses of all rows since the last log; the Trainer calls it on every rank."""
+        """Add the losses of all rows since the last log, on every rank."""
         if "loss" in logs:
             metric = self.model.loss.train_metric
             for key, value in metric.compute().items():
@@ -71,7 +71,7 @@ class RankerTrainer(Trainer):
 
 
 def compute_metrics(prediction: EvalPrediction) -> dict[str, float]:
-    """The quality over the evaluation. Every rank gets all rows: nothing is left to add over ranks."""
+    """The quality over the evaluation, of which every rank gets all rows."""
     quality = RankingQuality(TASKS, sync_on_compute=False)
     logits, labels = prediction.predictions, prediction.label_ids
     quality.update(torch.as_tensor(logits), torch.as_tensor(labels))
@@ -79,7 +79,7 @@ def compute_metrics(prediction: EvalPrediction) -> dict[str, float]:
 
 
 class Rows(Dataset[dict[str, Tensor]]):
-    """Features ``(FEATURES,)`` and labels ``(tasks,)`` by row, by the names of forward's arguments."""
+    """Features ``(FEATURES,)`` and labels ``(tasks,)``, by forward's argument names."""
 
     def __init__(self, count: int, seed: int) -> None:
         generator = torch.Generator().manual_seed(seed)
