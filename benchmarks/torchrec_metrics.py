@@ -101,7 +101,7 @@ def _module(tasks: int, mode: str) -> _Subject:
         metric_module.RecMetricModule, config, ROWS, dist.get_world_size(), dist.get_rank(), {}, torch.device("cpu")
     )
     logits, labels, weights = _batch(tasks)
-    outputs = {}
+    outputs: dict[str, torch.Tensor] = {}
     for t, name in enumerate(names):
         parts = {"prediction": logits[:, t].sigmoid(), "label": labels[:, t], "weight": weights[:, t]}
         outputs |= {f"{name}-{part}": values for part, values in parts.items()}

@@ -1,7 +1,7 @@
-"""TensorBoard: the curves of training and evaluation, exact over all rows of all ranks.
+"""TensorBoard: the exact curves of training and evaluation, over all rows of all ranks.
 
-``python examples/tensorboard_logging.py runs/ranker``, or on two processes
-``torchrun --standalone --nproc-per-node=2 examples/tensorboard_logging.py runs/ranker``; then
+``python examples/tensorboard_logging.py runs/ranker``, or on two processes ``torchrun
+--standalone --nproc-per-node=2 examples/tensorboard_logging.py runs/ranker``; then
 ``tensorboard --logdir runs``.
 """
 
@@ -29,7 +29,12 @@ class Ranker(nn.Module):
     def __init__(self) -> None:
         super().__init__()
         self.heads = nn.Linear(FEATURES, len(TASKS), dtype=torch.float64)
-        self.loss = MultiTaskLoss("bce_with_logits", TASKS, ignore_index=MISSING, global_batch=True)
+        self.loss = MultiTaskLoss(
+            "bce_with_logits",
+            TASKS,
+            ignore_index=MISSING,
+            global_batch=True,
+        )
 
     def forward(self, features: Tensor, labels: Tensor) -> dict[str, Tensor]:
         """The losses of the rows."""
@@ -38,38 +43,50 @@ class Ranker(nn.Module):
 
 
 def rows(count: int, seed: int) -> tuple[Tensor, Tensor]:
-    """Features ``(rows, FEATURES)`` and labels ``(rows, tasks)``, of which three in ten are missing."""
+    """Features ``(rows, FEATURES)`` and labels ``(rows, tasks)``, some missing."""
     generator = torch.Generator().manual_seed(seed)
-    features = torch.randn(count, FEATURES, generator=generator, dtype=torch.float64)
-    labels = (features[:, : len(TASKS)] + torch.randn(count, len(TASKS), generator=generator) > 0).double()
+    features = torch.randn(count, FEATURES, generator=generator).double()
+    noise = torch.randn(count, len(TASKS), generator=generator)
+    labels = (features[:, : len(TASKS)] + noise > 0).double()
     labels[torch.rand(labels.shape, generator=generator) < 0.3] = MISSING
     return features, labels
 
 
+def share_of(data: tuple[Tensor, Tensor]) -> list[tuple[Tensor, Tensor]]:
+    """This rank's rows of each batch."""
+    mine = slice(None)
+    if dist.is_initialized():
+        mine = slice(dist.get_rank(), None, dist.get_world_size())
+    features, labels = (part.split(GLOBAL_BATCH) for part in data)
+    return [(x[mine], y[mine]) for x, y in zip(features, labels)]
+
+
 def write(writer: SummaryWriter | None, metric: GlobalLoss, step: int) -> None:
-    """One point of each curve, and the sums start anew. Every rank computes, since that is a collective; one writes."""
+    """One point of each curve, and the sums start anew."""
+    # Every rank computes, since that is a collective; one writes.
     values = metric.compute()
     metric.reset()
     if writer is not None:
         for key, value in values.items():
-            # "loss/like" and "loss/reply" come in one group, "loss". In float64, as they were computed.
+            # "loss/like" and "loss/reply" come in one group, "loss". In float64, as
+            # they were computed.
             writer.add_scalar(key, value, step, new_style=True, double_precision=True)
 
 
 def main(log_dir: Path, epochs: int = 3) -> None:
     """Train, and write a point after each epoch."""
     torch.manual_seed(0)
-    rank, world_size = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
     ranker = Ranker()
-    model = DistributedDataParallel(ranker) if world_size > 1 else ranker
+    model = DistributedDataParallel(ranker) if dist.is_initialized() else ranker
     optimizer = torch.optim.SGD(model.parameters(), lr=0.5)
-    # A directory each: TensorBoard draws the curves of one name over each other, in the colours of their directories.
-    modes = ("train", "eval")
-    writers = {mode: SummaryWriter(log_dir / mode) if rank == 0 else None for mode in modes}
-    train_batches, eval_batches = (
-        [(x[rank::world_size], y[rank::world_size]) for x, y in zip(*(part.split(GLOBAL_BATCH) for part in data))]
-        for data in (rows(TRAIN_ROWS, seed=1), rows(EVAL_ROWS, seed=2))
-    )
+    # A directory each: TensorBoard draws the curves of one name over each other, in the
+    # colours of their directories.
+    writers: dict[str, SummaryWriter | None] = {"train": None, "eval": None}
+    is_first = not dist.is_initialized() or dist.get_rank() == 0
+    if is_first:
+        writers = {mode: SummaryWriter(log_dir / mode) for mode in writers}
+    train_batches = share_of(rows(TRAIN_ROWS, seed=1))
+    eval_batches = share_of(rows(EVAL_ROWS, seed=2))
     step = 0
     for _ in range(epochs):
         model.train()
@@ -87,7 +104,7 @@ def main(log_dir: Path, epochs: int = 3) -> None:
     for writer in writers.values():
         if writer is not None:
             writer.close()
-    if rank == 0:
+    if is_first:
         print(f"tensorboard --logdir {log_dir}")
 
 
@@ -96,6 +113,7 @@ if __name__ == "__main__":
         dist.init_process_group("gloo")
     main(Path(sys.argv[1]) if len(sys.argv) > 1 else Path("runs/ranker"))
     if dist.is_initialized():
-        # A collector's run, because DDP is in reference cycles: gloo aborts a process that ends with a group in use.
+        # A collector's run, because DDP is in reference cycles: gloo aborts a process
+        # that ends with a group in use.
         gc.collect()
         dist.destroy_process_group()

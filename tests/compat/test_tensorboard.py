@@ -5,18 +5,15 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
-import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from tensorboard.util.tensor_util import make_ndarray
 
 from examples import tensorboard_logging as example
-from tests.support import reference
-from tests.support.by_hand import HandRanker, Rows, together
+from tests.support.by_hand import Curves, curves_of
 from tests.support.launch import script
 from tests.support.rank_pool import RankPool
 
 EPOCHS = 3
-Curves = dict[str, list[tuple[int, float]]]
 
 
 def run_on_rank(rank: int, directory: Path) -> None:
@@ -26,21 +23,7 @@ def run_on_rank(rank: int, directory: Path) -> None:
 @pytest.fixture(scope="module")
 def truth() -> dict[str, Curves]:
     """One process by hand: each mode's curves."""
-    torch.manual_seed(0)
-    data, held_out = (
-        Rows.of(*example.rows(count, seed)) for count, seed in ((example.TRAIN_ROWS, 1), (example.EVAL_ROWS, 2))
-    )
-    ranker = HandRanker(example.Ranker().heads, example.TASKS, learning_rate=0.5, missing=example.MISSING)
-    curves: dict[str, Curves] = {"train": {}, "eval": {}}
-    step = 0
-    for _ in range(EPOCHS):
-        seen = [ranker.step(batch) for batch in data.batches(example.GLOBAL_BATCH)]
-        step += len(seen)
-        points = {"train": reference.losses(together(seen), reference.Rule()), "eval": ranker.losses(held_out)}
-        for mode, losses in points.items():
-            for key, value in losses.items():
-                curves[mode].setdefault(key, []).append((step, value))
-    return curves
+    return curves_of(example, EPOCHS)
 
 
 def curves_in(directory: Path) -> Curves:

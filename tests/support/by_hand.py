@@ -146,3 +146,26 @@ def truth_of(example: Any, epochs: int, rule: reference.Rule, missing: float | N
     modes = {"train": reference.losses(together(seen), rule), "eval": ranker.losses(held_out)}
     results = {f"{mode}/{key}": value for mode, losses in modes.items() for key, value in losses.items()}
     return Truth(results, mean_of_means(seen, rule))
+
+
+Curves = dict[str, list[tuple[int, float]]]
+"""The points of each key: the number of steps done, and the value."""
+
+
+def curves_of(example: Any, epochs: int) -> dict[str, Curves]:
+    """What an example that logs after each epoch has to log, by mode."""
+    torch.manual_seed(0)
+    data, held_out = (
+        Rows.of(*example.rows(count, seed)) for count, seed in ((example.TRAIN_ROWS, 1), (example.EVAL_ROWS, 2))
+    )
+    ranker = HandRanker(example.Ranker().heads, example.TASKS, learning_rate=0.5, missing=example.MISSING)
+    curves: dict[str, Curves] = {"train": {}, "eval": {}}
+    step = 0
+    for _ in range(epochs):
+        seen = [ranker.step(batch) for batch in data.batches(example.GLOBAL_BATCH)]
+        step += len(seen)
+        points = {"train": reference.losses(together(seen), reference.Rule()), "eval": ranker.losses(held_out)}
+        for mode, losses in points.items():
+            for key, value in losses.items():
+                curves[mode].setdefault(key, []).append((step, value))
+    return curves
