@@ -1,6 +1,7 @@
-"""Lightning: exact losses over all rows of all ranks in ``self.log``, on two processes with DDP.
+"""Lightning: exact losses over all rows of all ranks in its log, with DDP.
 
-``python examples/lightning_ranker.py`` starts the second process itself; an argument sets the number of processes.
+``python examples/lightning_ranker.py`` runs on two processes, of which it starts the
+second one itself; an argument sets the number of processes.
 """
 
 from __future__ import annotations
@@ -12,8 +13,9 @@ import lightning
 import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Subset, TensorDataset
+from torchmetrics import Metric, MetricCollection
 
-from twloss import MultiTaskLoss
+from twloss import GlobalLoss, MultiTaskLoss
 
 TASKS = ["like", "reply", "share"]
 FEATURES, TRAIN_ROWS, EVAL_ROWS = 4, 125, 61
@@ -22,12 +24,20 @@ MISSING = -1
 
 
 def rows(count: int, seed: int) -> TensorDataset:
-    """Features ``(rows, FEATURES)`` and labels ``(rows, tasks)``, of which three in ten are missing."""
+    """Features ``(rows, FEATURES)`` and labels ``(rows, tasks)``, some missing."""
     generator = torch.Generator().manual_seed(seed)
     features = torch.randn(count, FEATURES, generator=generator)
-    labels = (features[:, : len(TASKS)] + torch.randn(count, len(TASKS), generator=generator) > 0).float()
+    noise = torch.randn(count, len(TASKS), generator=generator)
+    labels = (features[:, : len(TASKS)] + noise > 0).float()
     labels[torch.rand(labels.shape, generator=generator) < 0.3] = MISSING
     return TensorDataset(features, labels)
+
+
+def views_of(metric: GlobalLoss, prefix: str) -> MetricCollection:
+    """A metric for each key of the result, to be logged all at once."""
+    keys = metric.keys()
+    views: dict[str, Metric | MetricCollection] = {k: metric.scalar(k) for k in keys}
+    return MetricCollection(views, prefix=prefix, compute_groups=False)
 
 
 class Ranker(lightning.LightningModule):
@@ -36,33 +46,36 @@ class Ranker(lightning.LightningModule):
     def __init__(self) -> None:
         super().__init__()
         self.heads = nn.Linear(FEATURES, len(TASKS))
-        # global_batch: DDP's averaged gradient is that of one process with all ranks' rows.
-        self.loss = MultiTaskLoss("bce_with_logits", TASKS, ignore_index=MISSING, global_batch=True)
-        # Lightning logs a metric that is an attribute of the module and gives one number: a view of one key. After an
-        # epoch it resets each logged view, which starts that view anew and leaves the sums to the other views. So the
-        # metrics themselves are not reset by hand: Lightning reads the views only after on_train_epoch_end.
-        self.train_loss = self.loss.train_metric.scalar("loss")
-        self.train_like = self.loss.train_metric.scalar("loss/like")
-        self.eval_loss = self.loss.eval_metric.scalar("loss")
-        self.eval_like = self.loss.eval_metric.scalar("loss/like")
+        # global_batch: DDP's averaged gradient is that of one process with all rows.
+        self.loss = MultiTaskLoss(
+            "bce_with_logits",
+            TASKS,
+            ignore_index=MISSING,
+            global_batch=True,
+        )
+        # Lightning logs metrics that are submodules and give one number: a view of each
+        # key. After an epoch it resets each logged view, which starts that view anew
+        # and leaves the sums to the other views. So the metrics themselves are not
+        # reset by hand: Lightning reads the views only after on_train_epoch_end.
+        self.train_losses = views_of(self.loss.train_metric, "train/")
+        self.eval_losses = views_of(self.loss.eval_metric, "eval/")
 
     def training_step(self, batch: list[Tensor], _: int) -> Tensor:
         """The step's loss, to train on; forward has added the batch to train_metric."""
         features, labels = batch
         losses: dict[str, Tensor] = self.loss(self.heads(features), labels)
-        # The tensors, for on_step: a view has no value of a batch that came through the model, so that
-        # self.log(view, on_step=True) would log nothing.
-        self.log_dict({f"step/{key}": value for key, value in losses.items()}, on_step=True, on_epoch=False)
-        self.log("train/loss", self.train_loss, on_step=False, on_epoch=True)
-        self.log("train/loss/like", self.train_like, on_step=False, on_epoch=True)
+        # The tensors, for on_step: a view has no value of a batch that came through the
+        # model, so that self.log(view, on_step=True) would log nothing.
+        of_step = {f"step/{key}": value for key, value in losses.items()}
+        self.log_dict(of_step, on_step=True, on_epoch=False)
+        self.log_dict(self.train_losses, on_step=False, on_epoch=True)
         return losses["loss"]
 
     def validation_step(self, batch: list[Tensor], _: int) -> None:
-        """Lightning has called eval(): forward adds to eval_metric, and the epoch's training sums stay as they are."""
+        """Lightning has called eval(): forward adds to eval_metric alone."""
         features, labels = batch
         self.loss(self.heads(features), labels)
-        self.log("eval/loss", self.eval_loss)
-        self.log("eval/loss/like", self.eval_like)
+        self.log_dict(self.eval_losses)
 
     def configure_optimizers(self) -> torch.optim.Optimizer:
         """Plain gradient descent."""
@@ -77,17 +90,23 @@ class Ranker(lightning.LightningModule):
         return self._share(rows(EVAL_ROWS, seed=2))
 
     def _share(self, data: TensorDataset) -> DataLoader[Any]:
-        # Each row on one rank. Lightning's own DistributedSampler would repeat rows until the ranks have equally many,
-        # and those would count twice. The last batches differ in size, the numbers of batches must not.
+        # Each row on one rank. Lightning's own DistributedSampler would repeat rows
+        # until the ranks have equally many, and those would count twice. The last
+        # batches differ in size, the numbers of batches must not.
         rank, world_size = self.trainer.global_rank, self.trainer.world_size
         mine = range(rank, len(data), world_size)
         return DataLoader(Subset(data, mine), batch_size=GLOBAL_BATCH // world_size)
 
 
 def main(devices: int = 2, **options: Any) -> dict[str, float]:
-    """Evaluate, train for two epochs with two evaluations in each, and return the last values."""
+    """Evaluate, then train for two epochs with two evaluations in each."""
     torch.manual_seed(0)
     model = Ranker()
+    quiet = {
+        "logger": False,
+        "enable_checkpointing": False,
+        "enable_progress_bar": False,
+    }
     trainer = lightning.Trainer(
         accelerator="cpu",
         devices=devices,
@@ -95,7 +114,7 @@ def main(devices: int = 2, **options: Any) -> dict[str, float]:
         use_distributed_sampler=False,
         max_epochs=2,
         val_check_interval=0.5,
-        **{"logger": False, "enable_checkpointing": False, "enable_progress_bar": False, **options},
+        **{**quiet, **options},
     )
     before = trainer.validate(model, verbose=False)[0]
     trainer.fit(model)

@@ -482,7 +482,8 @@ class MultiTaskLoss(_TaskLosses):
 
     def __init__(
         self,
-        loss_type: TaskLossType | Mapping[str, TaskLossType],
+        # The mapping first: jsonargparse takes one for the arguments of a callable.
+        loss_type: Mapping[str, TaskLossType] | TaskLossType,
         tasks: Sequence[str],
         task_loss_reduction: RowReduction = "mean",
         global_reduction: GlobalReduction = "mean",
@@ -552,6 +553,7 @@ class MultiTaskLoss(_TaskLosses):
         return self._losses(logits, labels, weights, normalizer)
 
     if TYPE_CHECKING:
+        tasks: tuple[str, ...]
         task_loss_reduction: RowReduction
         pos_weights: tuple[float, ...] | None
         __call__ = forward

@@ -32,7 +32,8 @@ from twloss._loss_type import LossFunction, LossType, resolve_loss_type
 from twloss._row_sums import TaskSums
 from twloss._torch import takes_keyword
 
-TaskLossType = LossType | LossName | LossFunction
+# The enum last: jsonargparse would have it write a function into a configuration, which it can't.
+TaskLossType = LossName | LossFunction | LossType
 ResolvedTypes = LossType | LossFunction | dict[str, LossType | LossFunction]
 
 

@@ -44,6 +44,13 @@ def run_python(example: Example) -> None:
     example.namespace["_printed"] = printed.getvalue()
 
 
+def check_configuration(example: Example) -> None:
+    """YAML is a file that a test gives to a command line."""
+    included = INCLUDED.findall(example.parsed)
+    assert included
+    run_python(example)
+
+
 def check_example(name: str) -> None:
     """An included file is there, and another test names it."""
     path = ROOT / name
@@ -75,7 +82,12 @@ def check_commands(example: Example) -> None:
                 assert set(extras[1].split(",")) <= EXTRAS, line
 
 
-LANGUAGES = {"python": run_python, "text": compare_output, "sh": check_commands}
+LANGUAGES = {
+    "python": run_python,
+    "text": compare_output,
+    "sh": check_commands,
+    "yaml": check_configuration,
+}
 SYBIL = Sybil([CodeBlockParser(language, evaluator) for language, evaluator in LANGUAGES.items()])
 
 
@@ -98,7 +110,7 @@ CASES = [(page, ranks) for page in PAGES for ranks in ranks_of(page) if FENCE.se
 
 @pytest.mark.parametrize(("page", "world_size"), CASES)
 def test_every_block_of_the_page_runs(page: str, world_size: int, request: pytest.FixtureRequest) -> None:
-    """Blocks of another language than Python, its output and commands would be checked by nothing: there are none."""
+    """Blocks of another language would be checked by nothing: there are none."""
     blocks = len(FENCE.findall(text_of(page)))
     assert set(FENCE.findall(text_of(page))) <= set(LANGUAGES)
     if world_size == 1:
