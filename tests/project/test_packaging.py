@@ -24,10 +24,23 @@ SHIPPED_FOLDERS = (".ci", "twloss", "tests", "benchmarks", "docs", "examples")
 SHIPPED_FILES = {
     *("CHANGELOG.md", "CONTRIBUTING.md", "LICENSE", "README.md", "SECURITY.md"),
     *(".pre-commit-config.yaml", "mkdocs.yml", "pyproject.toml"),
-    *("constraints.txt", "constraints-frameworks.txt"),
+    *("constraints.txt", "constraints-frameworks.txt", "constraints-torchrec.txt"),
 }
 ADDED = {".gitignore", "PKG-INFO"}
-EXTRAS = {"bench", "demo", "dev", "docs", "frameworks", "hugging-face", "mlflow", "ray", "test", "visual", "wandb"}
+EXTRAS = {
+    "bench",
+    "demo",
+    "dev",
+    "docs",
+    "frameworks",
+    "hugging-face",
+    "mlflow",
+    "ray",
+    "test",
+    "torchrec",
+    "visual",
+    "wandb",
+}
 
 
 def run(*command: str, cwd: Path = ROOT) -> str:
@@ -116,7 +129,7 @@ def test_the_metadata(archives: Archives) -> None:
     assert set(metadata.get_all("Provides-Extra", [])) == EXTRAS
     required = metadata.get_all("Requires-Dist", [])
     always = [requirement for requirement in required if "extra ==" not in requirement]
-    assert sorted(always) == ["torch>=2.6", "torchmetrics<2,>=1.9"]
+    assert sorted(always) == ["torch>=2.6", "torchmetrics<2,>=1.0.3"]
     for extra in EXTRAS:
         assert any(f"extra == '{extra}'" in requirement for requirement in required)
     assert metadata.get_payload(decode=True) == (archives.clone / "README.md").read_bytes()

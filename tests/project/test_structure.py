@@ -100,9 +100,30 @@ def test_every_listed_name_is_in_use() -> None:
 
 
 PUBLIC = {
-    GlobalLoss: {"compute_async", "keys", "scalar", "tasks", "nan_strategy", "window", "sums_of", "totals"},
+    GlobalLoss: {
+        "compute_async",
+        "keys",
+        "scalar",
+        "tasks",
+        "nan_strategy",
+        "window",
+        "window_rows",
+        "sums_of",
+        "totals",
+    },
     RankingQuality: {
-        *("compute_async", "keys", "scalar", "tasks", "nan_strategy", "window", "sums_of", "totals", "ignore_index")
+        *(
+            "compute_async",
+            "keys",
+            "scalar",
+            "tasks",
+            "nan_strategy",
+            "window",
+            "window_rows",
+            "sums_of",
+            "totals",
+            "ignore_index",
+        )
     },
     ScalarView: {"compute_async", "owner", "key", "totals"},
 }

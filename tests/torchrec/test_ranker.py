@@ -102,7 +102,7 @@ def test_losses_weights_and_quality_are_those_of_one_process(
         torch.testing.assert_close(trained, torch.tensor(rows, dtype=torch.float64), rtol=CLOSE, atol=CLOSE)
 
 
-@pytest.mark.parametrize("world_size", [1, pytest.param(2, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("world_size", [1, 2])
 def test_as_a_script(world_size: int, truth: Truth) -> None:
     printed = script(world_size, example.__file__)
     expected = {
