@@ -42,7 +42,7 @@ SIGNATURES: list[tuple[Callable[..., Any], str]] = [
         "(tasks, task_loss_reduction='mean', global_reduction='mean', *, task_weights=None, nan_strategy='warn', "
         "**kwargs)",
     ),
-    (RankingQuality, "(tasks, *, ignore_index=None, window=None, nan_strategy='warn', **kwargs)"),
+    (RankingQuality, "(tasks, *, ignore_index=None, window=None, window_rows=None, nan_strategy='warn', **kwargs)"),
     (RankingQuality.update, "(self, logits, labels, weights=None)"),
     (Loss.forward, "(self, logits, labels, weights=None, *, normalizer=None)"),
     (MultiTaskLoss.forward, "(self, logits, labels, weights=None, *, normalizer=None)"),
