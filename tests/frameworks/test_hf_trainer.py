@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 from unittest import mock
 
 import pytest
@@ -64,6 +64,51 @@ class CountsByTask(example.RankerTrainer):
         return batches, counts * counts.numel()
 
 
+class WithoutKwargs(example.Ranker):
+    """Takes what the example's takes, and nothing else; remembers what it got."""
+
+    counts: ClassVar[set[Tensor | None]] = set()
+
+    def forward(  # type: ignore[override]
+        self, features: Tensor, labels: Tensor, num_items_in_batch: Tensor | None = None
+    ) -> dict[str, Tensor]:
+        """The example's."""
+        self.counts.add(num_items_in_batch)
+        return super().forward(features, labels, num_items_in_batch)
+
+
+class LogitsAlone(example.Ranker):
+    """A model that knows of no loss: it is no submodule, though found through it, as the example logs it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.__dict__["loss"] = self._modules.pop("loss")
+
+    def forward(self, features: Tensor, labels: Tensor | None = None) -> dict[str, Tensor]:  # type: ignore[override]
+        """No loss."""
+        assert labels is None
+        return {"logits": self.heads(features)}
+
+
+class LossOfTheTrainer(example.RankerTrainer):
+    """Gives the loss to the Trainer, as the guide has it."""
+
+    def __init__(self, model: example.Ranker, *args: Any, **kwargs: Any) -> None:
+        super().__init__(model, *args, compute_loss_func=self.loss_of, **kwargs)
+
+    def loss_of(self, outputs: dict[str, Tensor], labels: Tensor, num_items_in_batch: Tensor) -> Tensor:
+        """What is trained on."""
+        loss = self.model.loss
+        loss.train(torch.is_grad_enabled())
+        value: Tensor = loss(outputs["logits"], labels, normalizer=num_items_in_batch / len(example.TASKS))["loss"]
+        return value
+
+
+PLAIN: dict[str, type] = {}
+WITH_MISSING = {"Ranker": MissingRanker, "Rows": SomeMissing, "RankerTrainer": CountsByTask}
+OUTSIDE = {"Ranker": LogitsAlone, "RankerTrainer": LossOfTheTrainer}
+
+
 def answer_of(trainer: example.RankerTrainer) -> Answer:
     history = trainer.state.log_history
     heads = trainer.model.heads
@@ -74,12 +119,11 @@ def answer_of(trainer: example.RankerTrainer) -> Answer:
     )
 
 
-def run_on_rank(rank: int, missing: bool = False) -> Answer:
+def run_on_rank(rank: int, changes: dict[str, type] = PLAIN) -> Answer:
     PartialState._reset_state()
     AcceleratorState._reset_state()
     GradientState._reset_state()
-    changes = {"Ranker": MissingRanker, "Rows": SomeMissing, "RankerTrainer": CountsByTask}
-    with as_if_from_torchrun(), mock.patch.dict(vars(example), changes if missing else {}):
+    with as_if_from_torchrun(), mock.patch.dict(vars(example), changes):
         return answer_of(example.main(EPOCHS))
 
 
@@ -128,9 +172,10 @@ def quality_of(ranker: HandRanker, rows: Rows) -> dict[str, float]:
     )
 
 
-def test_three_micro_batches_are_one_batch(run: Callable[..., list[Answer]]) -> None:
+@pytest.mark.parametrize("changes", [PLAIN, OUTSIDE], ids=["loss in the model", "loss of the Trainer"])
+def test_three_micro_batches_are_one_batch(run: Callable[..., list[Answer]], changes: dict[str, type]) -> None:
     truth = truth_of(example.Rows, None)
-    for answer in run():
+    for answer in run(changes):
         assert answer.parameters == pytest.approx(truth.parameters, rel=1e-12, abs=1e-12)
         assert [entry["loss"] for entry in answer.train] == pytest.approx(
             [losses["loss"] for losses in truth.train], rel=FLOAT32
@@ -139,6 +184,12 @@ def test_three_micro_batches_are_one_batch(run: Callable[..., list[Answer]]) -> 
             assert {key: entry[f"train/{key}"] for key in losses} == pytest.approx(losses, rel=1e-12)
     # The usual loss is another number.
     assert abs(truth.averaged / truth.train[0]["loss"] - 1) > 1e-4
+
+
+def test_without_kwargs_the_model_is_told_no_count() -> None:
+    """Why the example's forward has them."""
+    run_on_rank(0, {"Ranker": WithoutKwargs})
+    assert WithoutKwargs.counts == {None}
 
 
 def test_the_evaluation_is_that_of_its_rows_each_counted_once(run: Callable[..., list[Answer]]) -> None:
@@ -150,7 +201,7 @@ def test_the_evaluation_is_that_of_its_rows_each_counted_once(run: Callable[...,
 
 def test_missing_labels_by_a_count_of_each_task(run: Callable[..., list[Answer]]) -> None:
     truth = truth_of(SomeMissing, MISSING)
-    for answer in run(True):
+    for answer in run(WITH_MISSING):
         assert answer.parameters == pytest.approx(truth.parameters, rel=1e-12, abs=1e-12)
         for entry, losses in zip(answer.train, truth.train, strict=True):
             assert entry["loss"] == pytest.approx(losses["loss"], rel=FLOAT32)
