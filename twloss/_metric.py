@@ -124,7 +124,7 @@ class TaskMetric(Metric):
     # What torch.jit leaves alone, so that a model can be scripted that has a metric and does not call it.
     __jit_unused_properties__: ClassVar = [
         *Metric.__jit_unused_properties__,
-        *("metric_state", "nan_strategy", "update_count", "update_called"),
+        *("_ring", "metric_state", "nan_strategy", "update_count", "update_called"),
     ]
 
     def __init__(
