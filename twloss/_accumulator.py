@@ -99,10 +99,13 @@ def add_once(  # noqa: PLR0917 (an operator)
     """
     if _TRACKER.is_bw:
         return
-    parts = state if state.dtype == torch.float32 else state.unsqueeze(0)
+    is_pair = state.dtype == torch.float32
     if places:
-        _add_to_ring(parts, values, Ring(places, every, per, counter))
-    _add(parts[:, 0, 0], values)
+        _add_to_ring(state if is_pair else state.unsqueeze(0), values, Ring(places, every, per, counter))
+    if is_pair:
+        _add_to_pair(state[:, 0, 0], values)
+    else:
+        state[0, 0].add_(values)
 
 
 def as_added(values: Tensor) -> Tensor:
@@ -112,20 +115,17 @@ def as_added(values: Tensor) -> Tensor:
 
 def in_order(value: Tensor, ring: Ring) -> Tensor:
     """Both ring buffers of ``(2, 1 + places, …)`` from old to new, wherever the next update goes."""
-    return _turn(value, -_begun(value, ring))
+    return _turn(value, ring, -1)
 
 
 def as_ring(ordered: Tensor, ring: Ring) -> Tensor:
     """The value that is ``in_order`` so."""
-    return _turn(ordered, _begun(ordered, ring))
+    return _turn(ordered, ring, 1)
 
 
-def _begun(value: Tensor, ring: Ring) -> int:
-    return int(ring.begun(value[0, 0, ring.counter, 0].long()))
-
-
-def _turn(value: Tensor, places: int) -> Tensor:
-    return torch.cat((value[:, :1], value[:, 1:].roll(places, 1)), 1)
+def _turn(value: Tensor, ring: Ring, direction: int) -> Tensor:
+    begun = int(ring.begun(value[0, 0, ring.counter, 0].long()))
+    return torch.cat((value[:, :1], value[:, 1:].roll(direction * begun, 1)), 1)
 
 
 def _add_to_ring(parts: Tensor, values: Tensor, ring: Ring) -> None:
@@ -142,16 +142,11 @@ def _add_to_ring(parts: Tensor, values: Tensor, ring: Ring) -> None:
     latest.masked_fill_(is_begun.view(-1, 1, 1), 0.0)
     newest = (end - 1).remainder(ring.places)
     place = latest[:, 0].index_select(1, newest).squeeze(1)
-    _add(place, values)
-    latest[:, 0].index_copy_(1, newest, place.unsqueeze(1))
-
-
-def _add(parts: Tensor, values: Tensor) -> None:
-    """Add to sums in place, ``(1 or 2, …)``."""
     if len(parts) > 1:
-        _add_to_pair(parts, values)
+        _add_to_pair(place, values)
     else:
-        parts[0].add_(values)
+        place += values
+    latest[:, 0].index_copy_(1, newest, place.unsqueeze(1))
 
 
 def _add_to_pair(state: Tensor, values: Tensor) -> None:

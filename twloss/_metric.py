@@ -58,6 +58,7 @@ if hasattr(os, "register_at_fork"):  # not on Windows, which has no fork
 
 # Of a window of rows: it ends, on the old side, within a thousandth of itself or one update, whichever is more.
 _MOST_PLACES = 1000
+_NO_RING = Ring(0)
 
 
 class TaskMetric(Metric):
@@ -212,16 +213,17 @@ class TaskMetric(Metric):
         """Add a batch's packed sums, outside of any transform."""
         if batch.is_meta:
             return
+        ring = self._ring if len(self._horizons) > 1 else _NO_RING
         if torch.compiler.is_compiling():
             # With no attribute written: torch.compile would guard on the attribute and recompile at each step.
-            torch.ops.twloss.add_once(self.totals, batch, *self._ring)
+            torch.ops.twloss.add_once(self.totals, batch, *ring)
             return
         with _LOCK:
             if not in_place:
                 # The metrics of a collection's compute group have one state, and forward is called on each.
                 with plain_tensors():
                     self.totals = self.totals.clone()
-            add_once(self.totals, batch, *self._ring)
+            add_once(self.totals, batch, *ring)
 
     @property
     def _ring(self) -> Ring:
