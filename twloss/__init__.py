@@ -11,7 +11,7 @@ A batch takes this way::
     _loss_type.py      the formula of each loss, unreduced                                 (rows, tasks)
     _ranks.py          TaskSums of all ranks, with their gradient                          (tasks,)
     _reduction.py      TaskSums -> {"loss/<task>": …, "loss": …}
-    _metric.py         the batch's sums, detached -> added to those of all steps           (2, 1 + window, sums, tasks)
+    _metric.py         the batch's sums, detached -> added to those of all steps           (2, 1 + places, sums, tasks)
     _accumulator.py    the number format of those
     _global_loss.py    compute(): the sums of all steps and ranks -> _reduction.py
 

@@ -3,7 +3,7 @@
 ``(…)`` values come in at each update. The state is ``(2, 1 + places, …)``: first what was added here, their sum and a
 ring buffer of the latest of them, none where it has 0 places; then, in the same order, what a checkpoint brought and is
 carried beside it. It is changed in place and without waiting for the device. A pair (hi, lo), stacked as
-``(2, 2, 1 + window, …)``, is an unevaluated sum hi + lo with ``|lo| <= ulp(hi) / 2`` that holds at least 48 bits; what
+``(2, 2, 1 + places, …)``, is an unevaluated sum hi + lo with ``|lo| <= ulp(hi) / 2`` that holds at least 48 bits; what
 the rounding of an addition loses is computed exactly and kept in lo (two-sum; Knuth, The Art of Computer Programming,
 volume 2, 4.2.2; Dekker 1971, "A floating-point technique for extending the available precision").
 """

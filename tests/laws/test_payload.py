@@ -17,12 +17,14 @@ from tests.support.rank_pool import RankPool
 from twloss import GlobalLoss, MultiTaskLoss, RankingQuality
 
 GUIDE = Path(__file__).parents[2] / "docs" / "guides" / "several-hosts.md"
-FORWARD, LOSS, QUALITY, WINDOW = "forward", "GlobalLoss", "RankingQuality", "RankingQuality, window"
-ROWS_SENT = {FORWARD: 3, LOSS: 8, QUALITY: 10, WINDOW: 16}
+FORWARD, LOSS, QUALITY = "forward", "GlobalLoss", "RankingQuality"
+WINDOW, WINDOW_ROWS = "RankingQuality, window", "RankingQuality, window_rows"
+ROWS_SENT = {FORWARD: 3, LOSS: 8, QUALITY: 10, WINDOW: 16, WINDOW_ROWS: 18}
 COMPUTED: dict[str, Callable[[list[str]], GlobalLoss | RankingQuality]] = {
     LOSS: GlobalLoss,
     QUALITY: RankingQuality,
     WINDOW: lambda tasks: RankingQuality(tasks, window=100),
+    WINDOW_ROWS: lambda tasks: RankingQuality(tasks, window_rows=5000),
 }
 
 Sent = tuple[str, torch.dtype, tuple[int, ...]]

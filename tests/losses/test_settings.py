@@ -110,6 +110,17 @@ def test_a_tensor_that_was_set_may_change_afterwards() -> None:
     assert loss.task_weights == (1.0, 0.0, 2.5)
 
 
+def test_a_child_may_be_put_back_in_its_place_and_no_other_there() -> None:
+    """As TorchRec's wrapper does with every child of every module."""
+    loss = MultiTaskLoss("bce_with_logits", TASKS, quality=True)
+    for name, child in list(loss.named_children()):
+        setattr(loss, name, child)
+        assert getattr(loss, name) is child
+        with pytest.raises(AttributeError, match=f"{name}: got a change of it"):
+            setattr(loss, name, copy.deepcopy(child))
+    assert numbers(loss(*inputs())) == pytest.approx(expected(None), rel=1e-12)
+
+
 def test_a_callable_reduction_gets_the_new_weights() -> None:
     loss = quiet(MultiTaskLoss, "bce_with_logits", TASKS, "mean", Tensor.sum)
     loss(*inputs())
