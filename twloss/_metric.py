@@ -149,7 +149,7 @@ class TaskMetric(Metric):
                 "compute_with_cache: got True, expected False: ranks with a cached value skip the collective"
             )
         super().__init__(**options)
-        self._device = torch.get_default_device()  # torchmetrics 1.0.3 says "cpu" whatever it is
+        self._device = torch.empty(0).device  # torchmetrics 1.0.3 says "cpu" whatever it is
         self.tasks = tasks
         self._nan_strategy = nan_strategy
         self.window = window
@@ -238,9 +238,10 @@ class TaskMetric(Metric):
         like = sums[0]
         assert isinstance(like, Tensor)
         self._prepare_for(like)
-        own, rows = sums[: self._sums], None if self.window_rows is None else sums[self._sums]
+        # Of a NamedTuple, torch 2.6 to 2.8 can't compile a slice.
+        own, rows = (sums, None) if len(sums) == self._sums else (sums[:-1], sums[-1])
         assert not isinstance(rows, Tensor)
-        return pack_update(own, drops_non_finite=self._drops_non_finite, rows=rows)
+        return pack_update(own, drops_non_finite=self._drops_non_finite, rows=rows if self.window_rows else None)
 
     def _prepare_for(self, like: Tensor) -> None:
         """Be where a batch's sums are, or raise where they would be lost."""

@@ -59,7 +59,7 @@ def test_one_graph_in_each_mode_and_no_recompilation_in_20_steps(options: dict[s
     for training in (True, False):
         model.train(training)
         twin.train(training)
-        counter.clear()
+        counter.frame_count, counter.graphs = 0, []  # as clear() does, which torch 2.6 has not
         for step in range(20):
             inputs = batch()
             loss, expected = compiled(*inputs), twin(*inputs)
