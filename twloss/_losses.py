@@ -327,8 +327,8 @@ def _join(sums: Sequence[Sums], order: TaskConstants) -> Sums:
     loss_sum, weight = join_sums([TaskSums(each.losses, each.weight) for each in sums], order)
     updates = [each.update for each in sums if each.update is not None]
     update = join_tasks(updates, order) if len(updates) == len(sums) else None
-    quality = next((each.quality for each in sums if each.quality is not None), None)
-    return Sums(loss_sum, None, weight, update, quality, None)
+    qualities = [each.quality for each in sums if each.quality is not None]  # no next(), which torch 2.6 can't compile
+    return Sums(loss_sum, None, weight, update, qualities[0] if qualities else None, None)
 
 
 def _track(sums: Sums, metric: GlobalLoss, quality: RankingQuality | None) -> None:
