@@ -7,15 +7,13 @@ timed part both kinds of step come after a barrier.
 
 from __future__ import annotations
 
-import time
 from collections.abc import Iterator
 
 import torch
-import torch.distributed as dist
 
 from benchmarks.counts import CollectiveLog
-from benchmarks.paired import Step, Timings, no_collector
-from benchmarks.ranks import run_on_ranks
+from benchmarks.paired import Timings
+from benchmarks.ranks import run_on_ranks, seconds_from_a_barrier
 from benchmarks.row import Row, counted, exactly, overhead
 from benchmarks.workload import Setting, Workload, make_workload, step_of
 from twloss import MultiTaskLoss
@@ -49,7 +47,7 @@ def _measure(tasks: int, rounds: int) -> tuple[tuple[list[int], list[int]], tupl
     seconds: dict[str, list[float]] = {name: [] for name in losses}
     for _ in range(rounds):
         for name, loss in losses.items():
-            seconds[name].append(_seconds(step_of(loss, work)))
+            seconds[name].append(seconds_from_a_barrier(step_of(loss, work)))
     return collectives[GLOBAL], collectives[LOCAL], Timings(seconds)
 
 
@@ -64,11 +62,3 @@ def _collectives(loss: MultiTaskLoss, work: Workload) -> tuple[list[int], list[i
     with CollectiveLog() as backward:
         value.backward()
     return forward.bytes, backward.bytes
-
-
-def _seconds(step: Step) -> float:
-    with no_collector():
-        dist.barrier()
-        started = time.perf_counter_ns()
-        step()
-        return (time.perf_counter_ns() - started) * 1e-9

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import pickle
 import tempfile
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -13,8 +14,9 @@ import torch.distributed as dist
 from torch.multiprocessing.spawn import spawn
 
 from benchmarks.machine import steady_machine
+from benchmarks.paired import no_collector
 
-__all__ = ["run_on_ranks"]
+__all__ = ["run_on_ranks", "seconds_from_a_barrier"]
 
 
 def run_on_ranks(world_size: int, function: Callable[..., Any], *args: Any) -> list[Any]:
@@ -26,6 +28,15 @@ def run_on_ranks(world_size: int, function: Callable[..., Any], *args: Any) -> l
     with tempfile.TemporaryDirectory(prefix="twloss-ranks-") as directory:
         spawn(_rank, (world_size, directory, function, args), nprocs=world_size)
         return [pickle.loads(_result_file(directory, rank).read_bytes()) for rank in range(world_size)]
+
+
+def seconds_from_a_barrier(call: Callable[[], object]) -> float:
+    """How long a call takes on this rank that all of them begin together."""
+    with no_collector():
+        dist.barrier()
+        started = time.perf_counter_ns()
+        call()
+        return (time.perf_counter_ns() - started) * 1e-9
 
 
 def _rank(rank: int, world_size: int, directory: str, function: Callable[..., Any], args: tuple[Any, ...]) -> None:

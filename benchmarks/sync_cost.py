@@ -7,17 +7,15 @@ The first rank's clock counts.
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
 import torch
-import torch.distributed as dist
 from torchmetrics import MeanMetric
 
 from benchmarks.counts import CollectiveLog
-from benchmarks.paired import Timings, no_collector
-from benchmarks.ranks import run_on_ranks
+from benchmarks.paired import Timings
+from benchmarks.ranks import run_on_ranks, seconds_from_a_barrier
 from benchmarks.row import Row, at_least, at_most, counted, exactly, overhead, speedup
 from benchmarks.workload import OURS, Setting
 from twloss import GlobalLoss
@@ -71,11 +69,7 @@ def _take_turns(subjects: dict[str, _Subject], rounds: int) -> Timings:
 
 def _seconds(subject: _Subject) -> float:
     subject.update()
-    with no_collector():
-        dist.barrier()
-        started = time.perf_counter_ns()
-        subject.compute()
-        return (time.perf_counter_ns() - started) * 1e-9
+    return seconds_from_a_barrier(subject.compute)
 
 
 def _collectives(subject: _Subject) -> int:

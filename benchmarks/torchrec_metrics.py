@@ -7,7 +7,6 @@ computes tasks one by one, or fused. Both give all rows and a window, on all ran
 from __future__ import annotations
 
 import logging
-import time
 import warnings
 from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
@@ -15,8 +14,8 @@ from typing import Any, NamedTuple
 import torch
 import torch.distributed as dist
 
-from benchmarks.paired import Timings, no_collector
-from benchmarks.ranks import run_on_ranks
+from benchmarks.paired import Timings
+from benchmarks.ranks import run_on_ranks, seconds_from_a_barrier
 from benchmarks.row import Row, at_least, speedup
 from benchmarks.workload import OURS, Setting
 from twloss import RankingQuality
@@ -54,17 +53,9 @@ def _measure(quick: bool) -> dict[int, tuple[Timings, Timings]]:
         for _ in range(3 if quick else 31):
             for name, subject in subjects.items():
                 for times, call in zip(seconds, subject):
-                    times[name].append(_seconds(call))
+                    times[name].append(seconds_from_a_barrier(call))
         found[tasks] = (Timings(seconds[0]), Timings(seconds[1]))
     return found
-
-
-def _seconds(call: Callable[[], object]) -> float:
-    with no_collector():
-        dist.barrier()
-        started = time.perf_counter_ns()
-        call()
-        return (time.perf_counter_ns() - started) * 1e-9
 
 
 def _batch(tasks: int) -> tuple[torch.Tensor, ...]:

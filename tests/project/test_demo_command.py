@@ -20,10 +20,10 @@ from tests.support.demo import (
     BINARY,
     LAUNCHERS,
     PYTHON,
-    TORCHRUN,
     environment,
     start,
 )
+from tests.support.launch import TORCHRUN
 from twloss.demo.curves import draw_curves, save_curves
 from twloss.demo.job import run
 from twloss.demo.movielens import TASKS, load_movielens

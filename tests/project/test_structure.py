@@ -99,32 +99,12 @@ def test_every_listed_name_is_in_use() -> None:
     assert set(OVERRIDDEN) <= set().union(*(private_names(tree_of(module)) for module in MODULES))
 
 
+OF_SUMS = {
+    *("compute_async", "keys", "scalar", "tasks", "nan_strategy", "window", "window_rows", "sums_of", "totals"),
+}
 PUBLIC = {
-    GlobalLoss: {
-        "compute_async",
-        "keys",
-        "scalar",
-        "tasks",
-        "nan_strategy",
-        "window",
-        "window_rows",
-        "sums_of",
-        "totals",
-    },
-    RankingQuality: {
-        *(
-            "compute_async",
-            "keys",
-            "scalar",
-            "tasks",
-            "nan_strategy",
-            "window",
-            "window_rows",
-            "sums_of",
-            "totals",
-            "ignore_index",
-        )
-    },
+    GlobalLoss: OF_SUMS,
+    RankingQuality: OF_SUMS | {"ignore_index"},
     ScalarView: {"compute_async", "owner", "key", "totals"},
 }
 

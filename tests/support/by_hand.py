@@ -66,13 +66,16 @@ class HandRanker:
         self.rule = rule or reference.Rule()
         self.pos_weights = pos_weights or [1.0] * len(tasks)
 
-    def columns(self, rows: Rows) -> Columns:
-        """Each task's rows, with the present parameters."""
-        logits = [
+    def logits(self, rows: Rows) -> list[list[float]]:
+        """By row, with the present parameters."""
+        return [
             [math.fsum([b, *(w * v for w, v in zip(row, x))]) for row, b in zip(self.matrix, self.bias)]
             for x in rows.features
         ]
-        return columns_of(logits, rows.labels, rows.weights, self.tasks, self.missing, self.pos_weights)
+
+    def columns(self, rows: Rows) -> Columns:
+        """Each task's rows, with the present parameters."""
+        return columns_of(self.logits(rows), rows.labels, rows.weights, self.tasks, self.missing, self.pos_weights)
 
     def losses(self, rows: Rows) -> dict[str, float]:
         """The losses of rows, with the present parameters."""

@@ -9,8 +9,9 @@ import sys
 from collections.abc import Callable
 from typing import NamedTuple
 
+from tests.support.launch import TORCHRUN
+
 PYTHON = [sys.executable, "-W", "error"]
-TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
 LAUNCHERS = {1: PYTHON, 2: TORCHRUN}
 # 26 full batches and one of a single row: the second of two ranks has nothing to train on in the last step.
 QUICK = ["--epochs", "1", "--batch-size", "3077"]

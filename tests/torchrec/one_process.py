@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
+import pytest
 import torch
 import torch.distributed as dist
 from torch import nn
 
 from tests.support import reference
 from tests.support.by_hand import Columns, HandRanker, Rows
+from tests.support.rank_pool import RankPool
+
+Answer = TypeVar("Answer")
 
 RULE = reference.Rule()
 POS_WEIGHTS = [1.0, 27.3, 4.0]
@@ -39,6 +43,17 @@ def one_process() -> Iterator[None]:
         yield
     finally:
         dist.destroy_process_group()
+
+
+def run_on_ranks(
+    world_size: int, request: pytest.FixtureRequest, function: Callable[..., Answer], *args: Any
+) -> list[Answer]:
+    """Call ``function(rank, *args)`` in a process group of this process, or on each of two ranks; the results."""
+    if world_size == 1:
+        with one_process():
+            return [function(0, *args)]
+    pool: RankPool = request.getfixturevalue("two_ranks")
+    return pool.run(function, *args)
 
 
 def train_by_hand(example: Any) -> Truth:
@@ -83,12 +98,8 @@ def with_pooled(dense: list[list[float]], ids: Ids, tables: dict[str, list[list[
 def seen_of(ranker: HandRanker, rows: Rows) -> dict[str, list[tuple[float, float, float]]]:
     """Logits, labels and weights by task."""
     assert rows.weights is not None
-    found: dict[str, list[tuple[float, float, float]]] = {task: [] for task in ranker.tasks}
-    for x, labels, weights in zip(rows.features, rows.labels, rows.weights):
-        for t, task in enumerate(ranker.tasks):
-            logit = math.fsum([ranker.bias[t], *(w * v for w, v in zip(ranker.matrix[t], x))])
-            found[task].append((logit, labels[t], weights[t]))
-    return found
+    parts = list(zip(ranker.logits(rows), rows.labels, rows.weights))
+    return {task: [(x[t], y[t], w[t]) for x, y, w in parts] for t, task in enumerate(ranker.tasks)}
 
 
 def step_tables(

@@ -10,8 +10,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from tests.support.rank_pool import RankPool
-from tests.torchrec.one_process import one_process
+from tests.support.results import fed, numbers
+from tests.torchrec.one_process import one_process, run_on_ranks
 from twloss import RankingQuality
 
 with warnings.catch_warnings():
@@ -49,10 +49,7 @@ def theirs(batches: list[Batch], tasks: list[str], window: int, rank: int, world
 
 
 def ours(batches: list[Batch], tasks: list[str], window: int) -> Numbers:
-    quality = RankingQuality(tasks, window_rows=window)
-    for batch in batches:
-        quality.update(*batch)
-    return {key: value.item() for key, value in quality.compute().items()}
+    return numbers(fed(RankingQuality(tasks, window_rows=window), batches).compute())
 
 
 def batches_of(rank: int, count: int = 20, rows: int = 8) -> list[Batch]:
@@ -81,13 +78,7 @@ def test_they_agree_on_all_rows_and_on_a_window(
     world_size: int, window: int, mode: str, request: pytest.FixtureRequest
 ) -> None:
     """On all ranks, to rounding; a log loss in nats is one in bits times ln 2."""
-    if world_size == 1:
-        with one_process():
-            answers = [both_on_rank(0, 1, window, mode)]
-    else:
-        pool: RankPool = request.getfixturevalue("two_ranks")
-        answers = pool.run(both_on_rank, 2, window, mode)
-    for found, own in answers:
+    for found, own in run_on_ranks(world_size, request, both_on_rank, world_size, window, mode):
         for horizon in ("", "window_"):
             for task in TASKS:
                 for name in SAME:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable
 
 import pytest
 import torch
@@ -12,8 +11,7 @@ from torch.distributed._shard.sharded_tensor.api import ShardedTensor
 from tests.support import quality_reference, reference
 from tests.support.by_hand import together
 from tests.support.launch import script
-from tests.support.rank_pool import RankPool
-from tests.torchrec.one_process import RULE, Truth, one_process, train_by_hand
+from tests.torchrec.one_process import RULE, Truth, run_on_ranks, train_by_hand
 
 with warnings.catch_warnings():
     warnings.simplefilter("ignore")  # by TorchRec's and torch's own modules
@@ -52,20 +50,6 @@ def gather(model: torch.nn.Module, rank: int) -> tuple[dict[str, torch.Tensor], 
     return parameters, sharded
 
 
-@pytest.fixture(params=[1, 2], ids=["one process", "two processes"])
-def run(request: pytest.FixtureRequest) -> Callable[[str], list[Answer]]:
-    """Runs the example; what each rank has."""
-    if request.param == 2:
-        pool: RankPool = request.getfixturevalue("two_ranks")
-        return lambda pipeline: pool.run(run_on_rank, pipeline)
-
-    def run(pipeline: str) -> list[Answer]:
-        with one_process():
-            return [run_on_rank(0, pipeline)]
-
-    return run
-
-
 @pytest.fixture(scope="module")
 def truth() -> Truth:
     return train_by_hand(example)
@@ -84,11 +68,12 @@ def logged_by_hand(truth: Truth) -> list[dict[str, float]]:
 
 
 @pytest.mark.parametrize("pipeline", PIPELINES)
+@pytest.mark.parametrize("world_size", [1, 2])
 def test_losses_weights_and_quality_are_those_of_one_process(
-    pipeline: str, run: Callable[[str], list[Answer]], truth: Truth
+    world_size: int, pipeline: str, request: pytest.FixtureRequest, truth: Truth
 ) -> None:
     assert [len(step["like"]) for step in truth.steps] == [15] * 6 + [1]
-    answers = run(pipeline)
+    answers = run_on_ranks(world_size, request, run_on_rank, pipeline)
     for steps, logged, parameters, sharded in answers:
         for found, columns in zip(steps, truth.steps):
             assert found == pytest.approx(reference.losses(columns, RULE), rel=CLOSE)

@@ -13,8 +13,7 @@ from torch import Tensor, nn
 
 from tests.support import reference
 from tests.support.by_hand import HandRanker, Rows, together
-from tests.support.rank_pool import RankPool
-from tests.torchrec.one_process import one_process
+from tests.torchrec.one_process import run_on_ranks
 from twloss import LossType, build_multi_task_loss
 
 with warnings.catch_warnings():
@@ -104,12 +103,7 @@ def run_on_rank(rank: int, world_size: int) -> tuple[list[dict[str, float]], dic
 
 @pytest.mark.parametrize("world_size", [1, 2])
 def test_a_traced_loss_trains_and_counts_each_step_once(world_size: int, request: pytest.FixtureRequest) -> None:
-    if world_size == 1:
-        with one_process():
-            answers = [run_on_rank(0, 1)]
-    else:
-        pool: RankPool = request.getfixturevalue("two_ranks")
-        answers = pool.run(run_on_rank, 2)
+    answers = run_on_ranks(world_size, request, run_on_rank, world_size)
     torch.manual_seed(0)
     heads = nn.Linear(FEATURES, len(TASKS), dtype=torch.float64)
     ranker = HandRanker(heads, TASKS, learning_rate=LEARNING_RATE, pos_weights=POS_WEIGHTS)
