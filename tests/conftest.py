@@ -1,23 +1,37 @@
-"""What all tests share: two workers, one thread, a fixed seed, deterministic property tests, and the ranks."""
+"""What all tests share: the tiers, two workers, one thread, a fixed seed, the compiler's back end, and the ranks."""
 
 from __future__ import annotations
 
+import os
 import warnings
+from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import hypothesis
 import pytest
 import torch
 
+from tests.support import compiler, tiers
+from tests.support.progress import Progress
 from tests.support.rank_pool import RankPool
 from twloss import _bce, _losses
 from twloss._bce import Sums
 
-# Examples on ranks wait for other processes, so a single slow one says nothing.
-hypothesis.settings.register_profile("twloss", deadline=None, derandomize=True, print_blob=True)
-hypothesis.settings.load_profile("twloss")
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Choose the tier, and one cache of generated code for the workers, their ranks and all that they start."""
+    tiers.choose_examples(config)
+    compiler.use(compiler.AOT_EAGER)
+    if config.pluginmanager.hasplugin("cacheprovider"):
+        os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(config.cache.mkdir("inductor")))
+
+
+def pytest_sessionstart(session: pytest.Session) -> None:
+    """Show the files that are done, where workers run the tests."""
+    config = session.config
+    if config.getoption("numprocesses", None) and config.option.verbose == 0:
+        config.pluginmanager.register(Progress(config.pluginmanager.getplugin("terminalreporter")))
 
 
 def pytest_xdist_auto_num_workers(config: pytest.Config) -> int:
@@ -25,10 +39,15 @@ def pytest_xdist_auto_num_workers(config: pytest.Config) -> int:
     return 0 if all(Path(arg.partition("::")[0]).is_file() for arg in config.args) else 2
 
 
+@pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Files with slow tests go first, so that none is left to one worker while the other has nothing to do."""
-    slow = {item.path for item in items if item.get_closest_marker("slow")}
-    items.sort(key=lambda item: item.path not in slow)
+    """Property tests are in both tiers; files that take long go first, so that no worker ends with one alone."""
+    seconds: Counter[Path] = Counter()
+    for item in items:
+        if tiers.is_property(item) and tiers.is_exhaustive():
+            item.add_marker(tiers.EXHAUSTIVE)
+        seconds[item.path] += tiers.rough_seconds(item)
+    items.sort(key=lambda item: -seconds[item.path])
 
 
 @pytest.fixture(autouse=True)
@@ -47,7 +66,14 @@ def new_compiler() -> Iterator[None]:
     torch._dynamo.reset()
 
 
-@pytest.fixture(params=[pytest.param(False, id="eager"), pytest.param(True, id="fused", marks=pytest.mark.slow)])
+@pytest.fixture
+def inductor() -> Iterator[None]:
+    """Generated code, where other tests are content with what it is generated from."""
+    with compiler.inductor():
+        yield
+
+
+@pytest.fixture(params=[False, True], ids=["eager", "fused"])
 def eager_and_fused(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
     """Once as it is, and once with ``fused=True`` in every loss that can have it."""
     if not request.param:

@@ -126,7 +126,7 @@ def test_accumulate_goes_wrong_at_the_end_where_batches_are_fetched_ahead(batche
     assert model.weight.grad.item() == batches / 2
 
 
-@pytest.mark.parametrize("world_size", [1, pytest.param(2, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("world_size", [1, pytest.param(2, marks=pytest.mark.exhaustive)])
 def test_as_a_script(world_size: int, truth: Truth) -> None:
     printed = script(world_size, example.__file__)
     assert printed == pytest.approx(truth.losses, abs=1e-6)

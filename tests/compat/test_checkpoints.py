@@ -221,7 +221,6 @@ def fit(rank: int, epochs: int, resume: str | None, path: str) -> Numbers:
     return numbers(model.ranker.loss.train_metric.compute())
 
 
-@pytest.mark.slow
 def test_lightning_resumes_on_as_many_ranks_and_on_others(
     two_ranks: RankPool, others: RankPool | None, tmp_path: Path
 ) -> None:

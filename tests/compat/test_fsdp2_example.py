@@ -57,7 +57,7 @@ def test_the_losses_are_those_of_one_process(run: Callable[[], list[dict[str, fl
     assert abs(truth.averaged["loss"] / truth.results["train/loss"] - 1) > 1e-3
 
 
-@pytest.mark.parametrize("world_size", [1, pytest.param(2, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("world_size", [1, pytest.param(2, marks=pytest.mark.exhaustive)])
 @pytest.mark.filterwarnings(f"ignore:{VIEWS}")
 def test_as_a_script(world_size: int, truth: Truth) -> None:
     assert script(world_size, example.__file__) == pytest.approx(truth.results, abs=1e-6)

@@ -58,6 +58,6 @@ def test_an_engine_that_runs_again_starts_anew() -> None:
     assert engine.run([5.0]).metrics == {"loss/like": 5.0, "loss": 5.0}
 
 
-@pytest.mark.parametrize("world_size", [1, pytest.param(2, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("world_size", [1, pytest.param(2, marks=pytest.mark.exhaustive)])
 def test_as_a_script(world_size: int, truth: Truth) -> None:
     assert script(world_size, example.__file__) == pytest.approx(truth.results, abs=1e-6)

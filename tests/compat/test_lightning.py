@@ -302,7 +302,7 @@ def test_views_of_a_copied_model_read_the_copy(copied: Callable[[example.Ranker]
     assert set(model.state_dict()) == {"heads.weight", "heads.bias"}
 
 
-@pytest.mark.slow
+@pytest.mark.exhaustive
 def test_as_a_script_that_starts_its_second_process() -> None:
     truth = expected(2)
     printed = command(sys.executable, example.__file__)

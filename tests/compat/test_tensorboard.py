@@ -57,7 +57,7 @@ def test_two_processes(two_ranks: RankPool, tmp_path: Path, truth: dict[str, Cur
     expect_the_truth(tmp_path, truth)
 
 
-@pytest.mark.parametrize("world_size", [1, pytest.param(2, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("world_size", [1, pytest.param(2, marks=pytest.mark.exhaustive)])
 def test_as_a_script(world_size: int, tmp_path: Path, truth: dict[str, Curves]) -> None:
     script(world_size, example.__file__, str(tmp_path))
     expect_the_truth(tmp_path, truth)

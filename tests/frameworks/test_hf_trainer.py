@@ -208,7 +208,7 @@ def test_missing_labels_by_a_count_of_each_task(run: Callable[..., list[Answer]]
             assert {key: entry[f"train/{key}"] for key in losses} == pytest.approx(losses, rel=1e-12)
 
 
-@pytest.mark.parametrize("world_size", [1, pytest.param(2, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("world_size", [1, 2])
 def test_as_a_script(world_size: int) -> None:
     printed = script(world_size, example.__file__)
     for key, value in truth_of(example.Rows, None).evaluations[-1].items():

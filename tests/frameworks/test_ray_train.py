@@ -9,6 +9,7 @@ import torch
 
 from tests.support import reference
 from tests.support.by_hand import Columns, HandRanker, Rows, mean_of_means, together
+from tests.support.patience import SECONDS
 
 pytest.importorskip("ray", reason="needs the extra ray; see constraints-frameworks.txt")
 
@@ -24,7 +25,7 @@ SETTINGS = {
     "RAY_AUTH_MODE": "disabled",
     "RAY_USAGE_STATS_ENABLED": "0",
     # Ray's own limit is 60 seconds, which a busy machine may take.
-    "RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S": "300",
+    "RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S": f"{SECONDS:.0f}",
     "GLOO_SOCKET_IFNAME": "lo",
 }
 
@@ -41,7 +42,6 @@ def _a_ray_of_our_own(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None
         ray.shutdown()
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("workers", [1, 2])
 def test_losses_and_parameters_are_those_of_one_process(workers: int) -> None:
     torch.manual_seed(0)

@@ -40,9 +40,7 @@ def train(rank: int, case: Settings, steps: list[list[Rows]]) -> dict[str, float
     return {f"{mode} {key}": value.item() for mode, result in results.items() for key, value in result.items()}
 
 
-@pytest.mark.parametrize(
-    ("reduction", "fused"), [("mean", False), ("max", False), pytest.param("mean", True, marks=pytest.mark.slow)]
-)
+@pytest.mark.parametrize(("reduction", "fused"), [("mean", False), ("max", False), ("mean", True)])
 def test_sums_of_all_ranks_survive_ddp_with_uneven_batches(ranks: RankPool, reduction: str, fused: bool) -> None:
     case = Settings(global_reduction=reduction, fused=fused)
     steps = uneven_steps(case, ranks.world_size)

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import os
-import time
-from datetime import timedelta
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
@@ -14,50 +12,47 @@ import torch
 import torch.distributed as dist
 
 from tests.support.metrics import numbers_of_this_rank
-from tests.support.rank_pool import CONTEXT, RankPool
+from tests.support.patience import PATIENCE, SECONDS
+from tests.support.rank_pool import CONTEXT, RankPool, preload_the_tests
 from twloss import GlobalLoss, MultiTaskLoss
-
-TIMEOUT = 5.0
 
 
 def compute_beside_a_dead_rank(rank: int, store: str, connection: Connection) -> None:
-    """Rank 1 dies; rank 0 computes, gets an error in time, and goes on with its own sums."""
-    dist.init_process_group(
-        "gloo", init_method=f"file://{store}", rank=rank, world_size=2, timeout=timedelta(seconds=TIMEOUT)
-    )
+    """Rank 1 dies; rank 0 computes, gets an error, and goes on with its own sums."""
+    dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=2, timeout=PATIENCE)
     metric = GlobalLoss(["a"])
     metric.update(torch.tensor([3.0]), 2)
     metric.compute()
     if rank == 1:
         os._exit(0)
-    start = time.monotonic()
     try:
         metric.compute()
         message = ""
     except RuntimeError as error:
         message = str(error)
-    waited = time.monotonic() - start
     metric.update(torch.tensor([3.0]), 2)
     metric.distributed_available_fn = lambda: False
-    connection.send((message, waited, metric.compute()["loss"].item(), metric.update_count))
+    connection.send((message, metric.compute()["loss"].item(), metric.update_count))
 
 
 def test_a_rank_that_dies_is_an_error_on_the_others_and_costs_no_sums(tmp_path: Path) -> None:
     ours, theirs = CONTEXT.Pipe()
     os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
+    preload_the_tests()
     processes = [
         CONTEXT.Process(target=compute_beside_a_dead_rank, args=(rank, str(tmp_path / "store"), theirs), daemon=True)
         for rank in range(2)
     ]
     for process in processes:
         process.start()
-    assert ours.poll(120)
-    message, waited, loss, updates = ours.recv()
+    assert ours.poll(SECONDS)
+    message, loss, updates = ours.recv()
     for process in processes:
         process.kill()
         process.join()
+    # It was told that the other is gone, and did not wait until the time was out.
     assert message
-    assert waited < TIMEOUT + 10
+    assert "imed out" not in message
     assert (loss, updates) == (1.5, 2)
 
 

@@ -16,6 +16,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from tests.support.cases import REDUCTIONS, Ranker, Rows, Settings
 from tests.support.gradient_errors import Errors, case_parts, errors_of, flat_gradients, measure
+from tests.support.pairwise import pairwise
 from tests.support.rank_pool import RankPool
 
 FLOAT64 = Errors(1e-12, 1e-12)
@@ -28,13 +29,15 @@ def expect_at_most(errors: Errors, bound: Errors) -> None:
     assert errors.gradient <= bound.gradient
 
 
-@pytest.mark.parametrize("positive", [None, (0.5, 27.3, 4.0)], ids=["", "pos_weights"])
-@pytest.mark.parametrize("weighted", [False, True], ids=["", "weights"])
-@pytest.mark.parametrize(("task_reduction", "reduction"), COMBINATIONS)
+@pairwise(
+    reductions=COMBINATIONS,
+    weighted={"": False, "weights": True},
+    positive={"": None, "pos_weights": (0.5, 27.3, 4.0)},
+)
 def test_loss_and_gradient_are_those_of_one_process(
-    ranks: RankPool, task_reduction: str, reduction: str, weighted: bool, positive: tuple[float, ...] | None
+    ranks: RankPool, reductions: tuple[str, str], weighted: bool, positive: tuple[float, ...] | None
 ) -> None:
-    case = Settings(3, task_reduction, reduction, positive)
+    case = Settings(3, *reductions, positive)
     expect_at_most(measure(ranks, case, weighted=weighted, global_batch=True), FLOAT64)
     expect_at_most(measure(ranks, case, torch.float32, weighted=weighted, global_batch=True), FLOAT32)
 
@@ -72,15 +75,16 @@ def wrapped_step(rank: int, case: Settings, parts: list[Rows], wrap: str) -> tup
     return backward(model, parts[rank])
 
 
-@pytest.mark.parametrize("wrap", ["fsdp2", "compile", "bucket views"])
-@pytest.mark.parametrize("reduction", ["mean", "max", "norm"])
-def test_however_the_model_is_wrapped(ranks: RankPool, wrap: str, reduction: str) -> None:
+@pairwise(wrap=["fsdp2", "compile", "bucket views"], reduction=["mean", "max", "norm"], world_size=[2, 3])
+def test_however_the_model_is_wrapped(
+    two_ranks: RankPool, three_ranks: RankPool, wrap: str, reduction: str, world_size: int
+) -> None:
+    ranks = two_ranks if world_size == 2 else three_ranks
     case = Settings(3, "mean", reduction, (0.5, 27.3, 4.0))
     parts = case_parts(case, ranks.world_size, weighted=True)
     expect_at_most(errors_of(case, parts, ranks.run(wrapped_step, case, parts, wrap)), FLOAT64)
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("wrap", ["fsdp2", "compile", "bucket views"])
 def test_a_fused_pass_however_the_model_is_wrapped(two_ranks: RankPool, wrap: str) -> None:
     case = Settings(3, "mean", "mean", (0.5, 27.3, 4.0), fused=True)

@@ -9,14 +9,13 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from tests.support.cases import Ranker, Rows, Settings, cases, columns, joined, parameter_gradients, random_rows, split
 from tests.support.laws import Columns, expect_exact_gradients, expect_split_invariance, run_steps
 from tests.support.rank_pool import RankPool
-
-on_ranks = settings(max_examples=60, suppress_health_check=[HealthCheck.function_scoped_fixture])
+from tests.support.tiers import dozens
 
 
 def run(rank: int, case: Settings, steps: list[list[Rows]], global_batch: bool) -> dict[str, Any]:
@@ -34,7 +33,7 @@ def by_step(case: Settings, steps: list[list[Rows]]) -> list[tuple[Columns, list
 
 
 @given(cases(world_size=1))
-@settings(max_examples=300)
+@dozens(3)
 def test_both_laws_on_one_process(case: tuple[Settings, Rows, list[list[int]]]) -> None:
     options, rows, sizes = case
     steps = split(rows, sizes)
@@ -52,7 +51,6 @@ SIZES = [[16, 5], [1, 0], [32, 32]]
 """By step, by rank: an even number of rows, an odd one, one row and none."""
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("options", FUSED, ids=str)
 @pytest.mark.parametrize("is_alone", [True, False])
 def test_both_laws_with_a_fused_pass(two_ranks: RankPool, options: Settings, is_alone: bool) -> None:
@@ -64,7 +62,6 @@ def test_both_laws_with_a_fused_pass(two_ranks: RankPool, options: Settings, is_
     expect_exact_gradients(options, by_step(options, arguments[1]), results)
 
 
-@on_ranks
 @given(data=st.data())
 @pytest.mark.parametrize("global_batch", [False, True])
 def test_both_laws_on_ranks(ranks: RankPool, data: st.DataObject, global_batch: bool) -> None:

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
@@ -27,9 +27,8 @@ from tests.support.mixed import (
     random_batch,
 )
 from tests.support.rank_pool import RankPool
+from tests.support.tiers import dozens
 from twloss import MultiTaskLoss
-
-on_ranks = settings(max_examples=30, suppress_health_check=[HealthCheck.function_scoped_fixture])
 
 
 def run(rank: int, case: Mixed, steps: list[list[Batch]], global_batch: bool) -> dict[str, Any]:
@@ -48,7 +47,7 @@ def by_step(case: Mixed, steps: list[list[Batch]]) -> list[tuple[Columns, list[l
 
 
 @given(mixed_cases(world_size=1))
-@settings(max_examples=150)
+@dozens(2)
 def test_both_laws_on_one_process(case: tuple[Mixed, list[list[Batch]]]) -> None:
     options, steps = case
     for global_batch in (False, True):
@@ -57,7 +56,6 @@ def test_both_laws_on_one_process(case: tuple[Mixed, list[list[Batch]]]) -> None
         expect_exact_gradients(options, by_step(options, steps), results)
 
 
-@on_ranks
 @given(data=st.data())
 @pytest.mark.parametrize("global_batch", [False, True])
 def test_both_laws_on_ranks(ranks: RankPool, data: st.DataObject, global_batch: bool) -> None:

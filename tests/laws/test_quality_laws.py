@@ -6,15 +6,15 @@ import math
 from typing import Any
 
 import pytest
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from tests.support.quality_batches import Rows, expected, random_rows, recent
 from tests.support.rank_pool import RankPool
 from tests.support.results import assert_close, fed, numbers
+from tests.support.tiers import dozens
 from twloss import RankingQuality
 
-on_ranks = settings(max_examples=25, suppress_health_check=[HealthCheck.function_scoped_fixture])
 Case = tuple[dict[str, Any], list[list[Rows]]]
 
 
@@ -60,13 +60,12 @@ def expect_the_oracles(case: Case, results: list[dict[str, float]]) -> None:
 
 
 @given(cases(world_size=1).filter(lambda case: any(case[1])))
-@settings(max_examples=200)
+@dozens(2)
 def test_any_split_into_updates(case: Case) -> None:
     expect_the_oracles(case, [life_of(0, case)])
 
 
 @given(data=st.data())
-@settings(max_examples=50)
 def test_a_split_changes_nothing_but_the_last_digit(data: st.DataObject) -> None:
     """The same rows in one update, and cut anywhere."""
     whole = random_rows(40, data.draw(st.integers(0, 2**31)), weighted=True)
@@ -78,15 +77,12 @@ def test_a_split_changes_nothing_but_the_last_digit(data: st.DataObject) -> None
     assert_close(numbers(many), expected([whole], ["a", "b", "c"]))
 
 
-@pytest.mark.slow
-@on_ranks
 @given(data=st.data())
 def test_any_split_over_ranks(ranks: RankPool, data: st.DataObject) -> None:
     case = data.draw(cases(ranks.world_size).filter(lambda case: any(case[1])))
     expect_the_oracles(case, ranks.run(life_of, case))
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("window", [None, 2])
 def test_four_ranks_of_which_one_has_no_update_and_one_no_row(four_ranks: RankPool, window: int | None) -> None:
     batches = [

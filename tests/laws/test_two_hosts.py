@@ -16,6 +16,7 @@ from examples import several_hosts as example
 from tests.support import reference
 from tests.support.by_hand import Columns, HandRanker, Rows, together
 from tests.support.launch import numbers_in
+from tests.support.patience import SECONDS
 from tests.support.rank_pool import RankPool
 from tests.support.results import assert_close, numbers
 from tests.support.two_hosts import ROOT, Host, NoNamespacesError, two_hosts, wait_for
@@ -82,7 +83,7 @@ def test_the_example_gives_the_losses_of_one_process(
         assert results == pytest.approx(expected, rel=1e-12)
 
 
-@pytest.mark.slow
+@pytest.mark.exhaustive
 def test_two_hosts_give_the_numbers_of_one_process(
     hosts: tuple[Host, Host], trained: tuple[HandRanker, list[Columns]], tmp_path: Path
 ) -> None:
@@ -122,10 +123,10 @@ def expect_own_sums(host: Host, rank: int) -> None:
     assert printed == pytest.approx(reference.losses(together(own), RULE), rel=1e-12)
 
 
-@pytest.mark.slow
+@pytest.mark.exhaustive
 @pytest.mark.parametrize("killed", [0, 1], ids=["the first, with the rendezvous", "the second"])
 def test_a_killed_host_is_an_error_before_the_time_out_and_costs_no_sums(hosts: tuple[Host, Host], killed: int) -> None:
-    start(hosts, "--timeout 600")
+    start(hosts, f"--timeout {SECONDS}")
     wait_for("step 30 ", hosts[0])
     hosts[killed].kill()
     rank = 1 - killed
@@ -135,19 +136,20 @@ def test_a_killed_host_is_an_error_before_the_time_out_and_costs_no_sums(hosts: 
     expect_own_sums(hosts[rank], rank)
 
 
-@pytest.mark.slow
+@pytest.mark.exhaustive
 def test_a_cut_cable_is_an_error_at_the_time_out_and_costs_no_sums(hosts: tuple[Host, Host]) -> None:
-    start(hosts, "--timeout 15")
+    # In which they have to find each other, too.
+    start(hosts, "--timeout 60")
     wait_for("step 30 ", hosts[0])
     hosts[1].cut()
     for rank, host in enumerate(hosts):
         wait_for(f"rank {rank} is alone: ", host)
         (error,) = re.findall(rf"^rank {rank} is alone: (.*)$", host.output(), re.MULTILINE)
-        assert re.search(r"[Tt]imed out .*15000 ?ms", error), error
+        assert re.search(r"[Tt]imed out .*60000 ?ms", error), error
         expect_own_sums(host, rank)
 
 
-@pytest.mark.slow
+@pytest.mark.exhaustive
 def test_without_the_interface_a_host_looks_for_the_other_at_home(hosts: tuple[Host, Host]) -> None:
     for host, command in zip(hosts, commands("")):
         host.start(command.removeprefix(INTERFACE))

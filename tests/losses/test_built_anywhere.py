@@ -16,6 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from tests.project.test_structure import lists_of_the_map
+from tests.support.patience import SECONDS
 from twloss import GlobalLoss, Loss, MultiTaskLoss, RankingQuality
 
 LOGITS, LABELS = torch.tensor([[0.0, 2.0], [1.0, -1.0]]), torch.tensor([[1.0, 1.0], [0.0, 1.0]])
@@ -194,6 +195,6 @@ def test_a_reload_leaves_losses_that_work() -> None:
     assert len(modules) > 10
     names = [*(f"twloss.{module.removesuffix('.py')}" for module in modules), "twloss"]
     command = [sys.executable, "-W", "ignore", "-c", CHECK, *names]
-    process = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
+    process = subprocess.run(command, capture_output=True, text=True, timeout=SECONDS, check=False)
     assert process.returncode == 0, process.stderr
     assert process.stdout.split() == ["reloaded", str(len(names))]

@@ -96,29 +96,6 @@ def test_a_metric_of_torchmetrics_recompiles_at_each_step() -> None:
     assert counter.frame_count > 1
 
 
-def test_the_default_backend_gives_the_numbers_of_eager() -> None:
-    model, twin = Model(), Model()
-    twin.load_state_dict(model.state_dict())
-    compiled = torch.compile(model, fullgraph=True)
-    for _ in range(3):
-        inputs = batch()
-        compiled(*inputs).backward()
-        twin(*inputs).backward()
-    ours, theirs = model.loss.train_metric.compute(), twin.loss.train_metric.compute()
-    for key, value in theirs.items():
-        assert ours[key].item() == pytest.approx(value.item(), rel=1e-6)
-    for mine, other in zip(model.parameters(), twin.parameters()):
-        assert mine.grad is not None
-        assert other.grad is not None
-        assert torch.allclose(mine.grad, other.grad, rtol=1e-4, atol=1e-6)
-
-
-def test_reduce_overhead_is_traced() -> None:
-    model = Model()
-    torch.compile(model, fullgraph=True, mode="reduce-overhead")(*batch()).backward()
-    assert model.loss.train_metric.update_count == 1
-
-
 def test_a_change_of_batch_size_keeps_the_sums_right() -> None:
     model = Model()
     compiled = torch.compile(model, fullgraph=True, backend="aot_eager")

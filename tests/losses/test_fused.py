@@ -4,11 +4,6 @@ from __future__ import annotations
 
 import copy
 import math
-import os
-import subprocess
-import sys
-import warnings
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -18,8 +13,10 @@ from torch._dynamo.utils import counters
 from torch.func import functional_call
 from torch.utils.checkpoint import checkpoint
 
-from benchmarks.counts import KernelLog, peak_bytes
-from tests.support import reference
+from benchmarks.counts import KernelLog
+from tests.support.cases import Settings
+from tests.support.definition import LOSS_TOLERANCE, expect_the_definition
+from tests.support.pairwise import pairwise
 from twloss import Loss, LossType, MultiTaskLoss, RankingQuality
 
 TASKS = ["like", "reply", "retweet"]
@@ -53,44 +50,20 @@ def both(*arguments: Any, **options: Any) -> tuple[MultiTaskLoss, MultiTaskLoss]
 # Against the definition.
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-@pytest.mark.parametrize("pos_weights", [None, [0.5, 27.3, 4.0]], ids=["", "pos_weights"])
-@pytest.mark.parametrize("mean_over", ["rows", "weights"])
+@pairwise(
+    dtype=list(LOSS_TOLERANCE),
+    pos_weights={"": None, "pos_weights": [0.5, 27.3, 4.0]},
+    mean_over=["rows", "weights"],
+    quality={"": None, "quality": True, "window": RankingQuality(["task0", "task1", "task2"], window=2)},
+    rows=[32, 37],
+)
 def test_losses_gradients_and_running_sums_are_those_of_the_definition(
-    dtype: torch.dtype, pos_weights: list[float] | None, mean_over: Any
+    dtype: torch.dtype, pos_weights: list[float] | None, mean_over: Any, quality: Any, rows: int
 ) -> None:
-    logits, labels, weights = batch(dtype=dtype)
-    loss = MultiTaskLoss("bce_with_logits", TASKS, pos_weights=pos_weights, mean_over=mean_over, fused=True)
-    result, gradient = step(loss, logits, labels, weights)
-    factors = pos_weights or [1.0] * 3
-    columns = {
-        task: [
-            reference.Row(reference.bce_with_logits(x, y, p), reference.bce_slope(x, y, p), w)
-            for x, y, w in zip(logits[:, t].tolist(), labels[:, t].tolist(), weights[:, t].tolist())
-        ]
-        for t, (task, p) in enumerate(zip(TASKS, factors))
-    }
-    rule = reference.Rule(mean_over=mean_over)
-    tolerance = 1e-6 if dtype == torch.float32 else 1e-12
-    expected = reference.losses(columns, rule)
-    assert {key.removeprefix("loss/"): value.item() for key, value in result.items()} == pytest.approx(
-        {key.removeprefix("loss/"): value for key, value in expected.items()}, rel=tolerance
-    )
-    assert loss.train_metric.compute()["loss"].item() == pytest.approx(expected["loss"], rel=tolerance)
-    for t, slopes in enumerate(reference.gradients(columns, rule).values()):
-        assert gradient[:, t].tolist() == pytest.approx(slopes, rel=0, abs=tolerance / ROWS)
-    assert (gradient[weights == 0] == 0).all()
-
-
-@pytest.mark.parametrize("pos_weights", [None, [0.5, 27.3, 4.0]], ids=["", "pos_weights"])
-@pytest.mark.parametrize("window", [None, 2])
-def test_the_sums_of_the_quality_come_from_the_same_pass(pos_weights: Any, window: int | None) -> None:
-    eager, fused = both(pos_weights=pos_weights, quality=RankingQuality(TASKS, window=window))
-    for rows in (32, 7, 48):
-        inputs = batch(rows, dtype=torch.float64)
-        expect_equal(step(fused, *inputs), step(eager, *inputs))
-    expected = eager.train_quality.compute()
-    torch.testing.assert_close(fused.train_quality.compute(), expected, rtol=1e-12, atol=1e-12)
+    case = Settings(pos_weights=pos_weights, mean_over=mean_over, fused=True)
+    options = {} if quality is None else {"quality": quality}
+    for training in (True, False):
+        expect_the_definition(case, rows, dtype, weighted=True, training=training, **options)
 
 
 # What is compiled.
@@ -118,19 +91,20 @@ def test_two_graphs_serve_any_number_of_rows_and_of_tasks() -> None:
     assert not counters["graph_break"]
 
 
-@pytest.mark.slow
-def test_every_kind_of_input_has_a_graph_without_a_break() -> None:
+@pairwise(
+    options=[{}, {"mean_over": "weights"}, {"ignore_index": -1.0}, {"quality": True}, {"global_batch": True}],
+    pos_weights=[None, [1.0, 2.0, 3.0]],
+    weighted={"": False, "weighted": True},
+)
+def test_every_kind_of_input_has_one_graph_without_a_break(options: Any, pos_weights: Any, weighted: bool) -> None:
     torch._dynamo.reset()
     counters.clear()
-    for options in ({}, {"mean_over": "weights"}, {"ignore_index": -1.0}, {"quality": True}, {"global_batch": True}):
-        for pos_weights in (None, [1.0, 2.0, 3.0]):
-            for weighted in (False, True):
-                eager, fused = both(pos_weights=pos_weights, **options)
-                inputs = batch(16)[: 3 if weighted else 2]
-                before = graphs()
-                expect_equal(step(fused, *inputs), step(eager, *inputs))
-                # Where labels may be missing there are always weights.
-                assert graphs() == before + ("ignore_index" not in options or not weighted)
+    eager, fused = both(pos_weights=pos_weights, **options)
+    inputs = batch(16)[: 3 if weighted else 2]
+    for given in (inputs, inputs, batch(16)[: 2 if "ignore_index" in options else len(inputs)]):
+        # Where labels may be missing there are always weights.
+        expect_equal(step(fused, *given), step(eager, *given))
+    assert graphs() == 1
     assert not counters["graph_break"]
 
 
@@ -144,41 +118,6 @@ def test_an_evaluation_has_a_graph_of_its_own_that_makes_no_slopes(context: Any)
     assert not any(value.requires_grad for value in result.values())
     torch.testing.assert_close(fused.eval_metric.compute(), eager.eval_metric.compute())
     expect_equal(step(fused.train(), *inputs), step(eager.train(), *inputs))
-
-
-NO_COMPILER = """
-import torch
-from twloss import MultiTaskLoss
-
-loss = MultiTaskLoss("bce_with_logits", ["like"], fused=True)
-for _ in range(2):
-    try:
-        loss(torch.zeros(8, 1, requires_grad=True), torch.ones(8, 1))
-    except RuntimeError as error:
-        print(error)
-print(loss.train_metric.update_count)
-"""
-
-
-@pytest.mark.slow
-def test_without_a_compiler_one_error_names_what_is_missing_and_the_way_out(tmp_path: Path) -> None:
-    environment = {**os.environ, "CXX": str(tmp_path / "g++"), "TORCHINDUCTOR_CACHE_DIR": str(tmp_path)}
-    command = [sys.executable, "-W", "ignore", "-c", NO_COMPILER]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300, check=False)
-    assert done.returncode == 0, done.stderr
-    *errors, count = done.stdout.splitlines()
-    assert len(errors) == 2
-    assert all("fused=False" in error and "C++ compiler" in error and "g++" in error for error in errors)
-    assert count == "0"
-
-
-def test_to_compile_it_warns_of_nothing() -> None:
-    torch._dynamo.reset()
-    loss, (logits, labels, _) = both()[1], batch(16)
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")
-        warnings.filterwarnings("ignore", ".*torch.jit.script_method", DeprecationWarning)
-        loss(2 * logits.requires_grad_(), labels)["loss"].backward()
 
 
 def test_where_the_compiler_is_switched_off_the_numbers_agree() -> None:
@@ -292,20 +231,6 @@ def test_the_callers_own_tensors_are_all_that_is_saved_and_none_is_changed() -> 
     own = {each.data_ptr() for each in inputs}
     assert {each.data_ptr() for each in saved if each.numel() > 3} <= own
     assert all(torch.equal(each.detach(), was) for each, was in zip(inputs, before))
-
-
-@pytest.mark.parametrize("weighted", [False, True])
-def test_a_step_holds_the_slopes_and_one_more_tensor_of_the_batchs_size_for_the_pass(weighted: bool) -> None:
-    loss = both(pos_weights=[1.0, 2.0, 3.0] if weighted else None)[1]
-    inputs = batch(4096)
-    logits = inputs[0].requires_grad_()
-
-    def run() -> None:
-        loss(*(inputs if weighted else inputs[:2]))["loss"].backward()
-        logits.grad = None
-
-    size = logits.numel() * logits.element_size()
-    assert size < peak_bytes(run, torch.device("cpu")) < 2.1 * size
 
 
 @pytest.mark.parametrize("reentrant", [True, False])

@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from tests.support import reference
+from tests.support.pairwise import pairwise
 from twloss import Loss, LossType, MultiTaskLoss
 
 pytestmark = pytest.mark.usefixtures("eager_and_fused")
@@ -71,10 +72,12 @@ def assert_close(actual: Tensor, expected: Tensor, rtol: float) -> None:
     assert (actual - expected).abs().max() <= rtol * scale
 
 
-@pytest.mark.parametrize("weighted", [False, True], ids=["unweighted", "weighted"])
-@pytest.mark.parametrize("label_dtype", [torch.bool, torch.int64, torch.float32, torch.float64])
-@pytest.mark.parametrize("pos_weights", POS_WEIGHTS.values(), ids=POS_WEIGHTS)
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pairwise(
+    dtype=list(RTOL),
+    pos_weights=POS_WEIGHTS,
+    label_dtype=[torch.bool, torch.int64, torch.float32, torch.float64],
+    weighted={"unweighted": False, "weighted": True},
+)
 def test_values_and_gradients_are_those_of_the_loop_over_tasks(
     dtype: torch.dtype, pos_weights: object, label_dtype: torch.dtype, weighted: bool
 ) -> None:

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from tests.support import reference
+from tests.support.pairwise import pairwise
 from twloss import Loss, MultiTaskLoss, RankingQuality
 
 ROWS = [
@@ -110,16 +111,14 @@ PATHS = [
     to_be_differentiated_again,
     fused,
 ]
-on_each_path = pytest.mark.parametrize("path", PATHS, ids=lambda path: path.__name__)
+POS_WEIGHTS = [None, 1.0, 3.0]
+on_each_path = pairwise(path=PATHS, pos_weight=POS_WEIGHTS, dtype=list(TOLERANCE))
 on_each_dtype = pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
-with_each_pos_weight = pytest.mark.parametrize("pos_weight", [None, 1.0, 3.0])
 
 pytestmark = pytest.mark.usefixtures("new_compiler")
 
 
 @on_each_path
-@with_each_pos_weight
-@on_each_dtype
 def test_the_loss_of_a_row_is_that_of_the_definition(
     path: Callable[..., Found], pos_weight: float | None, dtype: torch.dtype
 ) -> None:
@@ -145,8 +144,6 @@ def test_the_loss_of_a_row_is_that_of_the_definition(
 
 
 @on_each_path
-@with_each_pos_weight
-@on_each_dtype
 def test_the_derivative_by_a_logit_is_that_of_the_definition(
     path: Callable[..., Found], pos_weight: float | None, dtype: torch.dtype
 ) -> None:
@@ -164,7 +161,7 @@ def test_the_derivative_by_a_logit_is_that_of_the_definition(
         assert slope == pytest.approx(expected, rel=0, abs=absolute), (logit, label)
 
 
-@with_each_pos_weight
+@pytest.mark.parametrize("pos_weight", POS_WEIGHTS)
 @on_each_dtype
 def test_the_second_derivative_at_every_logit_is_that_of_the_definition(
     pos_weight: float | None, dtype: torch.dtype
@@ -181,8 +178,6 @@ def test_the_second_derivative_at_every_logit_is_that_of_the_definition(
 
 
 @on_each_path
-@with_each_pos_weight
-@on_each_dtype
 def test_nan_stays_nan(path: Callable[..., Found], pos_weight: float | None, dtype: torch.dtype) -> None:
     loss = loss_of(NAN_ROWS, pos_weight, path, quality=True)
     result, _ = path(loss, *tensors_of(NAN_ROWS, dtype))

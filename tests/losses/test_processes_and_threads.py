@@ -82,7 +82,7 @@ def train(rank: int, losses: list[MultiTaskLoss], directory: str) -> None:
     Path(directory, f"{rank}.json").write_text(json.dumps(results), encoding="utf-8")
 
 
-@pytest.mark.slow
+@pytest.mark.exhaustive
 def test_each_spawned_process_has_sums_of_its_own(tmp_path: Path) -> None:
     losses = new_losses()
     before = copy.deepcopy([totals_of(loss) for loss in losses])

@@ -16,6 +16,7 @@ from torchmetrics.utilities.exceptions import TorchMetricsUserError
 
 from tests.support import quality_reference
 from tests.support.metrics import numbers_of_this_rank
+from tests.support.pairwise import pairwise
 from tests.support.quality_batches import TASKS, Rows, attached, columns, expected, random_rows, recent, train_and_eval
 from tests.support.rank_pool import RankPool
 from tests.support.results import assert_close, fed, numbers
@@ -34,9 +35,7 @@ OPTIONS: dict[str, dict[str, Any]] = {
 }
 
 
-@pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS)
-@pytest.mark.parametrize("weighted", [False, True])
-@pytest.mark.parametrize("window", [None, 3])
+@pairwise(options=OPTIONS, weighted={"": False, "weighted": True}, window=[None, 3])
 def test_it_is_the_quality_of_what_forward_saw_in_each_mode(
     options: dict[str, Any], weighted: bool, window: int | None
 ) -> None:
@@ -109,8 +108,11 @@ def test_it_adds_no_buffer_parameter_or_entry_of_the_state_dict() -> None:
     assert [*loss.buffers(), *loss.parameters(), *loss.state_dict()] == []
 
 
-@pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS)
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize(
+    ("options", "dtype"),
+    [*((options, torch.float32) for options in OPTIONS.values()), (OPTIONS["pos_weights"], torch.float64)],
+    ids=[*OPTIONS, "float64"],
+)
 def test_losses_and_gradients_are_those_without_it(options: dict[str, Any], dtype: torch.dtype) -> None:
     batch = random_rows(30, weighted=True, missing=options.get("ignore_index"), dtype=dtype)
     gradients, losses = [], []

@@ -34,7 +34,7 @@ def summed(batches: list[Tensor]) -> Tensor:
 
 
 @pytest.mark.usefixtures("pairs")
-@pytest.mark.slow
+@pytest.mark.exhaustive
 @pytest.mark.parametrize(
     ("smallest", "tolerance"),
     # Sums of 1024 rows as float32 gives them: at losses from 1/8 to 3/4, whose sum has no more than 48 bits, so that

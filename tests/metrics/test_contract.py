@@ -6,7 +6,7 @@ import math
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from tests.support.metrics import Kind, expect_result_of, of_every_kind
@@ -15,7 +15,6 @@ from tests.support.results import assert_close, fed, numbers
 
 @of_every_kind
 @given(st.lists(st.tuples(st.integers(0, 2**31), st.integers(0, 6)), min_size=1, max_size=8))
-@settings(max_examples=50)
 def test_the_result_is_the_oracles_of_any_batches(kind: Kind, seeds_and_rows: list[tuple[int, int]]) -> None:
     batches = [kind.batch(seed, rows) for seed, rows in seeds_and_rows]
     metric = fed(kind.make(), batches)

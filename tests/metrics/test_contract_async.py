@@ -7,6 +7,7 @@ import math
 import time
 import warnings
 from datetime import timedelta
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -14,10 +15,12 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed import FileStore  # type: ignore[attr-defined]
+from torch.distributed.distributed_c10d import _set_pg_timeout
 from torch.nn.parallel import DistributedDataParallel
 
 from benchmarks.counts import CollectiveLog, KernelLog
 from tests.support.metrics import Kind, expect_result_of, numbers_of_this_rank, of_every_kind
+from tests.support.patience import PATIENCE, SECONDS
 from tests.support.rank_pool import RankPool
 from tests.support.results import assert_close, fed, numbers
 from twloss import GlobalLoss, MultiTaskLoss, PendingResult, RankingQuality
@@ -66,7 +69,7 @@ def run_ahead(rank: int, kind: Kind, store: str) -> tuple[list[Numbers], list[bo
     signs = FileStore(store, dist.get_world_size())
     batches = later(kind, rank)
     if rank:
-        signs.wait(["ready"])
+        signs.wait(["ready"], PATIENCE)
     metric = kind.make()
     pending: list[PendingResult[dict[str, Tensor]]] = []
     with CollectiveLog() as log:
@@ -84,7 +87,7 @@ def later(kind: Kind, rank: int) -> list[Any]:
 
 
 @of_every_kind
-def test_no_call_waits_for_a_slower_rank(ranks: RankPool, kind: Kind, tmp_path: Any) -> None:
+def test_no_call_waits_for_a_slower_rank(ranks: RankPool, kind: Kind, tmp_path: Path) -> None:
     steps = list(zip(*(later(kind, rank) for rank in range(ranks.world_size))))
     answers = ranks.run(run_ahead, kind, str(tmp_path / "store"))
     assert answers[0][1] == [False] * len(steps)
@@ -108,7 +111,7 @@ def many_pending(rank: int) -> list[float]:
     gc.collect()
     # One that waits comes after them; but gloo's threads are two, and the other may still be at the one before it.
     assert metric.compute()["loss"].item() == 199 * 1.5
-    deadline = time.monotonic() + 10.0
+    deadline = time.monotonic() + SECONDS
     while not all(each.is_completed() for each in kept.values()):
         assert time.monotonic() < deadline
         time.sleep(0.001)
@@ -121,15 +124,17 @@ def test_many_may_be_under_way_and_any_of_them_dropped(two_ranks: RankPool) -> N
     assert two_ranks.run(many_pending) == [[step * 1.5 for step in range(1, 200, 2)]] * 2
 
 
-def leave(rank: int) -> tuple[str, bool, Numbers]:
-    """One rank leaves; the other's error, how soon, and its own sums afterwards."""
+def leave(rank: int, store: str) -> tuple[str, bool, Numbers]:
+    """One rank leaves once the other waits for it; that one's error, and its own sums afterwards."""
+    signs = FileStore(store, 2)
     metric = GlobalLoss(["a"])
     metric.update(torch.tensor([3.0]), 2)
     if rank:
-        time.sleep(0.2)
+        signs.wait(["pending"], PATIENCE)
         dist.destroy_process_group()
         return "", True, {}
     pending = metric.compute_async()
+    signs.set("pending", "yes")
     try:
         pending.wait()
     except RuntimeError as error:
@@ -138,10 +143,10 @@ def leave(rank: int) -> tuple[str, bool, Numbers]:
     return message, completed, numbers_of_this_rank(metric)
 
 
-def test_a_rank_that_is_gone_is_an_error_at_wait() -> None:
+def test_a_rank_that_is_gone_is_an_error_at_wait(tmp_path: Path) -> None:
     pool = RankPool(2)
     try:
-        message, completed, local = pool.run(leave)[0]
+        message, completed, local = pool.run(leave, str(tmp_path / "store"))[0]
     finally:
         pool.stop()
     assert message
@@ -151,7 +156,9 @@ def test_a_rank_that_is_gone_is_an_error_at_wait() -> None:
 
 def never_call(rank: int) -> tuple[str, Numbers]:
     """One rank of a group whose time is short never calls; the other's error, and its own sums afterwards."""
-    group = dist.new_group([0, 1], timeout=timedelta(seconds=1))
+    group = dist.new_group([0, 1], timeout=PATIENCE)
+    dist.barrier(group)
+    _set_pg_timeout(timedelta(seconds=1), group)
     metric = GlobalLoss(["a"], process_group=group)
     metric.update(torch.tensor([3.0]), 2)
     message = ""

@@ -16,6 +16,7 @@ from torch.func import grad, vmap
 
 from benchmarks.counts import KernelLog
 from tests.support.checkpointed import WRAPS, Block
+from tests.support.pairwise import pairwise
 from tests.support.quality_batches import TASKS, Rows, expected, random_rows, recent
 from tests.support.results import assert_close, fed, numbers
 from twloss import MultiTaskLoss, RankingQuality
@@ -92,18 +93,6 @@ def test_one_graph_and_no_recompilation_over_many_steps_and_row_counts(
     expect_the_oracles(model, batches[:1])
 
 
-@pytest.mark.slow
-@pytest.mark.usefixtures("new_compiler")
-@WINDOWS
-def test_the_default_backend_gives_the_numbers_of_the_oracle(window: int | None) -> None:
-    model = Model(window)
-    compiled = torch.compile(model, fullgraph=True)
-    batches = [inputs(8, step) for step in range(5)]
-    for batch in batches:
-        compiled(*batch).backward()
-    expect_the_oracles(model, batches)
-
-
 @pytest.mark.usefixtures("new_compiler")
 def test_extreme_missing_and_left_out_rows_within_a_graph() -> None:
     """The compiled form of the masks is another one."""
@@ -121,9 +110,7 @@ def test_extreme_missing_and_left_out_rows_within_a_graph() -> None:
 
 
 @pytest.mark.usefixtures("new_compiler")
-@WINDOWS
-@pytest.mark.parametrize("reentrant", [False, True])
-@pytest.mark.parametrize("wrap", WRAPS)
+@pairwise(wrap=WRAPS, reentrant={"": False, "reentrant": True}, window=[None, 3])
 def test_rows_of_a_checkpointed_block_are_counted_once(
     wrap: Callable[..., Block], reentrant: bool, window: int | None
 ) -> None:
@@ -140,9 +127,7 @@ def test_rows_of_a_checkpointed_block_are_counted_once(
 
 # torchmetrics copies a state's default, of which torch warns where it is fake.
 @pytest.mark.filterwarnings("ignore:Accessing the data pointer of FakeTensor:UserWarning")
-@WINDOWS
-@pytest.mark.parametrize("missing", [None, -1, math.nan])
-@pytest.mark.parametrize("strategy", ["warn", "error", "ignore", "disable"])
+@pairwise(window=[None, 3], missing=[None, -1, math.nan], strategy=["warn", "error", "ignore", "disable"])
 def test_an_update_reads_no_value(window: int | None, missing: float | None, strategy: Any) -> None:
     """Fake tensors have none: whatever waits for the device raises."""
     with FakeTensorMode():

@@ -121,7 +121,7 @@ def test_of_pairs_of_float32(rows: int, monkeypatch: pytest.MonkeyPatch) -> None
         assert_close(recent(found, window=True), expected(in_window(batches[:step], rows)), 1e-5)
 
 
-@pytest.mark.parametrize("way", ["eager", pytest.param("fused", marks=pytest.mark.slow), "compiled"])
+@pytest.mark.parametrize("way", ["eager", "fused", "compiled"])
 def test_attached_to_a_loss_it_counts_the_rows(way: str, new_compiler: None) -> None:
     loss = attached(windowed(10), fused=way == "fused", pos_weights=[1.0, 2.0, 3.0])
     step = torch.compile(loss, backend="aot_eager", fullgraph=True) if way == "compiled" else loss

@@ -15,6 +15,7 @@ from typing import Any
 import pytest
 
 from benchmarks.__main__ import main
+from tests.support.patience import SECONDS
 
 BENCHMARKS = [
     "step_cost",
@@ -38,10 +39,10 @@ BENCHMARKS = [
 def run_benchmarks(*arguments: str) -> subprocess.CompletedProcess[str]:
     command = [sys.executable, "-m", "benchmarks", *arguments]
     root = Path(__file__).parents[2]
-    return subprocess.run(command, cwd=root, capture_output=True, text=True, timeout=300, check=False)
+    return subprocess.run(command, cwd=root, capture_output=True, text=True, timeout=SECONDS, check=False)
 
 
-@pytest.mark.slow
+@pytest.mark.exhaustive
 def test_the_smoke_run_reports_every_benchmark_and_meets_what_no_load_changes(tmp_path: Path) -> None:
     out, plot, markdown = tmp_path / "run.json", tmp_path / "run.png", tmp_path / "run.md"
     done = run_benchmarks("--quick", "--out", str(out), "--plot", str(plot), "--markdown", str(markdown))
@@ -58,7 +59,7 @@ def test_the_smoke_run_reports_every_benchmark_and_meets_what_no_load_changes(tm
     assert all(f"### {name}" in markdown.read_text(encoding="utf-8") for name in BENCHMARKS)
 
 
-@pytest.mark.slow
+@pytest.mark.exhaustive
 def test_markdown_goes_between_a_files_marks(tmp_path: Path) -> None:
     page = tmp_path / "page.md"
     page.write_text("before\n<!-- begin: last run -->\nold\n<!-- end: last run -->\nafter\n", encoding="utf-8")

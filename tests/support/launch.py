@@ -13,6 +13,8 @@ from unittest import mock
 
 import torch.distributed as dist
 
+from tests.support.patience import SECONDS
+
 TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
 VARIABLES = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "GROUP_RANK", "TORCHELASTIC_RUN_ID")
 
@@ -31,7 +33,7 @@ def command(*words: str) -> dict[str, float]:
     """Run a command to its end; the numbers that it printed."""
     environment = {key: value for key, value in os.environ.items() if key not in VARIABLES}
     environment.update(GLOO_SOCKET_IFNAME="lo", OMP_NUM_THREADS="1")
-    process = subprocess.run(words, capture_output=True, text=True, env=environment, timeout=120, check=False)
+    process = subprocess.run(words, capture_output=True, text=True, env=environment, timeout=SECONDS, check=False)
     assert process.returncode == 0, process.stdout + process.stderr
     return numbers_in(process.stdout)
 

@@ -1,6 +1,6 @@
 """Real gloo ranks: processes on the loopback interface that run a test's function side by side.
 
-Ranks are forked from a server that has imported torch and torchmetrics, which takes seconds, and done nothing else; and
+Ranks are forked from a server that has imported what the tests import, which takes seconds, and done nothing else; and
 they are kept for the whole test session. After a failure they are thrown away, since a rank may wait in a collective
 that the others have left.
 """
@@ -9,11 +9,11 @@ from __future__ import annotations
 
 import contextlib
 import os
+import sys
 import tempfile
 import traceback
 import warnings
 from collections.abc import Callable
-from datetime import timedelta
 from multiprocessing.connection import Connection, wait
 from typing import Any
 
@@ -21,12 +21,14 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 
-# Within it a collective that a rank never joins ends as an error on the others.
-COLLECTIVE_TIMEOUT = timedelta(seconds=60)
-JOB_TIMEOUT = 300.0
+from tests.support import compiler, patience
 
 CONTEXT = mp.get_context("forkserver")
-CONTEXT.set_forkserver_preload(["torch", "torchmetrics", "twloss"])
+
+
+def preload_the_tests() -> None:
+    """Have the server, if it is not there yet, import the tests that this process has, and all that these import."""
+    CONTEXT.set_forkserver_preload([name for name in sys.modules if name.startswith("tests.")])
 
 
 class RankFailedError(Exception):
@@ -56,7 +58,7 @@ class RankPool:
         waiting = dict(zip(self._connections, range(self.world_size)))
         while waiting:
             ready = [
-                connection for connection in wait(list(waiting), JOB_TIMEOUT) if isinstance(connection, Connection)
+                connection for connection in wait(list(waiting), patience.SECONDS) if isinstance(connection, Connection)
             ]
             if not ready:
                 failures.update(dict.fromkeys(waiting.values(), "no answer"))
@@ -81,6 +83,7 @@ class RankPool:
         self._connections, self._processes = [], []
 
     def _start(self) -> None:
+        preload_the_tests()
         directory = tempfile.mkdtemp(prefix="twloss-ranks-")
         for rank in range(self.world_size):
             ours, theirs = CONTEXT.Pipe()
@@ -99,9 +102,10 @@ def _serve(rank: int, world_size: int, store: str, connection: Connection) -> No
     # By torch's own modules, when its compiler is loaded.
     warnings.filterwarnings("ignore", ".*torch.jit.script_method", DeprecationWarning)
     torch.set_num_threads(1)
+    compiler.use(compiler.AOT_EAGER)
     os.environ["GLOO_SOCKET_IFNAME"] = "lo"
     dist.init_process_group(
-        "gloo", init_method=f"file://{store}", rank=rank, world_size=world_size, timeout=COLLECTIVE_TIMEOUT
+        "gloo", init_method=f"file://{store}", rank=rank, world_size=world_size, timeout=patience.PATIENCE
     )
     with contextlib.suppress(EOFError):
         while True:

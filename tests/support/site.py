@@ -9,6 +9,8 @@ import sys
 from html.parser import HTMLParser
 from pathlib import Path
 
+from tests.support.patience import SECONDS
+
 ROOT = Path(__file__).parents[2]
 DOCS = ROOT / "docs"
 PAGES = sorted(path.relative_to(DOCS).as_posix() for path in DOCS.rglob("*.md"))
@@ -28,7 +30,7 @@ def build_site(target: Path) -> None:
         text=True,
         # The theme's own switch for its notice of MkDocs 2.
         env={**os.environ, "NO_MKDOCS_2_WARNING": "1", "NO_COLOR": "1"},
-        timeout=240,
+        timeout=SECONDS,
         check=False,
     )
     output = process.stdout + process.stderr

@@ -17,14 +17,13 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
+from tests.support.patience import SECONDS
+
 ROOT = Path(__file__).parents[2]
 ADDRESSES = ("10.0.0.1", "10.0.0.2")
 INTERFACE = "eth0"
 # Where `ip netns exec` takes a namespace's own files of /etc from.
 ETC = Path("/etc/netns")
-
-
-TIME_OUT = 240.0
 
 
 class NoNamespacesError(Exception):
@@ -60,7 +59,7 @@ class Host:
     def wait(self) -> int:
         """The exit status, once there is one."""
         assert self._process is not None
-        return self._process.wait(TIME_OUT)
+        return self._process.wait(SECONDS)
 
     def has_ended(self) -> bool:
         """Whether there is an exit status."""
@@ -81,7 +80,7 @@ class Host:
 
 def wait_for(text: str, *hosts: Host) -> None:
     """Wait until one of these hosts has printed this; an AssertionError, once it can't or takes minutes."""
-    end = time.monotonic() + TIME_OUT
+    end = time.monotonic() + SECONDS
     while True:
         is_over = time.monotonic() > end or all(host.has_ended() for host in hosts)
         outputs = [host.output() for host in hosts]

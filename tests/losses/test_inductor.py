@@ -1,0 +1,183 @@
+"""Generated code: the passes of ``fused=True`` and whole models, by the back end that torch.compile has by default.
+
+Elsewhere the tests compile with "aot_eager", see ``tests/support/compiler.py``. Here each option of a pass, each dtype
+and each number of ranks is generated at least once, with rows that are seen as fewer and with an odd number of them.
+"""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import warnings
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from benchmarks.counts import peak_bytes
+from tests.laws import test_laws as laws
+from tests.support.cases import Settings, columns, random_rows, split
+from tests.support.compiler import by_inductor
+from tests.support.definition import expect_the_definition
+from tests.support.laws import expect_exact_gradients, expect_split_invariance
+from tests.support.metrics import weights_of
+from tests.support.patience import SECONDS
+from tests.support.rank_pool import RankPool
+from twloss import MultiTaskLoss, RankingQuality
+
+pytestmark = pytest.mark.usefixtures("new_compiler", "inductor")
+
+TASKS = ["a", "b", "c"]
+PLAIN, POSITIVE = Settings(fused=True), Settings(pos_weights=[0.5, 27.3, 4.0], fused=True)
+ALL = Settings(4, "sum", "mean", [0.5, 27.3, 4.0, 1.0], [1.0, 0.0, 2.5, 3.0], "weights", -1.0, fused=True)
+WINDOW, WINDOW_ROWS = RankingQuality(TASKS, window=2), RankingQuality(TASKS, window_rows=10)
+
+# The settings, the rows, the dtype, and what else differs.
+PASSES: dict[str, tuple[Settings, int, torch.dtype, dict[str, Any]]] = {
+    "plain": (PLAIN, 48, torch.float32, {}),
+    "pos_weights, weights, odd rows": (POSITIVE, 37, torch.float32, {"weighted": True}),
+    "all settings": (ALL, 32, torch.float64, {"weighted": True}),
+    "evaluation": (POSITIVE, 16, torch.float32, {"training": False}),
+    "quality": (POSITIVE, 32, torch.float32, {"quality": True, "weighted": True}),
+}
+MORE_PASSES: dict[str, tuple[Settings, int, torch.dtype, dict[str, Any]]] = {
+    "bfloat16": (PLAIN, 33, torch.bfloat16, {}),
+    "bfloat16, all settings": (ALL, 32, torch.bfloat16, {"weighted": True}),
+    "float64, odd rows": (POSITIVE, 37, torch.float64, {}),
+    "missing is NaN": (Settings(ignore_index=float("nan"), fused=True), 32, torch.float32, {}),
+    "a callable reduction": (Settings(global_reduction="norm", fused=True), 32, torch.float32, {"global_batch": True}),
+    "a maximum": (Settings(global_reduction="max", fused=True), 31, torch.float32, {}),
+    "evaluation of the quality": (PLAIN, 16, torch.float32, {"training": False, "quality": True}),
+    "quality of a plain loss": (PLAIN, 31, torch.float64, {"quality": WINDOW, "weighted": True}),
+    "quality of the last rows": (PLAIN, 32, torch.float32, {"quality": WINDOW_ROWS}),
+    "sums that drop nothing": (PLAIN, 32, torch.float32, {"quality": RankingQuality(TASKS, nan_strategy="disable")}),
+}
+
+
+@pytest.mark.parametrize(("case", "rows", "dtype", "options"), PASSES.values(), ids=PASSES)
+def test_a_pass_gives_what_the_definition_says(case: Settings, rows: int, dtype: torch.dtype, options: Any) -> None:
+    expect_the_definition(case, rows, dtype, **options)
+
+
+@pytest.mark.exhaustive
+@pytest.mark.parametrize(("case", "rows", "dtype", "options"), MORE_PASSES.values(), ids=MORE_PASSES)
+def test_every_other_pass_does_too(case: Settings, rows: int, dtype: torch.dtype, options: Any) -> None:
+    expect_the_definition(case, rows, dtype, **options)
+
+
+def expect_both_laws(ranks: RankPool, sizes: list[list[int]]) -> None:
+    case = Settings(3, "mean", "sum", [0.5, 27.3, 4.0], fused=True)
+    rows = random_rows(case, sum(map(sum, sizes)), 0, weighted=True)
+    steps = split(rows, sizes)
+    results = ranks.run(by_inductor, laws.run, case, steps, True)
+    expect_split_invariance(case, columns(case, rows), results)
+    expect_exact_gradients(case, laws.by_step(case, steps), results)
+
+
+def test_both_laws_on_two_ranks(two_ranks: RankPool) -> None:
+    expect_both_laws(two_ranks, [[16, 5], [32, 1], [8, 0]])
+
+
+@pytest.mark.exhaustive
+def test_both_laws_on_three_ranks(three_ranks: RankPool) -> None:
+    expect_both_laws(three_ranks, [[16, 5, 0], [0, 32, 1]])
+
+
+# Whole models.
+
+
+class Model(nn.Module):
+    """Heads with a loss, whose quality is over the last two updates."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.heads = nn.Linear(4, 3, dtype=torch.float64)
+        self.loss = MultiTaskLoss("bce_with_logits", TASKS, pos_weights=[1.5, 2.0, 1.0], quality=WINDOW)
+
+    def forward(self, features: Tensor, labels: Tensor, weights: Tensor | None = None) -> Tensor:
+        """The global loss."""
+        loss: Tensor = self.loss(self.heads(features), labels, weights)["loss"]
+        return loss
+
+
+def model_batch() -> tuple[Tensor, Tensor, Tensor]:
+    features, labels, weights = (torch.rand(8, width, dtype=torch.float64) for width in (4, 3, 3))
+    return features, labels.round(), weights
+
+
+def test_a_compiled_model_gives_the_numbers_of_eager() -> None:
+    model, twin = Model(), Model()
+    compiled = torch.compile(model, fullgraph=True)
+    for _ in range(3):
+        inputs = model_batch()
+        compiled(*inputs).backward()
+        twin(*inputs).backward()
+    for ours, theirs in (
+        (model.loss.train_metric, twin.loss.train_metric),
+        (model.loss.train_quality, twin.loss.train_quality),
+    ):
+        torch.testing.assert_close(ours.compute(), theirs.compute(), rtol=1e-12, atol=0)
+    for mine, other in zip(model.parameters(), twin.parameters()):
+        torch.testing.assert_close(mine.grad, other.grad, rtol=1e-12, atol=1e-15)
+
+
+@pytest.mark.exhaustive
+def test_reduce_overhead_is_traced() -> None:
+    model = Model()
+    torch.compile(model, fullgraph=True, mode="reduce-overhead")(*model_batch()).backward()
+    assert weights_of(model.loss.train_metric) == pytest.approx([8.0] * 3)
+
+
+# What only the generator has a part in.
+
+
+@pytest.mark.parametrize("weighted", [False, True])
+def test_a_step_holds_the_slopes_and_one_more_tensor_of_the_batchs_size_for_the_pass(weighted: bool) -> None:
+    loss = (POSITIVE if weighted else PLAIN).loss()
+    logits = torch.randn(4096, 3, requires_grad=True)
+    inputs = [torch.rand(4096, 3) for _ in range(1 + weighted)]
+
+    def run() -> None:
+        loss(logits, *inputs)["loss"].backward()
+        logits.grad = None
+
+    size = logits.numel() * logits.element_size()
+    assert size < peak_bytes(run, torch.device("cpu")) < 2.1 * size
+
+
+def test_to_compile_it_warns_of_nothing() -> None:
+    logits, labels = torch.randn(16, 3, requires_grad=True), torch.rand(16, 3)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        warnings.filterwarnings("ignore", ".*torch.jit.script_method", DeprecationWarning)
+        PLAIN.loss()(2 * logits, labels)["loss"].backward()
+
+
+NO_COMPILER = """
+import torch
+from twloss import MultiTaskLoss
+
+loss = MultiTaskLoss("bce_with_logits", ["like"], fused=True)
+for _ in range(2):
+    try:
+        loss(torch.zeros(8, 1, requires_grad=True), torch.ones(8, 1))
+    except RuntimeError as error:
+        print(error)
+print(loss.train_metric.update_count)
+"""
+
+
+@pytest.mark.exhaustive
+def test_without_a_compiler_one_error_names_what_is_missing_and_the_way_out(tmp_path: Path) -> None:
+    environment = {**os.environ, "CXX": str(tmp_path / "g++"), "TORCHINDUCTOR_CACHE_DIR": str(tmp_path)}
+    command = [sys.executable, "-W", "ignore", "-c", NO_COMPILER]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=SECONDS, check=False)
+    assert done.returncode == 0, done.stderr
+    *errors, count = done.stdout.splitlines()
+    assert len(errors) == 2
+    assert all("fused=False" in error and "C++ compiler" in error and "g++" in error for error in errors)
+    assert count == "0"

@@ -1,0 +1,47 @@
+"""Tables in which any two values of two options meet, in place of a product in which all of them do.
+
+A product of four options with four values each is 256 tests, of which 16 have every pair. What three options do only
+together is for the property tests, whose settings are drawn at random.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import pytest
+
+__all__ = ["pairwise"]
+
+Pairs = set[tuple[tuple[int, int], ...]]
+
+
+def pairwise(**options: Sequence[Any] | Mapping[str, Any]) -> pytest.MarkDecorator:
+    """Parametrise a test by these options, whose values may have names.
+
+    Row by row the table takes, of the whole product, what has most of the pairs that are still to be met.
+    """
+    values = [
+        each if isinstance(each, Mapping) else {text_of(value): value for value in each} for each in options.values()
+    ]
+    names = [list(each) for each in values]
+    product = list(itertools.product(*(range(len(each)) for each in names)))
+    left, table = set[Any]().union(*map(pairs_of, product)), []
+    while left:
+        row = max(product, key=lambda places: len(pairs_of(places) & left))
+        left -= pairs_of(row)
+        chosen = [names[option][place] for option, place in enumerate(row)]
+        parameters = [each[name] for each, name in zip(values, chosen)]
+        table.append(pytest.param(*parameters, id="-".join(filter(None, chosen))))
+    return pytest.mark.parametrize(tuple(options), table)
+
+
+def pairs_of(places: tuple[int, ...]) -> Pairs:
+    """Each two of a row's values, by the option and the place among its values."""
+    return set(itertools.combinations(enumerate(places), 2))
+
+
+def text_of(value: Any) -> str:
+    """The name of a value that was given none."""
+    return getattr(value, "__name__", None) or str(value)
