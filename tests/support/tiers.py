@@ -43,12 +43,12 @@ def choose_examples(config: pytest.Config) -> None:
 
 def is_exhaustive() -> bool:
     """Whether that tier is asked for."""
-    return hypothesis.settings.default.max_examples == EXAMPLES[EXHAUSTIVE]
+    return hypothesis.settings().max_examples == EXAMPLES[EXHAUSTIVE]
 
 
 def dozens(count: int) -> hypothesis.settings:
     """So many dozens of examples in the first tier."""
-    return hypothesis.settings(max_examples=count * hypothesis.settings.default.max_examples)
+    return hypothesis.settings(max_examples=count * hypothesis.settings().max_examples)
 
 
 def is_property(item: pytest.Item) -> bool:
