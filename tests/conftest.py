@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import warnings
 from collections import defaultdict
@@ -48,6 +49,12 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
             item.add_marker(tiers.EXHAUSTIVE)
         seconds[item.path] += tiers.rough_seconds(item)
     items.sort(key=lambda item: -seconds[item.path])
+
+
+def pytest_collection_finish(session: pytest.Session) -> None:
+    """Spare the collector what the imports have made, which it would look through again and again."""
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture(autouse=True)

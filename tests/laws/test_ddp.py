@@ -40,9 +40,14 @@ def train(rank: int, case: Settings, steps: list[list[Rows]]) -> dict[str, float
     return {f"{mode} {key}": value.item() for mode, result in results.items() for key, value in result.items()}
 
 
-@pytest.mark.parametrize(("reduction", "fused"), [("mean", False), ("max", False), ("mean", True)])
-def test_sums_of_all_ranks_survive_ddp_with_uneven_batches(ranks: RankPool, reduction: str, fused: bool) -> None:
-    case = Settings(global_reduction=reduction, fused=fused)
+@pytest.mark.parametrize(
+    ("reduction", "fused", "world_size"),
+    [("mean", False, 2), ("mean", False, 3), ("max", False, 2), ("max", False, 3), ("mean", True, 2)],
+)
+def test_sums_of_all_ranks_survive_ddp_with_uneven_batches(
+    two_ranks: RankPool, three_ranks: RankPool, reduction: str, fused: bool, world_size: int
+) -> None:
+    ranks, case = {2: two_ranks, 3: three_ranks}[world_size], Settings(global_reduction=reduction, fused=fused)
     steps = uneven_steps(case, ranks.world_size)
     results = ranks.run(train, case, steps)
     everything = {"train": joined([part for parts in steps for part in parts]), "eval": joined(steps[0])}

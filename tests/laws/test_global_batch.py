@@ -75,7 +75,19 @@ def wrapped_step(rank: int, case: Settings, parts: list[Rows], wrap: str) -> tup
     return backward(model, parts[rank])
 
 
-@pairwise(wrap=["fsdp2", "compile", "bucket views"], reduction=["mean", "max", "norm"], world_size=[2, 3])
+@pytest.mark.parametrize(
+    ("wrap", "reduction", "world_size"),
+    [
+        *(("compile", reduction, 2) for reduction in ("mean", "max", "norm")),
+        *(
+            (wrap, reduction, size)
+            for wrap in ("fsdp2", "bucket views")
+            for reduction, size in [("mean", 2), ("norm", 3)]
+        ),
+        ("fsdp2", "max", 2),
+        ("bucket views", "max", 3),
+    ],
+)
 def test_however_the_model_is_wrapped(
     two_ranks: RankPool, three_ranks: RankPool, wrap: str, reduction: str, world_size: int
 ) -> None:
@@ -85,7 +97,7 @@ def test_however_the_model_is_wrapped(
     expect_at_most(errors_of(case, parts, ranks.run(wrapped_step, case, parts, wrap)), FLOAT64)
 
 
-@pytest.mark.parametrize("wrap", ["fsdp2", "compile", "bucket views"])
+@pytest.mark.parametrize("wrap", ["fsdp2", "bucket views"])
 def test_a_fused_pass_however_the_model_is_wrapped(two_ranks: RankPool, wrap: str) -> None:
     case = Settings(3, "mean", "mean", (0.5, 27.3, 4.0), fused=True)
     parts = case_parts(case, 2, weighted=True)

@@ -50,28 +50,51 @@ def both(*arguments: Any, **options: Any) -> tuple[MultiTaskLoss, MultiTaskLoss]
 # Against the definition.
 
 
-@pairwise(
-    dtype=list(LOSS_TOLERANCE),
-    pos_weights={"": None, "pos_weights": [0.5, 27.3, 4.0]},
-    mean_over=["rows", "weights"],
-    quality={"": None, "quality": True, "window": RankingQuality(["task0", "task1", "task2"], window=2)},
-    rows=[32, 37],
-)
-def test_losses_gradients_and_running_sums_are_those_of_the_definition(
-    dtype: torch.dtype, pos_weights: list[float] | None, mean_over: Any, quality: Any, rows: int
-) -> None:
-    case = Settings(pos_weights=pos_weights, mean_over=mean_over, fused=True)
-    options = {} if quality is None else {"quality": quality}
-    for training in (True, False):
-        expect_the_definition(case, rows, dtype, weighted=True, training=training, **options)
-
-
-# What is compiled.
-
-
 def graphs() -> int:
     """How many graphs the compiler has made so far."""
     return int(counters["stats"]["unique_graphs"])
+
+
+@pairwise(
+    dtype=list(LOSS_TOLERANCE),
+    pos_weights={"": None, "pos_weights": [0.5, 27.3, 4.0]},
+    weighted={"": False, "weighted": True},
+    mean_over=["rows", "weights"],
+    ignore_index=[None, -1.0, math.nan],
+    quality=["none", "all updates", "a window"],
+    global_batch={"": False, "global_batch": True},
+    rows=[32, 37],
+)
+def test_losses_gradients_and_running_sums_are_those_of_the_definition_from_one_graph(
+    dtype: torch.dtype,
+    pos_weights: list[float] | None,
+    weighted: bool,
+    mean_over: Any,
+    ignore_index: float | None,
+    quality: str,
+    global_batch: bool,
+    rows: int,
+) -> None:
+    torch._dynamo.reset()
+    counters.clear()
+    case = Settings(pos_weights=pos_weights, mean_over=mean_over, ignore_index=ignore_index, fused=True)
+    own = RankingQuality(case.names(), window=2, ignore_index=ignore_index)
+    attached = {"none": False, "all updates": True, "a window": own}[quality]
+    expect_the_definition(case, rows, dtype, weighted=weighted, global_batch=global_batch, quality=attached)
+    assert graphs() == 1
+    assert not counters["graph_break"]
+
+
+def test_where_labels_may_be_missing_there_are_always_weights_for_the_compiler() -> None:
+    torch._dynamo.reset()
+    counters.clear()
+    eager, fused = both(ignore_index=-1.0)
+    for inputs in (batch(16), batch(16)[:2]):
+        expect_equal(step(fused, *inputs), step(eager, *inputs))
+    assert graphs() == 1
+
+
+# What is compiled.
 
 
 def test_two_graphs_serve_any_number_of_rows_and_of_tasks() -> None:
@@ -88,23 +111,6 @@ def test_two_graphs_serve_any_number_of_rows_and_of_tasks() -> None:
         for rows in (512, 33):
             step(loss, *batch(rows, tasks)[:2])
     assert graphs() == 2
-    assert not counters["graph_break"]
-
-
-@pairwise(
-    options=[{}, {"mean_over": "weights"}, {"ignore_index": -1.0}, {"quality": True}, {"global_batch": True}],
-    pos_weights=[None, [1.0, 2.0, 3.0]],
-    weighted={"": False, "weighted": True},
-)
-def test_every_kind_of_input_has_one_graph_without_a_break(options: Any, pos_weights: Any, weighted: bool) -> None:
-    torch._dynamo.reset()
-    counters.clear()
-    eager, fused = both(pos_weights=pos_weights, **options)
-    inputs = batch(16)[: 3 if weighted else 2]
-    for given in (inputs, inputs, batch(16)[: 2 if "ignore_index" in options else len(inputs)]):
-        # Where labels may be missing there are always weights.
-        expect_equal(step(fused, *given), step(eager, *given))
-    assert graphs() == 1
     assert not counters["graph_break"]
 
 

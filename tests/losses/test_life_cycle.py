@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from tests.support import reference
 from tests.support.casts import CASTS
-from tests.support.rank_pool import RankPool
+from tests.support.rank_pool import RankPool, eager_alone
 from tests.support.results import numbers
 from twloss import Loss, MultiTaskLoss
 from twloss._ranks import group_from_state, group_to_state
@@ -180,6 +180,7 @@ def copies_with_a_group(rank: int) -> list[Any]:
     return [same, sums, pickle.dumps(loss)]
 
 
+@eager_alone
 def test_copies_keep_the_process_group(two_ranks: RankPool) -> None:
     for same, sums, pickled in two_ranks.run(copies_with_a_group):
         assert same == [True, True]
@@ -207,5 +208,6 @@ def find_groups(rank: int) -> list[bool]:
     return found
 
 
+@eager_alone
 def test_a_group_of_another_run_is_never_taken_for_it(three_ranks: RankPool) -> None:
     assert three_ranks.run(find_groups) == [[], [True] * 3, [True] * 3]

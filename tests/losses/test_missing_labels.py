@@ -13,7 +13,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from tests.support import reference
 from tests.support.metrics import weights_of
-from tests.support.rank_pool import RankPool
+from tests.support.rank_pool import RankPool, eager_alone
 from twloss import Loss, MultiTaskLoss, RankingQuality
 
 pytestmark = pytest.mark.usefixtures("eager_and_fused")
@@ -160,6 +160,7 @@ def train_a_head_without_labels(rank: int) -> tuple[bool, list[float]]:
     return absent, [p.grad.abs().sum().item() for p in model.module.b.parameters() if p.grad is not None]
 
 
+@eager_alone
 def test_the_head_of_a_task_without_data_stays_connected_under_ddp(ranks: RankPool) -> None:
     """DDP waits for every parameter's gradient: a head that is not in the graph makes its next forward raise."""
     for absent, gradients in ranks.run(train_a_head_without_labels):

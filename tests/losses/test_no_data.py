@@ -12,7 +12,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from tests.support.rank_pool import RankPool
+from tests.support.rank_pool import RankPool, eager_alone
 from tests.support.reference import bce_with_logits
 from twloss import GlobalLoss, Loss, MultiTaskLoss
 
@@ -163,6 +163,7 @@ def step_of_a_rank(rank: int, over_rows: Any, reduction: Any) -> list[dict[str, 
     return [numbers(losses), numbers(loss.train_metric.compute())]
 
 
+@eager_alone
 @every_reduction
 @pytest.mark.parametrize("over_rows", ["mean", "sum"])
 def test_weights_that_cancel_over_ranks(ranks: RankPool, over_rows: Any, reduction: Any) -> None:

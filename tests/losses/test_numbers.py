@@ -77,6 +77,7 @@ def assert_close(actual: Tensor, expected: Tensor, rtol: float) -> None:
     pos_weights=POS_WEIGHTS,
     label_dtype=[torch.bool, torch.int64, torch.float32, torch.float64],
     weighted={"unweighted": False, "weighted": True},
+    eager_and_fused={"eager": False, "fused": True},
 )
 def test_values_and_gradients_are_those_of_the_loop_over_tasks(
     dtype: torch.dtype, pos_weights: object, label_dtype: torch.dtype, weighted: bool

@@ -24,6 +24,7 @@ from torch import Tensor
 
 from tests.support import reference
 from tests.support.metrics import weights_of
+from tests.support.patience import SECONDS
 from twloss import GlobalLoss, MultiTaskLoss, RankingQuality
 
 TASKS = ["like", "reply"]
@@ -146,7 +147,7 @@ def test_a_thread_that_logs_loses_no_row_and_sees_whole_updates(from_view: bool)
     loss = MultiTaskLoss("bce_with_logits", TASKS, quality=RankingQuality(TASKS, window=2))
     batch = rows(3, 0.5)
     loss(*batch)
-    done = Event()
+    started, done = Event(), Event()
     view, quality_view = loss.train_metric.scalar("loss"), loss.train_quality.scalar("logloss/like")
 
     def log() -> set[float]:
@@ -157,11 +158,13 @@ def test_a_thread_that_logs_loses_no_row_and_sees_whole_updates(from_view: bool)
             else:
                 seen |= {loss.train_metric.compute()["loss"].item()}
                 seen |= {loss.train_quality.compute()["window_logloss/reply"].item()}
+            started.set()
         return seen
 
     with ThreadPoolExecutor(1) as pool:
         logged = pool.submit(log)
         try:
+            assert started.wait(SECONDS)
             for _ in range(UPDATES - 1):
                 loss(*batch)
         finally:
@@ -219,7 +222,7 @@ def test_a_fork_while_another_thread_computes_leaves_a_child_that_can_update() -
         for _ in range(20):
             child = os.fork()
             if child == 0:
-                signal.alarm(20)  # a child that hangs ends by it
+                signal.alarm(int(SECONDS))  # a child that hangs ends by it
                 metric.update(torch.ones(1), 1.0)
                 os._exit(0)
             assert os.waitpid(child, 0)[1] == 0

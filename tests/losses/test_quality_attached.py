@@ -18,7 +18,7 @@ from tests.support import quality_reference
 from tests.support.metrics import numbers_of_this_rank
 from tests.support.pairwise import pairwise
 from tests.support.quality_batches import TASKS, Rows, attached, columns, expected, random_rows, recent, train_and_eval
-from tests.support.rank_pool import RankPool
+from tests.support.rank_pool import RankPool, eager_alone
 from tests.support.results import assert_close, fed, numbers
 from twloss import Loss, LossType, MultiTaskLoss, RankingQuality
 
@@ -35,7 +35,12 @@ OPTIONS: dict[str, dict[str, Any]] = {
 }
 
 
-@pairwise(options=OPTIONS, weighted={"": False, "weighted": True}, window=[None, 3])
+@pairwise(
+    options=OPTIONS,
+    weighted={"": False, "weighted": True},
+    window={"": None, "window": 3},
+    eager_and_fused={"eager": False, "fused": True},
+)
 def test_it_is_the_quality_of_what_forward_saw_in_each_mode(
     options: dict[str, Any], weighted: bool, window: int | None
 ) -> None:
@@ -109,9 +114,14 @@ def test_it_adds_no_buffer_parameter_or_entry_of_the_state_dict() -> None:
 
 
 @pytest.mark.parametrize(
-    ("options", "dtype"),
-    [*((options, torch.float32) for options in OPTIONS.values()), (OPTIONS["pos_weights"], torch.float64)],
-    ids=[*OPTIONS, "float64"],
+    ("options", "dtype", "eager_and_fused"),
+    [
+        *((options, torch.float32, False) for options in OPTIONS.values()),
+        (OPTIONS["plain"], torch.float64, False),
+        *((OPTIONS[name], torch.float32, True) for name in ("plain", "missing", "weights")),
+        (OPTIONS["pos_weights"], torch.float64, True),
+    ],
+    indirect=["eager_and_fused"],
 )
 def test_losses_and_gradients_are_those_without_it(options: dict[str, Any], dtype: torch.dtype) -> None:
     batch = random_rows(30, weighted=True, missing=options.get("ignore_index"), dtype=dtype)
@@ -241,6 +251,7 @@ def train_on_ranks(rank: int, batches: list[list[Rows]], options: dict[str, Any]
     return int(numbers_of_this_rank(quality)["weight/like"]), numbers(quality.compute())
 
 
+@eager_alone
 @pytest.mark.parametrize("options", [{}, {"global_batch": True}, {"global_batch": True, "pos_weights": 3.0}], ids=str)
 def test_on_ranks_each_has_its_own_rows_and_compute_those_of_all(two_ranks: RankPool, options: dict[str, Any]) -> None:
     """With global_batch the loss is summed over ranks in forward; the quality's sums must not be so twice."""
@@ -262,5 +273,6 @@ def quality_over_a_group(rank: int) -> list[float]:
     return weights
 
 
+@eager_alone
 def test_a_quality_is_summed_over_the_losss_process_group(two_ranks: RankPool) -> None:
     assert two_ranks.run(quality_over_a_group) == [[3.0, 3.0], [4.0, 4.0]]

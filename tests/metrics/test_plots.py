@@ -177,6 +177,7 @@ for draw in (metric.plot, metric.scalar("loss").plot):
 """
 
 
+@pytest.mark.exhaustive
 def test_without_matplotlib_all_but_plot_works() -> None:
     done = subprocess.run([sys.executable, "-c", WITHOUT], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr

@@ -52,12 +52,12 @@ def test_after_every_step_it_has_the_updates_that_end_within_it(rows: int, weigh
     assert metric.update_count == len(batches)
 
 
-@pytest.mark.parametrize("rows", [2_500, 12_345])
+@pytest.mark.parametrize("rows", [2_500, pytest.param(12_345, marks=pytest.mark.exhaustive)])
 def test_where_updates_are_smaller_than_a_thousandth_it_ends_within_a_thousandth(rows: int) -> None:
     """By weight, which is the number of rows: the window, give or take a thousandth of it and one update."""
     assert windowed(rows).totals.shape[1] == 1 + PLACES
     metric, largest, seen = windowed(rows), 3, 0
-    for batch in uneven(60, largest) * 150:
+    for batch in uneven(60, largest) * (rows // 80):
         metric.update(*batch)
         seen += len(batch.labels)
         if seen % 50 == 0 and len(batch.labels):

@@ -13,11 +13,13 @@ from pathlib import Path
 import pytest
 from playwright.sync_api import Browser, Page, sync_playwright
 
+from tests.support.patience import SECONDS
 from tests.support.site import PAGES, built
 
 pytestmark = pytest.mark.exhaustive
 
 DESKTOP, PHONE, HEIGHT = 1280, 390, 900  # pixels
+MILLISECONDS = 1000 * SECONDS  # Playwright's own limit is 30 seconds
 SHOWN = ["index.md", "how-it-works.md", "api/multi-task-loss.md"]
 OPTIONS = [
     *("--headless", "--no-sandbox", "--disable-gpu", "--no-first-run", "--disable-background-networking"),
@@ -71,7 +73,7 @@ def browser() -> Iterator[Browser]:
     if executable is None:
         pytest.skip("no Chromium: apt-get install chromium, or name one in TWLOSS_CHROMIUM")
     with sync_playwright() as playwright:
-        chromium = playwright.chromium.launch(executable_path=executable, args=OPTIONS)
+        chromium = playwright.chromium.launch(executable_path=executable, args=OPTIONS, timeout=MILLISECONDS)
         yield chromium
         chromium.close()
 
@@ -80,6 +82,7 @@ def browser() -> Iterator[Browser]:
 def page(request: pytest.FixtureRequest, browser: Browser) -> Iterator[Page]:
     """A tab of the width that the test asks for."""
     tab = browser.new_page(viewport={"width": request.param, "height": HEIGHT})
+    tab.set_default_timeout(MILLISECONDS)
     yield tab
     tab.close()
 

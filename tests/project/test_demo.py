@@ -254,7 +254,7 @@ def test_shares_partition_the_rows(ranks: RankPool, count: int) -> None:
 def test_same_seed_same_numbers(capsys: pytest.CaptureFixture[str]) -> None:
     texts = []
     for seed in (3, 3, 4):
-        assert run(Options(epochs=1, batch_size=8192, device="cpu", seed=seed, plot=None)) == 0
+        assert run(Options(epochs=1, batch_size=40_000, device="cpu", seed=seed, plot=None)) == 0
         texts.append(capsys.readouterr().out.replace(f"seed: {seed}", ""))
     assert texts[0] == texts[1] != texts[2]
 
@@ -263,7 +263,7 @@ def test_check_fails_where_the_evaluation_loses_rows(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr("twloss.demo.training.share", lambda rows: rows[1:])
-    assert run(Options(epochs=1, batch_size=8192, device="cpu", seed=0, plot=None)) == 1
+    assert run(Options(epochs=1, batch_size=40_000, device="cpu", seed=0, plot=None)) == 1
     out = capsys.readouterr().out
     assert "check: NOT EQUAL" in out
     printed = read(out)

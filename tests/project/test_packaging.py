@@ -19,6 +19,8 @@ import pytest
 import twloss
 from tests.support.patience import SECONDS
 
+pytestmark = pytest.mark.exhaustive
+
 ROOT = Path(__file__).parents[2]
 # What the sdist has of the repository. The backend adds .gitignore, which tells it what to leave out, and PKG-INFO.
 SHIPPED_FOLDERS = (".ci", "twloss", "tests", "benchmarks", "docs", "examples")

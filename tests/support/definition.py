@@ -43,7 +43,7 @@ def expect_the_definition(
     if training:
         gradient = torch.autograd.grad(result["loss"], logits)[0]
         expect_gradients(gradient, reference.gradients(columns, case.rule()), tolerance)
-    if "quality" in options:
+    if options.get("quality"):
         quality = loss.train_quality if training else loss.eval_quality
         seen = quality_batches.expected([batch], case.names(), case.ignore_index)
         assert_close(quality_batches.recent(numbers(quality.compute()), window=False), seen, 10 * tolerance)

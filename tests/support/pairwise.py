@@ -7,6 +7,7 @@ together is for the property tests, whose settings are drawn at random.
 from __future__ import annotations
 
 import itertools
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -18,9 +19,10 @@ Pairs = set[tuple[tuple[int, int], ...]]
 
 
 def pairwise(**options: Sequence[Any] | Mapping[str, Any]) -> pytest.MarkDecorator:
-    """Parametrise a test by these options, whose values may have names.
+    """Parametrise a test by these options, whose values may have names; ``eager_and_fused`` is one of the fixtures.
 
-    Row by row the table takes, of the whole product, what has most of the pairs that are still to be met.
+    Row by row the table takes, of the whole product, what has most of the pairs that are still to be met, and of such
+    the one whose values it has least of.
     """
     values = [
         each if isinstance(each, Mapping) else {text_of(value): value for value in each} for each in options.values()
@@ -28,13 +30,16 @@ def pairwise(**options: Sequence[Any] | Mapping[str, Any]) -> pytest.MarkDecorat
     names = [list(each) for each in values]
     product = list(itertools.product(*(range(len(each)) for each in names)))
     left, table = set[Any]().union(*map(pairs_of, product)), []
+    used: Counter[tuple[int, int]] = Counter()
     while left:
-        row = max(product, key=lambda places: len(pairs_of(places) & left))
+        row = max(product, key=lambda row: (len(pairs_of(row) & left), -sum(used[each] for each in enumerate(row))))
         left -= pairs_of(row)
+        used.update(enumerate(row))
         chosen = [names[option][place] for option, place in enumerate(row)]
         parameters = [each[name] for each, name in zip(values, chosen)]
         table.append(pytest.param(*parameters, id="-".join(filter(None, chosen))))
-    return pytest.mark.parametrize(tuple(options), table)
+    fixtures = [name for name in options if name == "eager_and_fused"]
+    return pytest.mark.parametrize(tuple(options), table, indirect=fixtures)
 
 
 def pairs_of(places: tuple[int, ...]) -> Pairs:

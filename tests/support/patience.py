@@ -11,6 +11,6 @@ from datetime import timedelta
 
 __all__ = ["PATIENCE", "SECONDS"]
 
-SECONDS = 1200.0
+SECONDS = 600.0
 PATIENCE = timedelta(seconds=SECONDS)
 """The same, as torch.distributed takes it."""

@@ -9,7 +9,6 @@ import time
 from collections import Counter
 
 import pytest
-from _pytest.terminal import TerminalReporter
 
 __all__ = ["Progress"]
 
@@ -17,7 +16,7 @@ __all__ = ["Progress"]
 class Progress:
     """A line for each file whose tests are done, in the process that the workers report to."""
 
-    def __init__(self, reporter: TerminalReporter) -> None:
+    def __init__(self, reporter: pytest.TerminalReporter) -> None:
         self._reporter = reporter
         self._left: Counter[str] = Counter()
         self._total, self._started = 0, time.monotonic()

@@ -17,13 +17,18 @@ from collections.abc import Callable
 from multiprocessing.connection import Connection, wait
 from typing import Any
 
+import pytest
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 
-from tests.support import compiler, patience
+from tests.support import compiler
+from tests.support.patience import PATIENCE, SECONDS
 
 CONTEXT = mp.get_context("forkserver")
+
+eager_alone = pytest.mark.parametrize("eager_and_fused", [False], ids=["eager"], indirect=True)
+"""For tests on ranks in files of that fixture, which changes what this process does and not what ranks do."""
 
 
 def preload_the_tests() -> None:
@@ -57,9 +62,8 @@ class RankPool:
         failures: dict[int, str] = {}
         waiting = dict(zip(self._connections, range(self.world_size)))
         while waiting:
-            ready = [
-                connection for connection in wait(list(waiting), patience.SECONDS) if isinstance(connection, Connection)
-            ]
+            # Longer than a collective waits, whose error says more.
+            ready = [each for each in wait(list(waiting), 2 * SECONDS) if isinstance(each, Connection)]
             if not ready:
                 failures.update(dict.fromkeys(waiting.values(), "no answer"))
                 break
@@ -104,9 +108,7 @@ def _serve(rank: int, world_size: int, store: str, connection: Connection) -> No
     torch.set_num_threads(1)
     compiler.use(compiler.AOT_EAGER)
     os.environ["GLOO_SOCKET_IFNAME"] = "lo"
-    dist.init_process_group(
-        "gloo", init_method=f"file://{store}", rank=rank, world_size=world_size, timeout=patience.PATIENCE
-    )
+    dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=world_size, timeout=PATIENCE)
     with contextlib.suppress(EOFError):
         while True:
             function, args = connection.recv()
