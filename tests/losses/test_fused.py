@@ -55,6 +55,7 @@ def graphs() -> int:
     return int(counters["stats"]["unique_graphs"])
 
 
+@pytest.mark.usefixtures("new_compiler")
 @pairwise(
     dtype=list(LOSS_TOLERANCE),
     pos_weights={"": None, "pos_weights": [0.5, 27.3, 4.0]},
@@ -75,7 +76,6 @@ def test_losses_gradients_and_running_sums_are_those_of_the_definition_from_one_
     global_batch: bool,
     rows: int,
 ) -> None:
-    torch._dynamo.reset()
     counters.clear()
     case = Settings(pos_weights=pos_weights, mean_over=mean_over, ignore_index=ignore_index, fused=True)
     own = RankingQuality(case.names(), window=2, ignore_index=ignore_index)
@@ -85,8 +85,8 @@ def test_losses_gradients_and_running_sums_are_those_of_the_definition_from_one_
     assert not counters["graph_break"]
 
 
+@pytest.mark.usefixtures("new_compiler")
 def test_where_labels_may_be_missing_there_are_always_weights_for_the_compiler() -> None:
-    torch._dynamo.reset()
     counters.clear()
     eager, fused = both(ignore_index=-1.0)
     for inputs in (batch(16), batch(16)[:2]):
@@ -97,9 +97,9 @@ def test_where_labels_may_be_missing_there_are_always_weights_for_the_compiler()
 # What is compiled.
 
 
+@pytest.mark.usefixtures("new_compiler")
 def test_two_graphs_serve_any_number_of_rows_and_of_tasks() -> None:
     """One where an even number of rows is seen as fewer, one where it is odd; none for 0 rows or 1."""
-    torch._dynamo.reset()
     counters.clear()
     eager, fused = both()
     for rows in (4096, 7, 0, 1, 4096, 64, 4097, 1000, 31, 2, 3, 17, 16, 8, 5000):
