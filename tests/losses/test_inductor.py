@@ -33,7 +33,7 @@ pytestmark = pytest.mark.usefixtures("new_compiler", "inductor")
 TASKS = ["a", "b", "c"]
 PLAIN, POSITIVE = Settings(fused=True), Settings(pos_weights=[0.5, 27.3, 4.0], fused=True)
 ALL = Settings(4, "sum", "mean", [0.5, 27.3, 4.0, 1.0], [1.0, 0.0, 2.5, 3.0], "weights", -1.0, fused=True)
-WINDOW, WINDOW_ROWS = RankingQuality(TASKS, window=2), RankingQuality(TASKS, window_rows=10)
+NAMES = PLAIN.names()
 
 # The settings, the rows, the dtype, and what else differs.
 PASSES: dict[str, tuple[Settings, int, torch.dtype, dict[str, Any]]] = {
@@ -51,9 +51,14 @@ MORE_PASSES: dict[str, tuple[Settings, int, torch.dtype, dict[str, Any]]] = {
     "a callable reduction": (Settings(global_reduction="norm", fused=True), 32, torch.float32, {"global_batch": True}),
     "a maximum": (Settings(global_reduction="max", fused=True), 31, torch.float32, {}),
     "evaluation of the quality": (PLAIN, 16, torch.float32, {"training": False, "quality": True}),
-    "quality of a plain loss": (PLAIN, 31, torch.float64, {"quality": WINDOW, "weighted": True}),
-    "quality of the last rows": (PLAIN, 32, torch.float32, {"quality": WINDOW_ROWS}),
-    "sums that drop nothing": (PLAIN, 32, torch.float32, {"quality": RankingQuality(TASKS, nan_strategy="disable")}),
+    "quality of a plain loss": (
+        PLAIN,
+        31,
+        torch.float64,
+        {"quality": RankingQuality(NAMES, window=2), "weighted": True},
+    ),
+    "quality of the last rows": (PLAIN, 32, torch.float32, {"quality": RankingQuality(NAMES, window_rows=10)}),
+    "sums that drop nothing": (PLAIN, 32, torch.float32, {"quality": RankingQuality(NAMES, nan_strategy="disable")}),
 }
 
 
@@ -97,7 +102,9 @@ class Model(nn.Module):
         super().__init__()
         torch.manual_seed(0)
         self.heads = nn.Linear(4, 3, dtype=torch.float64)
-        self.loss = MultiTaskLoss("bce_with_logits", TASKS, pos_weights=[1.5, 2.0, 1.0], quality=WINDOW)
+        self.loss = MultiTaskLoss(
+            "bce_with_logits", TASKS, pos_weights=[1.5, 2.0, 1.0], quality=RankingQuality(TASKS, window=2)
+        )
 
     def forward(self, features: Tensor, labels: Tensor, weights: Tensor | None = None) -> Tensor:
         """The global loss."""
