@@ -33,9 +33,11 @@ def inductor() -> Iterator[None]:
     """Within it code is generated, also of passes that were compiled without before."""
     _bce._compiled.cache_clear()
     use(INDUCTOR)
-    yield
-    use(AOT_EAGER)
-    _bce._compiled.cache_clear()
+    try:
+        yield
+    finally:
+        use(AOT_EAGER)
+        _bce._compiled.cache_clear()
 
 
 def by_inductor(rank: int, function: Callable[..., Any], *args: Any) -> Any:

@@ -29,8 +29,8 @@ def pairwise(**options: Sequence[Any] | Mapping[str, Any]) -> pytest.MarkDecorat
     ]
     names = [list(each) for each in values]
     product = list(itertools.product(*(range(len(each)) for each in names)))
-    left, table = set[Any]().union(*map(pairs_of, product)), []
-    used: Counter[tuple[int, int]] = Counter()
+    left: Pairs = set().union(*map(pairs_of, product))
+    table, used = [], Counter[tuple[int, int]]()
     while left:
         row = max(product, key=lambda row: (len(pairs_of(row) & left), -sum(used[each] for each in enumerate(row))))
         left -= pairs_of(row)

@@ -13,7 +13,7 @@ __all__ = ["EXHAUSTIVE", "choose_examples", "dozens", "is_exhaustive", "is_prope
 QUICK, EXHAUSTIVE = "quick", "exhaustive"
 EXAMPLES = {QUICK: 12, EXHAUSTIVE: 120}
 
-# Of the fixtures that start something.
+# In seconds, of the fixtures that start or compile something.
 COSTS = {
     "inductor": 5.0,
     "new_compiler": 0.5,
@@ -57,7 +57,7 @@ def is_property(item: pytest.Item) -> bool:
 
 
 def rough_seconds(item: pytest.Item) -> float:
-    """What a test may take, as far as its name for others tells, to begin with the files that take longest."""
+    """A guess at what a test takes, to begin with the files that take longest."""
     costs = [cost for fixture, cost in COSTS.items() if fixture in getattr(item, "fixturenames", ())]
     costs += [10.0] * (item.get_closest_marker(EXHAUSTIVE) is not None) + [2.0] * is_property(item)
     return sum(costs, 0.01)
