@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import warnings
+from typing import Any
 
 import pytest
 import torch
@@ -67,6 +68,11 @@ def logged_by_hand(truth: Truth) -> list[dict[str, float]]:
     return found
 
 
+def close(key: str, value: float) -> Any:
+    """To float32; rce, 100·(1 - ne), has lost the digits that ne has in common with 1."""
+    return pytest.approx(value, rel=CLOSE, abs=100 * CLOSE if key.startswith("rce/") else None)
+
+
 @pytest.mark.parametrize("pipeline", PIPELINES)
 @pytest.mark.parametrize("world_size", [1, 2])
 def test_losses_weights_and_quality_are_those_of_one_process(
@@ -78,7 +84,7 @@ def test_losses_weights_and_quality_are_those_of_one_process(
         for found, columns in zip(steps, truth.steps):
             assert found == pytest.approx(reference.losses(columns, RULE), rel=CLOSE)
         for found, oracle in zip(logged, logged_by_hand(truth)):
-            assert found == pytest.approx(oracle, rel=CLOSE)
+            assert found == {key: close(key, value) for key, value in oracle.items()}
         assert (len(steps), len(logged)) == (7, 3)
         assert sharded == {"item"}
         assert set(parameters) == set(truth.parameters)
