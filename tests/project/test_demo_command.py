@@ -204,6 +204,19 @@ def test_wrong_options_are_refused(arguments: list[str], message: str, capsys: p
     assert message in capsys.readouterr().err
 
 
+@pytest.mark.parametrize(("local_rank", "waits"), [("0", 0), ("1", 1)])
+def test_the_first_rank_of_a_machine_refuses_for_the_others(
+    local_rank: str, waits: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The others wait until torchrun ends them."""
+    waited: list[float] = []
+    monkeypatch.setenv("LOCAL_RANK", local_rank)
+    monkeypatch.setattr("time.sleep", waited.append)
+    with pytest.raises(SystemExit):
+        parse_options(["--rows", "3"])
+    assert len(waited) == waits
+
+
 def test_more_ranks_than_gpus_are_refused(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
     assert parse_options(["--device", "cuda"]).device == "cuda"

@@ -3,12 +3,18 @@
 from __future__ import annotations
 
 import itertools
+from typing import Any
 
 import pytest
 
 from tests.support.pairwise import pairwise
 
-OPTIONS = {"a": [0, 1, 2, 3], "b": ["w", "x", "y", "z"], "c": [False, True], "d": [None, 1.0, 2.0]}
+OPTIONS: dict[str, list[Any]] = {
+    "a": [0, 1, 2, 3],
+    "b": ["w", "x", "y", "z"],
+    "c": [False, True],
+    "d": [None, 1.0, 2.0],
+}
 
 
 def test_any_two_values_meet_in_few_rows() -> None:

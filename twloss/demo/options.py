@@ -15,7 +15,7 @@ import torch
 
 __all__ = ["Options", "parse_options", "refuse"]
 
-_FEW_SECONDS = 5.0
+_UNTIL_ENDED = 600.0  # seconds
 
 
 class Options(NamedTuple):
@@ -70,9 +70,9 @@ def parse_options(arguments: Sequence[str] | None = None) -> Options:
 
 def refuse(message: str) -> NoReturn:
     """Print one message to stderr and exit with status 2."""
-    if os.environ.get("RANK", "0") != "0":
-        # Rank 0 says the same. The first rank to leave makes torchrun end the others, so rank 0 has to be the first.
-        time.sleep(_FEW_SECONDS)
+    if os.environ.get("LOCAL_RANK", "0") != "0":
+        # The first rank of this machine says the same, however late it starts, and torchrun then ends the others.
+        time.sleep(_UNTIL_ENDED)
     sys.stderr.write(message)
     raise SystemExit(2)
 
