@@ -47,7 +47,8 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
         if tiers.is_property(item) and tiers.is_exhaustive():
             item.add_marker(tiers.EXHAUSTIVE)
-        seconds[item.path] += tiers.rough_seconds(item)
+        if tiers.is_asked_for(item):
+            seconds[item.path] += tiers.rough_seconds(item)
     items.sort(key=lambda item: -seconds[item.path])
 
 
@@ -75,7 +76,7 @@ def new_compiler() -> Iterator[None]:
 
 @pytest.fixture
 def inductor() -> Iterator[None]:
-    """Generated code, where other tests are content with what it is generated from."""
+    """Compile with inductor, where other tests stop at the graphs."""
     with compiler.inductor():
         yield
 

@@ -189,7 +189,6 @@ print("reloaded", len(names))
 """
 
 
-@pytest.mark.exhaustive
 def test_a_reload_leaves_losses_that_work() -> None:
     """Of the package, and of each module below it first."""
     modules = lists_of_the_map()[-1]

@@ -1,7 +1,7 @@
 """Generated code: the passes of ``fused=True`` and whole models, by the back end that torch.compile has by default.
 
-Elsewhere the tests compile with "aot_eager", see ``tests/support/compiler.py``. Here each option of a pass, each dtype
-and each number of ranks is generated at least once, with rows that are seen as fewer and with an odd number of them.
+Elsewhere the tests compile with "aot_eager", see ``tests/support/compiler.py``. Here code is generated for each option
+of a pass, each dtype and each number of ranks, for even and odd numbers of rows, and for extreme values.
 """
 
 from __future__ import annotations
@@ -19,13 +19,18 @@ from torch import Tensor, nn
 
 from benchmarks.counts import peak_bytes
 from tests.laws import test_laws as laws
+from tests.losses import test_fused as fused
+from tests.losses import test_one_number as one_number
+from tests.support import reference
 from tests.support.cases import Settings, columns, random_rows, split
 from tests.support.compiler import by_inductor
-from tests.support.definition import expect_the_definition
+from tests.support.definition import columns_of, expect_the_definition
 from tests.support.laws import expect_exact_gradients, expect_split_invariance
 from tests.support.metrics import weights_of
 from tests.support.patience import SECONDS
+from tests.support.quality_batches import Rows, expected, recent
 from tests.support.rank_pool import RankPool
+from tests.support.results import assert_close, numbers
 from twloss import MultiTaskLoss, RankingQuality
 
 pytestmark = pytest.mark.usefixtures("new_compiler", "inductor")
@@ -73,6 +78,43 @@ def test_every_other_pass_does_too(case: Settings, rows: int, dtype: torch.dtype
     expect_the_definition(case, rows, dtype, **options)
 
 
+def expect_one_number(pos_weight: float | None, dtype: torch.dtype) -> None:
+    one_number.test_the_loss_of_a_row_is_that_of_the_definition(one_number.fused, pos_weight, dtype)
+    one_number.test_the_derivative_by_a_logit_is_that_of_the_definition(one_number.fused, pos_weight, dtype)
+    one_number.test_nan_stays_nan(one_number.fused, pos_weight, dtype)
+
+
+def test_extreme_logits_and_nan_give_the_one_number() -> None:
+    expect_one_number(None, torch.float32)
+
+
+@pytest.mark.exhaustive
+@pytest.mark.parametrize(("pos_weight", "dtype"), [(3.0, torch.float32), (None, torch.float64), (3.0, torch.float64)])
+def test_extreme_logits_and_nan_give_the_one_number_everywhere(pos_weight: float | None, dtype: torch.dtype) -> None:
+    expect_one_number(pos_weight, dtype)
+
+
+@pytest.mark.exhaustive
+@pytest.mark.parametrize("label_dtype", [torch.bool, torch.int64])
+def test_rows_of_weight_0_may_be_nan_and_labels_of_another_dtype(label_dtype: torch.dtype) -> None:
+    logits, labels = torch.randn(33, 3), torch.randint(0, 2, (33, 3)).to(label_dtype)
+    weights = torch.rand(33, 3) * (torch.rand(33, 3) < 0.7)
+    logits[weights == 0] = float("nan")
+    logits.requires_grad_()
+    result = PLAIN.loss()(logits, labels, weights)
+    columns = columns_of(PLAIN, Rows(logits.detach(), labels, weights))
+    assert numbers(result) == pytest.approx(reference.losses(columns, PLAIN.rule()), rel=1e-6)
+    (gradient,) = torch.autograd.grad(result["loss"], logits)
+    assert (gradient[weights == 0] == 0).all()
+    assert gradient.isfinite().all()
+
+
+@pytest.mark.exhaustive
+def test_binary_tasks_among_others_and_one_task_of_any_shape() -> None:
+    fused.test_of_mixed_types_the_binary_tasks_are_fused()
+    fused.test_one_task_of_any_shape()
+
+
 def expect_both_laws(ranks: RankPool, sizes: list[list[int]]) -> None:
     case = Settings(3, "mean", "sum", [0.5, 27.3, 4.0], fused=True)
     rows = random_rows(case, sum(map(sum, sizes)), 0, weighted=True)
@@ -117,18 +159,18 @@ def model_batch() -> tuple[Tensor, Tensor, Tensor]:
     return features, labels.round(), weights
 
 
-def test_a_compiled_model_gives_the_numbers_of_eager() -> None:
+def test_a_compiled_model_gives_the_losses_of_eager_and_the_quality_of_the_oracle() -> None:
     model, twin = Model(), Model()
-    compiled = torch.compile(model, fullgraph=True)
+    compiled, rows = torch.compile(model, fullgraph=True), []
     for _ in range(3):
         inputs = model_batch()
         compiled(*inputs).backward()
         twin(*inputs).backward()
-    for ours, theirs in (
-        (model.loss.train_metric, twin.loss.train_metric),
-        (model.loss.train_quality, twin.loss.train_quality),
-    ):
-        torch.testing.assert_close(ours.compute(), theirs.compute(), rtol=1e-12, atol=0)
+        rows.append(Rows(twin.heads(inputs[0]).detach(), *inputs[1:]))
+    quality = numbers(model.loss.train_quality.compute())
+    assert_close(recent(quality, window=False), expected(rows, TASKS), 1e-11)
+    assert_close(recent(quality, window=True), expected(rows[-2:], TASKS), 1e-11)
+    torch.testing.assert_close(model.loss.train_metric.compute(), twin.loss.train_metric.compute(), rtol=1e-12, atol=0)
     for mine, other in zip(model.parameters(), twin.parameters()):
         torch.testing.assert_close(mine.grad, other.grad, rtol=1e-12, atol=1e-15)
 

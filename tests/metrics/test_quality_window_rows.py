@@ -57,7 +57,7 @@ def test_where_updates_are_smaller_than_a_thousandth_it_ends_within_a_thousandth
     """By weight, which is the number of rows: the window, give or take a thousandth of it and one update."""
     assert windowed(rows).totals.shape[1] == 1 + PLACES
     metric, largest, seen = windowed(rows), 3, 0
-    for batch in uneven(60, largest) * (rows // 80):
+    for batch in uneven(60, largest) * (rows // 40):
         metric.update(*batch)
         seen += len(batch.labels)
         if seen % 50 == 0 and len(batch.labels):

@@ -19,8 +19,6 @@ import pytest
 import twloss
 from tests.support.patience import SECONDS
 
-pytestmark = pytest.mark.exhaustive
-
 ROOT = Path(__file__).parents[2]
 # What the sdist has of the repository. The backend adds .gitignore, which tells it what to leave out, and PKG-INFO.
 SHIPPED_FOLDERS = (".ci", "twloss", "tests", "benchmarks", "docs", "examples")
@@ -91,11 +89,13 @@ def archives(tmp_path_factory: pytest.TempPathFactory) -> Archives:
     return Archives(tmp_path_factory.mktemp("packaging"))
 
 
+@pytest.mark.exhaustive
 def test_the_names_have_the_version(archives: Archives) -> None:
     assert archives.sdist_name == f"twloss-{twloss.__version__}.tar.gz"
     assert archives.wheel_name == f"twloss-{twloss.__version__}-py3-none-any.whl"
 
 
+@pytest.mark.exhaustive
 def test_the_wheel_is_the_package_and_its_metadata(archives: Archives) -> None:
     package = {name for name in archives.source if name.startswith("twloss/")}
     assert {Path(name).suffix for name in package} == {".py", ".typed"}
@@ -106,6 +106,7 @@ def test_the_wheel_is_the_package_and_its_metadata(archives: Archives) -> None:
     assert archives.wheel[f"{about}/licenses/LICENSE"] == (archives.clone / "LICENSE").read_bytes()
 
 
+@pytest.mark.exhaustive
 def test_the_sdist_is_what_git_has_of_the_shipped_folders(archives: Archives) -> None:
     shipped = {name for name in archives.source if name in SHIPPED_FILES or name.partition("/")[0] in SHIPPED_FOLDERS}
     assert {name.partition("/")[0] for name in shipped} == {*SHIPPED_FILES, *SHIPPED_FOLDERS}
@@ -115,6 +116,7 @@ def test_the_sdist_is_what_git_has_of_the_shipped_folders(archives: Archives) ->
         assert archives.sdist[prefix + name] == (archives.clone / name).read_bytes()
 
 
+@pytest.mark.exhaustive
 def test_the_wheel_from_the_sdist_has_the_files_of_the_repository(archives: Archives) -> None:
     """``python -m build`` makes the wheel from the sdist."""
     for name in archives.source:
@@ -122,6 +124,7 @@ def test_the_wheel_from_the_sdist_has_the_files_of_the_repository(archives: Arch
             assert archives.wheel[name] == (archives.clone / name).read_bytes()
 
 
+@pytest.mark.exhaustive
 def test_the_metadata(archives: Archives) -> None:
     metadata = email.message_from_bytes(archives.wheel[f"twloss-{twloss.__version__}.dist-info/METADATA"])
     assert metadata["Name"] == "twloss"

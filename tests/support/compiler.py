@@ -2,7 +2,7 @@
 
 What a compiled pass means does not depend on who generates its code. "aot_eager" traces the same graphs, forward and
 backward, and runs them by torch's own kernels: half a second a graph, where inductor takes three to ten. The tests of
-``tests/losses/test_inductor.py``, and the others that ask for the fixture ``inductor``, have the code itself generated.
+``tests/losses/test_inductor.py`` have the code itself generated, by the fixture ``inductor``.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ def use(backend: str) -> None:
 
 @contextmanager
 def inductor() -> Iterator[None]:
-    """Within it code is generated, also of passes that were compiled without before."""
+    """Inside this context passes are compiled by inductor, also those that aot_eager has compiled before."""
     _bce._compiled.cache_clear()
     use(INDUCTOR)
     try:

@@ -45,8 +45,10 @@ def expect_the_definition(
         expect_gradients(gradient, reference.gradients(columns, case.rule()), tolerance)
     if options.get("quality"):
         quality = loss.train_quality if training else loss.eval_quality
-        seen = quality_batches.expected([batch], case.names(), case.ignore_index)
-        assert_close(quality_batches.recent(numbers(quality.compute()), window=False), seen, 10 * tolerance)
+        seen, computed = quality_batches.expected([batch], case.names(), case.ignore_index), numbers(quality.compute())
+        assert_close(quality_batches.recent(computed, window=False), seen, 10 * tolerance)
+        if quality.window or quality.window_rows:
+            assert_close(quality_batches.recent(computed, window=True), seen, 10 * tolerance)
 
 
 def columns_of(case: Settings, batch: quality_batches.Rows) -> dict[str, list[reference.Row]]:

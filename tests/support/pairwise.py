@@ -1,7 +1,7 @@
 """Tables in which any two values of two options meet, in place of a product in which all of them do.
 
-A product of four options with four values each is 256 tests, of which 16 have every pair. What three options do only
-together is for the property tests, whose settings are drawn at random.
+A product of four options with four values each is 256 tests, of which 16 have every pair. What three settings of a loss
+do only together is for the property tests, which draw them at random.
 """
 
 from __future__ import annotations
@@ -21,8 +21,8 @@ Pairs = set[tuple[tuple[int, int], ...]]
 def pairwise(**options: Sequence[Any] | Mapping[str, Any]) -> pytest.MarkDecorator:
     """Parametrise a test by these options, whose values may have names; ``eager_and_fused`` is one of the fixtures.
 
-    Row by row the table takes, of the whole product, what has most of the pairs that are still to be met, and of such
-    the one whose values it has least of.
+    Each row is the combination that covers most of the pairs not yet covered; of several, the one whose values were
+    used least.
     """
     values = [
         each if isinstance(each, Mapping) else {text_of(value): value for value in each} for each in options.values()

@@ -1,8 +1,7 @@
 """How long the tests wait for another process before they call that a failure.
 
 It only ends what hangs: far longer than anything takes, beside six busy programs on two cores too. What a test asserts
-of time is a ratio, a count or an order, never seconds. Whoever is to be seen running out of time gets a limit of its
-own, which no work has to be done within.
+of time is a ratio, a count or an order, never seconds. Only where a limit is to run out has a test one of its own.
 """
 
 from __future__ import annotations

@@ -28,7 +28,7 @@ from tests.support.patience import PATIENCE, SECONDS
 CONTEXT = mp.get_context("forkserver")
 
 eager_alone = pytest.mark.parametrize("eager_and_fused", [False], ids=["eager"], indirect=True)
-"""For tests on ranks in files of that fixture, which changes what this process does and not what ranks do."""
+"""For tests on ranks in files that use the fixture, which patches this process and not the ranks."""
 
 
 def preload_the_tests() -> None:
@@ -62,8 +62,9 @@ class RankPool:
         failures: dict[int, str] = {}
         waiting = dict(zip(self._connections, range(self.world_size)))
         while waiting:
-            # Longer than a collective waits, whose error says more.
-            ready = [each for each in wait(list(waiting), 2 * SECONDS) if isinstance(each, Connection)]
+            # Longer than a collective waits, whose error says more. After one failure the others may wait for ever.
+            limit = 10.0 if failures else 2 * SECONDS
+            ready = [each for each in wait(list(waiting), limit) if isinstance(each, Connection)]
             if not ready:
                 failures.update(dict.fromkeys(waiting.values(), "no answer"))
                 break

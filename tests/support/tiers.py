@@ -5,10 +5,21 @@ A property test belongs to both: a few examples in the first tier, and ten times
 
 from __future__ import annotations
 
+import re
+
 import hypothesis
 import pytest
 
-__all__ = ["EXHAUSTIVE", "choose_examples", "dozens", "is_exhaustive", "is_property", "rough_seconds"]
+__all__ = [
+    "EXHAUSTIVE",
+    "choose_examples",
+    "dozens",
+    "is_asked_for",
+    "is_exhaustive",
+    "is_property",
+    "rough_seconds",
+    "tier_of",
+]
 
 QUICK, EXHAUSTIVE = "quick", "exhaustive"
 EXAMPLES = {QUICK: 12, EXHAUSTIVE: 120}
@@ -37,8 +48,12 @@ for name, count in EXAMPLES.items():
 
 def choose_examples(config: pytest.Config) -> None:
     """Take as many as the tier has that is asked for; to be called before a test is imported."""
-    asked = EXHAUSTIVE in config.option.markexpr.replace(f"not {EXHAUSTIVE}", "")
-    hypothesis.settings.load_profile(EXHAUSTIVE if asked else QUICK)
+    hypothesis.settings.load_profile(tier_of(config.option.markexpr))
+
+
+def tier_of(expression: str) -> str:
+    """The tier that the option -m asks for."""
+    return EXHAUSTIVE if EXHAUSTIVE in re.sub(rf"\bnot\s+{EXHAUSTIVE}\b", "", expression) else QUICK
 
 
 def is_exhaustive() -> bool:
@@ -54,6 +69,11 @@ def dozens(count: int) -> hypothesis.settings:
 def is_property(item: pytest.Item) -> bool:
     """Whether hypothesis draws its examples."""
     return hypothesis.is_hypothesis_test(getattr(item, "obj", None))
+
+
+def is_asked_for(item: pytest.Item) -> bool:
+    """Whether a test is of the tier that is asked for."""
+    return is_exhaustive() == (item.get_closest_marker(EXHAUSTIVE) is not None)
 
 
 def rough_seconds(item: pytest.Item) -> float:
