@@ -41,13 +41,12 @@ def train(rank: int, case: Settings, steps: list[list[Rows]]) -> dict[str, float
 
 
 @pytest.mark.parametrize(
-    ("reduction", "fused", "world_size"),
+    ("reduction", "fused", "ranks"),
     [("mean", False, 2), ("mean", False, 3), ("max", False, 2), ("max", False, 3), ("mean", True, 2)],
+    indirect=["ranks"],
 )
-def test_sums_of_all_ranks_survive_ddp_with_uneven_batches(
-    two_ranks: RankPool, three_ranks: RankPool, reduction: str, fused: bool, world_size: int
-) -> None:
-    ranks, case = {2: two_ranks, 3: three_ranks}[world_size], Settings(global_reduction=reduction, fused=fused)
+def test_sums_of_all_ranks_survive_ddp_with_uneven_batches(ranks: RankPool, reduction: str, fused: bool) -> None:
+    case = Settings(global_reduction=reduction, fused=fused)
     steps = uneven_steps(case, ranks.world_size)
     results = ranks.run(train, case, steps)
     everything = {"train": joined([part for parts in steps for part in parts]), "eval": joined(steps[0])}

@@ -76,17 +76,15 @@ def wrapped_step(rank: int, case: Settings, parts: list[Rows], wrap: str) -> tup
 
 
 @pytest.mark.parametrize(
-    ("wrap", "reduction", "world_size"),
+    ("wrap", "reduction", "ranks"),
     [
         *[("compile", "mean", 2), ("compile", "max", 2), ("compile", "norm", 3)],
         *[("fsdp2", "mean", 2), ("fsdp2", "max", 2), ("fsdp2", "norm", 3)],
         *[("bucket views", "mean", 2), ("bucket views", "max", 3), ("bucket views", "norm", 3)],
     ],
+    indirect=["ranks"],
 )
-def test_however_the_model_is_wrapped(
-    two_ranks: RankPool, three_ranks: RankPool, wrap: str, reduction: str, world_size: int
-) -> None:
-    ranks = two_ranks if world_size == 2 else three_ranks
+def test_however_the_model_is_wrapped(ranks: RankPool, wrap: str, reduction: str) -> None:
     case = Settings(3, "mean", reduction, (0.5, 27.3, 4.0))
     parts = case_parts(case, ranks.world_size, weighted=True)
     expect_at_most(errors_of(case, parts, ranks.run(wrapped_step, case, parts, wrap)), FLOAT64)

@@ -6,6 +6,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import pytest
@@ -51,15 +53,31 @@ SIZES = [[16, 5], [1, 0], [32, 32]]
 """By step, by rank: an even number of rows, an odd one, one row and none."""
 
 
+def expect_both_laws(
+    options: Settings,
+    sizes: list[list[int]],
+    run_ranks: Callable[..., list[dict[str, Any]]],
+    *,
+    weighted: bool = True,
+    global_batch: bool = True,
+) -> None:
+    """Of random rows, in parts of these sizes by step and rank."""
+    rows = random_rows(options, sum(map(sum, sizes)), 0, weighted=weighted)
+    steps = split(rows, sizes)
+    results = run_ranks(options, steps, global_batch)
+    expect_split_invariance(options, columns(options, rows), results)
+    expect_exact_gradients(options, by_step(options, steps), results)
+
+
 @pytest.mark.parametrize("options", FUSED, ids=str)
 @pytest.mark.parametrize("is_alone", [True, False])
 def test_both_laws_with_a_fused_pass(two_ranks: RankPool, options: Settings, is_alone: bool) -> None:
-    sizes = [step[:1] if is_alone else step for step in SIZES]
-    rows = random_rows(options, sum(map(sum, sizes)), 0, weighted=options.mean_over == "weights")
-    arguments = (options, split(rows, sizes), not is_alone)
-    results = [run(0, *arguments)] if is_alone else two_ranks.run(run, *arguments)
-    expect_split_invariance(options, columns(options, rows), results)
-    expect_exact_gradients(options, by_step(options, arguments[1]), results)
+    weighted = options.mean_over == "weights"
+    if is_alone:
+        alone = [step[:1] for step in SIZES]
+        expect_both_laws(options, alone, lambda *args: [run(0, *args)], weighted=weighted, global_batch=False)
+    else:
+        expect_both_laws(options, SIZES, partial(two_ranks.run, run), weighted=weighted)
 
 
 @given(data=st.data())

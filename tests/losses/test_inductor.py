@@ -10,6 +10,7 @@ import os
 import subprocess
 import sys
 import warnings
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -22,10 +23,9 @@ from tests.laws import test_laws as laws
 from tests.losses import test_fused as fused
 from tests.losses import test_one_number as one_number
 from tests.support import reference
-from tests.support.cases import Settings, columns, random_rows, split
+from tests.support.cases import Settings
 from tests.support.compiler import by_inductor
-from tests.support.definition import columns_of, expect_the_definition
-from tests.support.laws import expect_exact_gradients, expect_split_invariance
+from tests.support.definition import columns_of_batch, expect_the_definition
 from tests.support.metrics import weights_of
 from tests.support.patience import SECONDS
 from tests.support.quality_batches import Rows, expected, recent
@@ -102,7 +102,7 @@ def test_rows_of_weight_0_may_be_nan_and_labels_of_another_dtype(label_dtype: to
     logits[weights == 0] = float("nan")
     logits.requires_grad_()
     result = PLAIN.loss()(logits, labels, weights)
-    columns = columns_of(PLAIN, Rows(logits.detach(), labels, weights))
+    columns = columns_of_batch(PLAIN, Rows(logits.detach(), labels, weights))
     assert numbers(result) == pytest.approx(reference.losses(columns, PLAIN.rule()), rel=1e-6)
     (gradient,) = torch.autograd.grad(result["loss"], logits)
     assert (gradient[weights == 0] == 0).all()
@@ -115,23 +115,17 @@ def test_binary_tasks_among_others_and_one_task_of_any_shape() -> None:
     fused.test_one_task_of_any_shape()
 
 
-def expect_both_laws(ranks: RankPool, sizes: list[list[int]]) -> None:
-    case = Settings(3, "mean", "sum", [0.5, 27.3, 4.0], fused=True)
-    rows = random_rows(case, sum(map(sum, sizes)), 0, weighted=True)
-    steps = split(rows, sizes)
-    results = ranks.run(by_inductor, laws.run, case, steps, True)
-    expect_split_invariance(case, columns(case, rows), results)
-    expect_exact_gradients(case, laws.by_step(case, steps), results)
+LAWS = Settings(3, "mean", "sum", [0.5, 27.3, 4.0], fused=True)
 
 
 @pytest.mark.exhaustive
 def test_both_laws_on_two_ranks(two_ranks: RankPool) -> None:
-    expect_both_laws(two_ranks, [[16, 5], [32, 1], [8, 0]])
+    laws.expect_both_laws(LAWS, [[16, 5], [32, 1], [8, 0]], partial(two_ranks.run, by_inductor, laws.run))
 
 
 @pytest.mark.exhaustive
 def test_both_laws_on_three_ranks(three_ranks: RankPool) -> None:
-    expect_both_laws(three_ranks, [[16, 5, 0], [0, 32, 1]])
+    laws.expect_both_laws(LAWS, [[16, 5, 0], [0, 32, 1]], partial(three_ranks.run, by_inductor, laws.run))
 
 
 # Whole models.

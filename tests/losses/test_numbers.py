@@ -73,6 +73,7 @@ def assert_close(actual: Tensor, expected: Tensor, rtol: float) -> None:
 
 
 @pairwise(
+    "eager_and_fused",
     dtype=list(RTOL),
     pos_weights=POS_WEIGHTS,
     label_dtype=[torch.bool, torch.int64, torch.float32, torch.float64],

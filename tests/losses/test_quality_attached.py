@@ -36,6 +36,7 @@ OPTIONS: dict[str, dict[str, Any]] = {
 
 
 @pairwise(
+    "eager_and_fused",
     options=OPTIONS,
     weighted={"": False, "weighted": True},
     window={"": None, "window": 3},

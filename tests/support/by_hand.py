@@ -110,7 +110,7 @@ def columns_of(
     for t, (task, positive) in enumerate(zip(tasks, pos_weights)):
         result[task] = []
         for n, (x, y) in enumerate(zip(logits, labels)):
-            valid = missing is None or y[t] != missing
+            valid = not reference.is_missing(y[t], missing)
             loss = reference.bce_with_logits(x[t], y[t], positive) if valid else math.nan
             slope = reference.bce_slope(x[t], y[t], positive) if valid else math.nan
             result[task].append(reference.Row(loss, slope, 1.0 if weights is None else weights[n][t], valid))

@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from tests.support import reference
+from tests.support.by_hand import columns_of
 from twloss import MultiTaskLoss
 
 FEATURES = 3
@@ -145,19 +146,11 @@ def columns(settings: Settings, rows: Rows) -> dict[str, list[reference.Row]]:
     """The oracle's view of rows that a ``Ranker`` has seen: logits by Python floats too."""
     heads = Ranker(settings.loss(), settings.tasks).heads
     matrix, bias = heads.weight.tolist(), heads.bias.tolist()
-    result: dict[str, list[reference.Row]] = {}
-    for t, name in enumerate(settings.names()):
-        positive = 1.0 if settings.pos_weights is None else settings.pos_weights[t]
-        result[name] = []
-        for n, x in enumerate(rows.features.tolist()):
-            logit = math.fsum([bias[t], *(a * b for a, b in zip(matrix[t], x))])
-            label = rows.labels[n, t].item()
-            valid = not is_missing(label, settings.ignore_index)
-            weight = 1.0 if rows.weights is None else rows.weights[n, t].item()
-            loss = reference.bce_with_logits(logit, label, positive) if valid else math.nan
-            slope = reference.bce_slope(logit, label, positive) if valid else math.nan
-            result[name].append(reference.Row(loss, slope, weight, valid))
-    return result
+    features = rows.features.tolist()
+    logits = [[math.fsum([b, *(a * f for a, f in zip(line, x))]) for line, b in zip(matrix, bias)] for x in features]
+    weights = None if rows.weights is None else rows.weights.tolist()
+    positive = settings.pos_weights or [1.0] * settings.tasks
+    return columns_of(logits, rows.labels.tolist(), weights, settings.names(), settings.ignore_index, positive)
 
 
 def parameter_gradients(
@@ -171,13 +164,6 @@ def parameter_gradients(
         [math.fsum(g * x[f] for g, x in zip(grads, features)) for f in range(FEATURES)] for grads in slopes.values()
     ]
     return matrix, [math.fsum(grads) for grads in slopes.values()]
-
-
-def is_missing(label: float, ignore_index: float | None) -> bool:
-    """Whether a label is the one that says so."""
-    if ignore_index is None:
-        return False
-    return math.isnan(label) if math.isnan(ignore_index) else label == ignore_index
 
 
 def random_rows(settings: Settings, rows: int, seed: int, *, weighted: bool) -> Rows:

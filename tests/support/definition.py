@@ -8,11 +8,11 @@ import pytest
 import torch
 from torch import Tensor
 
-from tests.support import quality_batches, reference
-from tests.support.cases import Settings, is_missing
+from tests.support import by_hand, quality_batches, reference
+from tests.support.cases import Settings
 from tests.support.results import assert_close, numbers
 
-__all__ = ["LOSS_TOLERANCE", "expect_the_definition"]
+__all__ = ["LOSS_TOLERANCE", "columns_of_batch", "expect_the_definition"]
 
 LOSS_TOLERANCE = {torch.bfloat16: 1e-6, torch.float32: 1e-6, torch.float64: 1e-12}
 """Half precision is computed in float32."""
@@ -35,7 +35,7 @@ def expect_the_definition(
     logits = batch.logits.requires_grad_(training)
     with torch.set_grad_enabled(training):
         result = loss(logits, *batch[1:])
-    columns, tolerance = columns_of(case, batch), LOSS_TOLERANCE[dtype]
+    columns, tolerance = columns_of_batch(case, batch), LOSS_TOLERANCE[dtype]
     expected = reference.losses(columns, case.rule())
     metric = loss.train_metric if training else loss.eval_metric
     for found in (result, metric.compute()):
@@ -51,19 +51,13 @@ def expect_the_definition(
             assert_close(quality_batches.recent(computed, window=True), seen, 10 * tolerance)
 
 
-def columns_of(case: Settings, batch: quality_batches.Rows) -> dict[str, list[reference.Row]]:
+def columns_of_batch(case: Settings, batch: quality_batches.Rows) -> by_hand.Columns:
     """The oracle's view of the batch."""
-    factors = case.pos_weights or [1.0] * case.tasks
-    weights = torch.ones_like(batch.labels) if batch.weights is None else batch.weights
-    return {
-        task: [
-            reference.Row(reference.bce_with_logits(x, y, p), reference.bce_slope(x, y, p), w)
-            if not is_missing(y, case.ignore_index)
-            else reference.Row(0.0, 0.0, w, valid=False)
-            for x, y, w in zip(*(part[:, t].tolist() for part in (batch.logits, batch.labels, weights)))
-        ]
-        for t, (task, p) in enumerate(zip(case.names(), factors))
-    }
+    weights = None if batch.weights is None else batch.weights.tolist()
+    positive = case.pos_weights or [1.0] * case.tasks
+    return by_hand.columns_of(
+        batch.logits.tolist(), batch.labels.tolist(), weights, case.names(), case.ignore_index, positive
+    )
 
 
 def expect_gradients(gradient: Tensor, expected: dict[str, list[float]], tolerance: float) -> None:

@@ -7,10 +7,11 @@ import os
 import runpy
 import subprocess
 import sys
-from collections.abc import Iterator
-from contextlib import contextmanager, redirect_stdout, suppress
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, redirect_stderr, redirect_stdout, suppress
 from unittest import mock
 
+import pytest
 import torch.distributed as dist
 
 from tests.support.patience import SECONDS
@@ -27,6 +28,20 @@ def script(world_size: int, path: str, *arguments: str) -> dict[str, float]:
     with mock.patch.object(sys, "argv", [path, *arguments]), redirect_stdout(output):
         runpy.run_path(path, run_name="__main__")
     return numbers_in(output.getvalue())
+
+
+def refused(main: Callable[[], int], *arguments: str) -> str:
+    """What a program with these arguments says on stderr, and nothing elsewhere, before it leaves with status 2."""
+    output, errors = io.StringIO(), io.StringIO()
+    with (
+        mock.patch.object(sys, "argv", ["program", *arguments]),
+        redirect_stdout(output),
+        redirect_stderr(errors),
+        pytest.raises(SystemExit) as refusal,
+    ):
+        main()
+    assert (refusal.value.code, output.getvalue()) == (2, "")
+    return errors.getvalue()
 
 
 def command(*words: str) -> dict[str, float]:

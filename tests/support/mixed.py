@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from tests.support import reference
-from tests.support.cases import FEATURES, REDUCTIONS, Arguments, is_missing, numbers
+from tests.support.cases import FEATURES, REDUCTIONS, Arguments, numbers
 
 CLASSES = {"binary": 1, "squared": 1, "three classes": 3, "five classes": 5}
 
@@ -163,7 +163,7 @@ def _rows(case: Mixed, batch: Batch) -> dict[str, list[tuple[reference.Row, list
             label = part.labels[n].item()
             weight = 1.0 if part.weights is None else part.weights[n].item()
             missing = (case.ignore_index or {}).get(task)
-            if is_missing(label, missing):
+            if reference.is_missing(label, missing):
                 result[task].append((reference.Row(math.nan, 1.0, weight, valid=False), [0.0] * len(outputs)))
                 continue
             loss, slopes = _row_loss(kind, outputs, label, (case.pos_weights or {}).get(task, 1.0))

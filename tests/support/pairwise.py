@@ -18,8 +18,8 @@ __all__ = ["pairwise"]
 Pairs = set[tuple[tuple[int, int], ...]]
 
 
-def pairwise(**options: Sequence[Any] | Mapping[str, Any]) -> pytest.MarkDecorator:
-    """Parametrise a test by these options, whose values may have names; ``eager_and_fused`` is one of the fixtures.
+def pairwise(*fixtures: str, **options: Sequence[Any] | Mapping[str, Any]) -> pytest.MarkDecorator:
+    """Parametrise a test by these options, whose values may have names; some may be fixtures, which take the value.
 
     Each row is the combination that covers most of the pairs not yet covered; of several, the one whose values were
     used least.
@@ -38,7 +38,6 @@ def pairwise(**options: Sequence[Any] | Mapping[str, Any]) -> pytest.MarkDecorat
         chosen = [names[option][place] for option, place in enumerate(row)]
         parameters = [each[name] for each, name in zip(values, chosen)]
         table.append(pytest.param(*parameters, id="-".join(filter(None, chosen))))
-    fixtures = [name for name in options if name == "eager_and_fused"]
     return pytest.mark.parametrize(tuple(options), table, indirect=fixtures)
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -11,6 +10,7 @@ from torch import Tensor
 
 from tests.support import quality_reference
 from tests.support.quality_reference import Impression
+from tests.support.reference import is_missing
 from tests.support.results import numbers
 from twloss import Loss, MultiTaskLoss, RankingQuality
 
@@ -59,12 +59,8 @@ def columns(
         weights = torch.ones(batch.labels.shape) if batch.weights is None else batch.weights
         parts = [p.detach().double().reshape(-1, len(tasks)).T.tolist() for p in (batch.logits, batch.labels, weights)]
         for task, x, y, w in zip(tasks, *parts):
-            rows[task] += [row for row in zip(x, y, w) if not _is_missing(row[1], missing)]
+            rows[task] += [row for row in zip(x, y, w) if not is_missing(row[1], missing)]
     return rows
-
-
-def _is_missing(label: float, missing: float | None) -> bool:
-    return missing is not None and (label == missing or (math.isnan(label) and math.isnan(missing)))
 
 
 def expected(batches: Iterable[Rows], tasks: Sequence[str] = TASKS, missing: float | None = None) -> dict[str, float]:

@@ -38,6 +38,13 @@ def sigmoid(z: float) -> float:
     return 1.0 / (1.0 + math.exp(-z)) if z >= 0 else math.exp(z) / (1.0 + math.exp(z))
 
 
+def is_missing(label: float, ignore_index: float | None) -> bool:
+    """Whether a label is the one that says so."""
+    if ignore_index is None:
+        return False
+    return math.isnan(label) if math.isnan(ignore_index) else label == ignore_index
+
+
 @dataclass(frozen=True)
 class Row:
     """One row of one task."""
