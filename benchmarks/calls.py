@@ -1,6 +1,6 @@
 """calls: how far one call wanders through the package, counted by ``sys.setprofile`` after a first, uncounted call.
 
-A call is an event "call" of a frame whose code lies in ``twloss/*.py``, subpackages left out: functions, methods and
+A call is an event "call" of a frame whose code lies in ``twloss``, the demo left out: functions, methods and
 properties, and also comprehensions, and generators each time that they are entered again, so that a generator
 expression over the tasks counts once a task and once more for its end. That is why the number of tasks is fixed here,
 and why Python from 3.12 on, which runs list, set and dict comprehensions without a frame, counts fewer. Returns don't
@@ -29,10 +29,10 @@ from benchmarks.workload import Setting, make_loss, make_workload
 __all__ = ["calls"]
 
 PACKAGE = Path(twloss.__file__).parent
+DEMO = PACKAGE / "demo"
 ROWS, TASKS = 256, 3
 FORWARD, FUSED, QUALITY, COMPUTE = "forward", "forward, fused", "forward, quality=True", "compute() of train_metric"
 GOALS = {FORWARD: (40, 10, 21), FUSED: (32, 9, 17), QUALITY: (66, 11, 30), COMPUTE: (23, 6, 12)}
-LINES_GOAL = at_most(4500)
 
 
 class Call(NamedTuple):
@@ -45,15 +45,13 @@ class Call(NamedTuple):
 
 
 def calls(setting: Setting) -> Iterator[Row]:
-    """The package's own Python calls in one call of it, their files and changes of file; the package's lines."""
+    """The package's own Python calls in one call of it, their files and changes of file."""
     for name, call in _cases(setting.device).items():
         trace = trace_calls(call)
         files = [made.file for made in trace]
         counts = len(trace), len(set(files)), sum(before != after for before, after in pairwise(files))
         for unit, count, bound in zip(("calls", "files", "changes of file"), counts, GOALS[name]):
             yield counted(f"{TASKS} tasks, weights, pos_weights, {name}", unit, count, at_most(bound))
-    lines = sum(len(path.read_text(encoding="utf-8").splitlines()) for path in PACKAGE.glob("*.py"))
-    yield counted("twloss/*.py", "lines", lines, LINES_GOAL)
 
 
 def trace_calls(call: Callable[[], object]) -> list[Call]:
@@ -64,10 +62,10 @@ def trace_calls(call: Callable[[], object]) -> list[Call]:
     def note(frame: FrameType, event: str, _: Any) -> None:
         nonlocal depth
         path = Path(frame.f_code.co_filename)
-        if path.parent != PACKAGE:
+        if PACKAGE not in path.parents or DEMO in path.parents:
             return
         if event == "call":
-            trace.append(Call(depth, path.name, frame.f_code.co_name))
+            trace.append(Call(depth, path.relative_to(PACKAGE).as_posix(), frame.f_code.co_name))
             depth += 1
         elif event == "return":  # after an exception and at a generator's yield too
             depth -= 1

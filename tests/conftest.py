@@ -16,8 +16,9 @@ import torch
 from tests.support import compiler, tiers
 from tests.support.progress import Progress
 from tests.support.rank_pool import RankPool
-from twloss import _bce, _losses
-from twloss._bce import Sums
+from twloss import _losses
+from twloss._rows import row_pass
+from twloss._rows.row_pass import Sums
 
 
 def pytest_configure(config: pytest.Config) -> None:
@@ -86,7 +87,7 @@ def eager_and_fused(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPa
     """Once as it is, and once with ``fused=True`` in every loss that can have it."""
     if not request.param:
         return
-    original = _bce.sum_bce
+    original = row_pass.sum_bce
 
     def sum_bce(*args: Any, **kwargs: Any) -> Sums:
         return original(*args, **{**kwargs, "fused": True})

@@ -2,49 +2,52 @@
 
 A batch takes this way::
 
-    _losses.py         forward, from top to bottom; what it gives is trained on
-    _type_groups.py    the tasks of each loss type, where they differ                      and their sums, joined
-    _batch.py          tensors or mappings -> one aligned Batch                            (rows, tasks)
-    _columns.py        mappings task -> tensor, stacked                                    (rows, tasks)
-    _bce.py            binary cross-entropy: all of the next three in one function          (tasks,)
-    _row_sums.py       Σ w·l over the rows -> TaskSums                                     (tasks,)
-    _loss_type.py      the formula of each loss, unreduced                                 (rows, tasks)
-    _ranks.py          TaskSums of all ranks, with their gradient                          (tasks,)
-    _reduction.py      TaskSums -> {"loss/<task>": …, "loss": …}
-    _metric.py         the batch's sums, detached -> added to those of all steps           (2, 1 + places, sums, tasks)
-    _accumulator.py    the number format of those
-    _global_loss.py    compute(): the sums of all steps and ranks -> _reduction.py
+    _losses.py                  forward, from top to bottom; it returns what is trained on
+    _rows/batch.py              tensors or mappings -> one aligned Batch                            (rows, tasks)
+    _rows/mappings.py           mappings task -> tensor, stacked                                    (rows, tasks)
+    _rows/row_pass.py           binary cross-entropy: the next three in one function                (tasks,)
+    _rows/row_sums.py           Σ w·l over the rows -> TaskSums                                     (tasks,)
+    _rows/row_loss.py           the formula of each loss, unreduced                                 (rows, tasks)
+    _sums/ranks.py              TaskSums of all ranks, with their gradient                          (tasks,)
+    _sums/reduction.py          TaskSums -> {"loss/<task>": …, "loss": …}
+    _metrics/task_metric.py     the batch's sums, detached -> added to those of all steps   (2, 1 + places, sums, tasks)
+    _sums/running_sums.py       the number format of those
+    _metrics/global_loss.py     compute(): the sums of all steps and ranks -> _sums/reduction.py
 
 Each file imports only what stands above it::
 
-    _torch.py          every private name of torch and torchmetrics in use
-    _accumulator.py
-    _arguments.py      constructor arguments, checked
-    _columns.py
-    _loss_type.py
-    _batch.py
-    _row_sums.py
-    _ranks.py
-    _reduction.py
-    _checkpoint.py     running sums in a state_dict, of one rank or of all
-    _pending.py        a result that is under way
-    _scalar_view.py    one key of a metric as a metric
-    _metric.py
-    _global_loss.py
-    _ranking_quality.py  RankingQuality: normalised entropy and calibration of all rows of all steps and ranks
-    _bce.py
-    _type_groups.py
+    _torch.py                   every private name of torch and torchmetrics in use
+    _precision.py               the dtype of a sum
+    _arguments.py               checks of arguments
+    _constants.py               numbers of each task, as tensors
+    _sums/sums.py
+    _sums/pending.py            a result that is under way
+    _sums/running_sums.py
+    _sums/ranks.py
+    _sums/reduction.py
+    _rows/mappings.py
+    _rows/row_loss.py
+    _rows/batch.py
+    _rows/row_sums.py
+    _rows/row_pass.py
+    _rows/task_group.py         the tasks of each loss type, where they differ
+    _metrics/checkpoint.py      running sums in a state_dict, of one rank or of all
+    _metrics/scalar_view.py     one key of a metric as a metric
+    _metrics/task_metric.py
+    _metrics/global_loss.py
+    _metrics/ranking_quality.py RankingQuality: normalised entropy and calibration of all rows of all steps and ranks
+    _fx.py                      a loss in a graph of torch.fx
     _losses.py
-    _the_algorithm_ml.py  the signatures of the-algorithm-ml
+    _the_algorithm_ml.py        the signatures of the-algorithm-ml
 """
 
-from twloss._checkpoint import global_sums
-from twloss._global_loss import GlobalLoss
-from twloss._loss_type import LossType
 from twloss._losses import Loss, MultiTaskLoss
-from twloss._pending import PendingResult
-from twloss._ranking_quality import RankingQuality
-from twloss._scalar_view import ScalarView
+from twloss._metrics.checkpoint import global_sums
+from twloss._metrics.global_loss import GlobalLoss
+from twloss._metrics.ranking_quality import RankingQuality
+from twloss._metrics.scalar_view import ScalarView
+from twloss._rows.row_loss import LossType
+from twloss._sums.pending import PendingResult
 from twloss._the_algorithm_ml import build_loss, build_multi_task_loss, get_global_loss_detached
 
 __all__ = [

@@ -18,9 +18,6 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from twloss._accumulator import sum_dtype
-from twloss._torch import plain_tensors, tensor_of
-
 PerTask = float | Sequence[float] | Mapping[str, float] | Tensor
 IgnoreIndex = float | Mapping[str, float] | None
 
@@ -128,60 +125,6 @@ def per_task_numbers(name: str, values: PerTask | None, tasks: Sequence[str]) ->
             f"{name}: got {len(numbers)} values, expected {len(tasks)}, one for each of {list_some(list(tasks))}"
         )
     return tuple(float(check_number(name, number)) for number in numbers)
-
-
-class TaskConstants:
-    """Numbers of each task ``(tasks,)``, as tensors of a device in the dtypes that are computed in; or None.
-
-    They are no registered buffers: with one, DDP would broadcast buffers at every forward. No cast and no meta device
-    can harm the Python numbers that the tensors are made of.
-
-    Args:
-        numbers: one a task, or None.
-        compiled_default: what stands for None in compiled code, where numbers that are set later would have it compiled
-            again.
-        dtype: of the tensors; None: that which is asked for.
-    """
-
-    def __init__(
-        self,
-        numbers: tuple[float, ...] | None,
-        compiled_default: tuple[float, ...] | None = None,
-        dtype: torch.dtype | None = None,
-    ) -> None:
-        self.numbers = numbers
-        self._compiled_default = compiled_default
-        self.dtype = dtype
-        self.place(torch.get_default_device())
-
-    def place(self, device: torch.device) -> None:
-        """Have the tensors at hand: a compiled forward that had to make them would be compiled again."""
-        self._tensors: dict[tuple[torch.device, torch.dtype, int], Tensor] = {}
-        for dtype in {self.dtype or torch.float32, self.dtype or sum_dtype(device)}:
-            self._make((device, dtype, 1))
-
-    def set(self, numbers: tuple[float, ...] | None) -> None:
-        """Take other numbers, in new tensors: a backward pass may still need those that were."""
-        self.numbers = numbers
-        for key in self._tensors:
-            self._make(key)
-
-    def like(self, values: Tensor, repeats: int = 1) -> Tensor | None:
-        """The numbers on the device of values, and in their dtype, so many times over."""
-        # In this order: compiled code must not depend on whether numbers were set.
-        if (self._compiled_default is None or not torch.compiler.is_compiling()) and self.numbers is None:
-            return None
-        key = values.device, self.dtype or values.dtype, repeats
-        if key not in self._tensors:
-            self._make(key)
-        return self._tensors[key]
-
-    def _make(self, key: tuple[torch.device, torch.dtype, int]) -> None:
-        device, dtype, repeats = key
-        numbers = self._compiled_default if self.numbers is None else self.numbers
-        if numbers is not None:
-            with plain_tensors():
-                self._tensors[key] = tensor_of(numbers * repeats, dtype, device)
 
 
 def check_number(name: str, value: object) -> float:
@@ -302,6 +245,6 @@ def warn_local_normalizer() -> None:
 def _callers_level() -> int:
     """The stacklevel, for a warning of this file's, of the first frame outside of this package."""
     frame, level = sys._getframe(2), 2
-    while frame.f_back is not None and frame.f_globals.get("__package__") == __package__:
+    while frame.f_back is not None and f"{frame.f_globals.get('__package__')}.".startswith(f"{__package__}."):
         frame, level = frame.f_back, level + 1
     return level

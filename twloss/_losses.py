@@ -22,7 +22,6 @@ from twloss._arguments import (
     MeanOver,
     PerTask,
     RowReduction,
-    TaskConstants,
     check_choice,
     check_global_reduction,
     check_ignore_index,
@@ -34,17 +33,16 @@ from twloss._arguments import (
     warn_local_normalizer,
     warn_unless_mean,
 )
-from twloss._batch import align, find_proxy, record_call
-from twloss._bce import Pass, Sums, is_closed_form, sum_bce
-from twloss._columns import TaskTensors
-from twloss._global_loss import GlobalLoss
-from twloss._loss_type import LossType, loss_type_name
-from twloss._ranking_quality import RankingQuality, sum_quality
-from twloss._ranks import group_from_state, group_to_state, sum_over_ranks_with_gradient, world_size
-from twloss._reduction import GlobalReduction, Reduction
-from twloss._row_sums import TaskSums, sum_rows, sum_weights
-from twloss._torch import has_forward_hooks
-from twloss._type_groups import (
+from twloss._constants import TaskConstants
+from twloss._fx import find_proxy, record_call
+from twloss._metrics.global_loss import GlobalLoss
+from twloss._metrics.ranking_quality import RankingQuality
+from twloss._rows.batch import align
+from twloss._rows.mappings import TaskTensors
+from twloss._rows.row_loss import LossType, loss_type_name
+from twloss._rows.row_pass import Pass, Sums, is_closed_form, sum_bce
+from twloss._rows.row_sums import sum_quality, sum_rows, sum_weights
+from twloss._rows.task_group import (
     TaskLossType,
     TypeGroup,
     group_by_type,
@@ -55,6 +53,10 @@ from twloss._type_groups import (
     resolve_pos_weights,
     split_inputs,
 )
+from twloss._sums.ranks import group_from_state, group_to_state, sum_over_ranks_with_gradient, world_size
+from twloss._sums.reduction import GlobalReduction, Reduction
+from twloss._sums.sums import TaskSums
+from twloss._torch import has_forward_hooks
 
 
 class _TaskLosses(nn.Module):

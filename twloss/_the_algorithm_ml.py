@@ -12,7 +12,6 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from twloss._accumulator import sum_dtype
 from twloss._arguments import (
     LossName,
     PerTask,
@@ -24,10 +23,11 @@ from twloss._arguments import (
     list_some,
     warn_unless_mean,
 )
-from twloss._loss_type import LossFunction, LossType
 from twloss._losses import Loss, MultiTaskLoss
-from twloss._ranks import ColumnNames, sum_over_ranks, world_size
-from twloss._reduction import GlobalReduction
+from twloss._precision import sum_dtype
+from twloss._rows.row_loss import LossFunction, LossType
+from twloss._sums.ranks import ColumnNames, sum_over_ranks, world_size
+from twloss._sums.reduction import GlobalReduction
 from twloss._torch import assert_async
 
 

@@ -25,7 +25,7 @@ from tests.support.launch import as_if_from_torchrun
 from tests.support.rank_pool import RankPool
 from tests.support.results import numbers
 from twloss import MultiTaskLoss, global_sums
-from twloss._ranks import place_in
+from twloss._sums.ranks import place_in
 
 TASKS = ["a", "b"]
 ROWS = 23

@@ -193,7 +193,7 @@ def test_a_reload_leaves_losses_that_work() -> None:
     """Of the package, and of each module below it first."""
     modules = lists_of_the_map()[-1]
     assert len(modules) > 10
-    names = [*(f"twloss.{module.removesuffix('.py')}" for module in modules), "twloss"]
+    names = [*(f"twloss.{module.removesuffix('.py').replace('/', '.')}" for module in modules), "twloss"]
     command = [sys.executable, "-W", "ignore", "-c", CHECK, *names]
     process = subprocess.run(command, capture_output=True, text=True, timeout=SECONDS, check=False)
     assert process.returncode == 0, process.stderr

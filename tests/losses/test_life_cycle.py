@@ -19,7 +19,7 @@ from tests.support.casts import CASTS
 from tests.support.rank_pool import RankPool, eager_alone
 from tests.support.results import numbers
 from twloss import Loss, MultiTaskLoss
-from twloss._ranks import group_from_state, group_to_state
+from twloss._sums.ranks import group_from_state, group_to_state
 
 pytestmark = pytest.mark.usefixtures("eager_and_fused")
 

@@ -15,7 +15,8 @@ from tests.support import reference
 from tests.support.cases import Ranker, Settings, columns, random_rows
 from tests.support.metrics import numbers_of_this_rank
 from tests.support.rank_pool import RankPool
-from twloss import GlobalLoss, MultiTaskLoss, _accumulator
+from twloss import GlobalLoss, MultiTaskLoss, _precision
+from twloss._sums import running_sums
 
 CPU = torch.device("cpu")
 
@@ -23,13 +24,13 @@ CPU = torch.device("cpu")
 @pytest.fixture
 def pairs(monkeypatch: pytest.MonkeyPatch) -> None:
     """The CPU as a device without float64."""
-    monkeypatch.setattr(_accumulator, "DEVICES_WITHOUT_FLOAT64", {"mps", "cpu"})
+    monkeypatch.setattr(_precision, "DEVICES_WITHOUT_FLOAT64", {"mps", "cpu"})
 
 
 def summed(batches: list[Tensor]) -> Tensor:
-    state = _accumulator.zero_state((2, 1, *batches[0].shape), CPU)
+    state = running_sums.zero_state((2, 1, *batches[0].shape), CPU)
     for batch in batches:
-        _accumulator.add_once(state, batch)
+        running_sums.add_once(state, batch)
     return state
 
 
@@ -43,12 +44,12 @@ def summed(batches: list[Tensor]) -> Tensor:
 )
 def test_after_a_million_updates_a_pair_goes_on_to_48_bits(smallest: float, tolerance: float) -> None:
     batches = 512 * (0.5 + torch.rand(50_000, 2)) * smallest ** torch.rand(50_000, 2)
-    state = _accumulator.zero_state((2, 1, 2), CPU)
+    state = running_sums.zero_state((2, 1, 2), CPU)
     assert state.dtype == torch.float32
-    _accumulator.add_once(state, torch.full((2,), 512e6))
+    running_sums.add_once(state, torch.full((2,), 512e6))
     for batch in batches:
-        _accumulator.add_once(state, batch)
-    for value, column in zip(_accumulator.value_of(state)[0, 0].tolist(), batches.T.tolist()):
+        running_sums.add_once(state, batch)
+    for value, column in zip(running_sums.value_of(state)[0, 0].tolist(), batches.T.tolist()):
         assert value == pytest.approx(math.fsum([512e6, *column]), rel=tolerance)
 
 
@@ -58,20 +59,20 @@ def test_a_pair_is_within_48_bits_of_the_exact_sum(values: list[float]) -> None:
     state = summed([torch.tensor([value]) for value in values])
     exact = sum(map(Fraction, values))
     bound = Fraction(2) ** -46 * len(values) * max(abs(Fraction(value)) for value in values) * len(values)
-    assert abs(Fraction(_accumulator.value_of(state)[0].item()) - exact) <= bound
+    assert abs(Fraction(running_sums.value_of(state)[0].item()) - exact) <= bound
 
 
 @pytest.mark.usefixtures("pairs")
 def test_a_plain_float32_sum_stops_where_a_pair_goes_on() -> None:
     start, step = torch.tensor([2.0**24]), torch.ones(1)
-    assert _accumulator.value_of(summed([start] + [step] * 1000))[0].item() == 2**24 + 1000
+    assert running_sums.value_of(summed([start] + [step] * 1000))[0].item() == 2**24 + 1000
     assert sum([step] * 1000, start).item() == 2**24
 
 
 @pytest.mark.usefixtures("pairs")
 @pytest.mark.parametrize("bad", [math.inf, -math.inf, math.nan])
 def test_what_is_not_finite_stays_so(bad: float) -> None:
-    value = _accumulator.value_of(summed([torch.ones(1), torch.tensor([bad]), torch.ones(1)]))[0].item()
+    value = running_sums.value_of(summed([torch.ones(1), torch.tensor([bad]), torch.ones(1)]))[0].item()
     assert value == pytest.approx(bad, nan_ok=True)
 
 
@@ -95,24 +96,24 @@ def test_sums_move_between_the_formats(monkeypatch: pytest.MonkeyPatch) -> None:
     metric = GlobalLoss(["a"])
     metric.update(torch.tensor([1e8 + 1 / 3], dtype=torch.float64), 3)
     exact = metric.compute()["loss"].item()
-    monkeypatch.setattr(_accumulator, "DEVICES_WITHOUT_FLOAT64", {"cpu"})
-    metric.totals = _accumulator.state_on(CPU, _accumulator.value_of(metric.totals))
+    monkeypatch.setattr(_precision, "DEVICES_WITHOUT_FLOAT64", {"cpu"})
+    metric.totals = running_sums.state_on(CPU, running_sums.value_of(metric.totals))
     assert metric.totals.dtype == torch.float32
     assert metric.compute()["loss"].item() == pytest.approx(exact, rel=2**-46)
     metric.reset()
     metric.persistent(True)
     metric.update(torch.tensor([0.1]), 3)
     state = metric.state_dict()
-    monkeypatch.setattr(_accumulator, "DEVICES_WITHOUT_FLOAT64", set())
+    monkeypatch.setattr(_precision, "DEVICES_WITHOUT_FLOAT64", set())
     fresh = GlobalLoss(["a"])
     fresh.persistent(True)
     fresh.load_state_dict(state)
-    assert torch.equal(fresh.totals.sum(0), _accumulator.value_of(metric.totals).sum(0))
+    assert torch.equal(fresh.totals.sum(0), running_sums.value_of(metric.totals).sum(0))
     assert fresh.compute()["loss"].item() == metric.compute()["loss"].item()
 
 
 def sync_pairs(rank: int) -> tuple[float, float]:
-    _accumulator.DEVICES_WITHOUT_FLOAT64.add("cpu")
+    _precision.DEVICES_WITHOUT_FLOAT64.add("cpu")
     try:
         loss = MultiTaskLoss("bce_with_logits", ["a"])
         loss.train_metric.update(torch.tensor([2.0**24 if rank else 1.0]), 1)
@@ -121,7 +122,7 @@ def sync_pairs(rank: int) -> tuple[float, float]:
         merged.merge_state(loss.train_metric)
         return loss.train_metric.compute()["loss"].item(), numbers_of_this_rank(merged)["loss"]
     finally:
-        _accumulator.DEVICES_WITHOUT_FLOAT64.discard("cpu")
+        _precision.DEVICES_WITHOUT_FLOAT64.discard("cpu")
 
 
 def test_pairs_are_summed_over_ranks_in_float64(two_ranks: RankPool) -> None:

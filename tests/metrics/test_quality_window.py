@@ -14,7 +14,7 @@ from benchmarks.counts import CollectiveLog
 from tests.support.quality_batches import TASKS, Rows, expected, random_rows, recent
 from tests.support.rank_pool import RankPool
 from tests.support.results import assert_close, fed, numbers
-from twloss import RankingQuality, _accumulator
+from twloss import RankingQuality, _precision
 
 # A sum of N float64 numbers in another order differs by at most N roundings of 1.1e-16 each.
 REORDERED = 1e-14
@@ -188,7 +188,7 @@ def test_merged_windows_are_aligned_newest_with_newest(ours: int, theirs: int) -
 
 def test_a_window_of_pairs_of_float32(monkeypatch: pytest.MonkeyPatch) -> None:
     """On a device without float64; the rows' own sums are then of float32."""
-    monkeypatch.setattr(_accumulator, "DEVICES_WITHOUT_FLOAT64", {"mps", "cpu"})
+    monkeypatch.setattr(_precision, "DEVICES_WITHOUT_FLOAT64", {"mps", "cpu"})
     batches = [random_rows(6, seed, weighted=True, dtype=torch.float32) for seed in range(12)]
     metric = windowed(5)
     assert metric.totals.dtype == torch.float32
@@ -220,7 +220,7 @@ def test_after_millions_of_updates_the_oldest_place_is_still_the_next(
     updates: int, window: int, pairs: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A float32 counter stops at 2^24; that of a pair goes on, in its two parts."""
-    monkeypatch.setattr(_accumulator, "DEVICES_WITHOUT_FLOAT64", {"mps", "cpu"} if pairs else {"mps"})
+    monkeypatch.setattr(_precision, "DEVICES_WITHOUT_FLOAT64", {"mps", "cpu"} if pairs else {"mps"})
     batches = [random_rows(6, seed, dtype=torch.float32) for seed in range(9)]
     metric = windowed_after(updates, window)
     assert metric.update_count == updates

@@ -12,7 +12,7 @@ import torch
 from tests.support.quality_batches import TASKS, Rows, attached, expected, random_rows, recent
 from tests.support.rank_pool import RankPool
 from tests.support.results import assert_close, fed, numbers
-from twloss import RankingQuality, _accumulator
+from twloss import RankingQuality, _precision
 
 PLACES = 1000
 
@@ -111,7 +111,7 @@ def test_over_ranks_each_has_its_share(ranks: RankPool, rows: int) -> None:
 
 @pytest.mark.parametrize("rows", [7, 3_000])
 def test_of_pairs_of_float32(rows: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(_accumulator, "DEVICES_WITHOUT_FLOAT64", {"mps", "cpu"})
+    monkeypatch.setattr(_precision, "DEVICES_WITHOUT_FLOAT64", {"mps", "cpu"})
     batches = uneven(30, 5, dtype=torch.float32)
     metric = windowed(rows)
     assert metric.totals.dtype == torch.float32

@@ -15,7 +15,12 @@ from twloss import GlobalLoss, Loss, MultiTaskLoss, RankingQuality, ScalarView
 from twloss._torch import OVERRIDDEN
 
 PACKAGE = Path(twloss.__file__).parent
-MODULES = sorted(path.name for path in PACKAGE.glob("*.py") if not path.name.startswith("__"))
+MODULES = sorted(
+    path.relative_to(PACKAGE).as_posix()
+    for pattern in ("*.py", "_*/*.py")
+    for path in PACKAGE.glob(pattern)
+    if not path.name.startswith("__")
+)
 
 
 def tree_of(module: str) -> ast.Module:
@@ -25,7 +30,7 @@ def tree_of(module: str) -> ast.Module:
 def lists_of_the_map() -> list[list[str]]:
     """The files that each list of the package's docstring names, in order."""
     assert twloss.__doc__ is not None
-    lists = [re.findall(r"^    (_\w+\.py)", part, re.MULTILINE) for part in twloss.__doc__.split("::\n")]
+    lists = [re.findall(r"^    (_[\w/]+\.py)", part, re.MULTILINE) for part in twloss.__doc__.split("::\n")]
     return [names for names in lists if names]
 
 
@@ -38,7 +43,7 @@ def imports_of(tree: ast.Module) -> set[str]:
         for node in ast.walk(block)
     }
     return {
-        f"{node.module.partition('.')[2]}.py"
+        f"{node.module.partition('.')[2].replace('.', '/')}.py"
         for node in ast.walk(tree)
         if isinstance(node, ast.ImportFrom) and node.module and node.module.startswith("twloss.")
         if id(node) not in for_types

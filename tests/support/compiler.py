@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 
-from twloss import _bce
+from twloss._rows import row_pass
 
 __all__ = ["AOT_EAGER", "by_inductor", "inductor", "use"]
 
@@ -31,13 +31,13 @@ def use(backend: str) -> None:
 @contextmanager
 def inductor() -> Iterator[None]:
     """Inside this context passes are compiled by inductor, also those that aot_eager has compiled before."""
-    _bce._compiled.cache_clear()
+    row_pass._compiled.cache_clear()
     use(INDUCTOR)
     try:
         yield
     finally:
         use(AOT_EAGER)
-        _bce._compiled.cache_clear()
+        row_pass._compiled.cache_clear()
 
 
 def by_inductor(rank: int, function: Callable[..., Any], *args: Any) -> Any:

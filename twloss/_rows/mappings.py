@@ -14,8 +14,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from twloss._accumulator import sum_dtype
 from twloss._arguments import IgnoreIndex, check_dense, check_names, label_name, label_of
+from twloss._precision import sum_dtype
 
 TaskTensors = Tensor | Mapping[str, Tensor]
 

@@ -16,16 +16,16 @@ from twloss._arguments import (
     NanStrategy,
     PerTask,
     RowReduction,
-    TaskConstants,
     check_choice,
     check_dense,
     check_global_reduction,
     check_number,
     per_task_numbers,
 )
-from twloss._metric import TaskMetric
-from twloss._reduction import GlobalReduction, Reduction
-from twloss._row_sums import TaskSums
+from twloss._constants import TaskConstants
+from twloss._metrics.task_metric import TaskMetric
+from twloss._sums.reduction import GlobalReduction, Reduction
+from twloss._sums.sums import TaskSums
 
 
 class GlobalLoss(TaskMetric):

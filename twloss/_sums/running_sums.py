@@ -17,10 +17,8 @@ import torch
 from torch import Tensor
 from torch.utils.module_tracker import ModuleTracker
 
+from twloss._precision import sum_dtype
 from twloss._torch import plain_tensors
-
-DEVICES_WITHOUT_FLOAT64 = {"mps"}
-"""Device types on which a sum is a pair; a test may add another."""
 
 _TRACKER = ModuleTracker()
 
@@ -39,19 +37,6 @@ class Ring(NamedTuple):
     def begun(self, counted: Tensor) -> Tensor:
         """How many places have been begun after so much, the last one perhaps just now; int64."""
         return (counted * self.every + (self.per - 1)) // self.per
-
-
-def sum_dtype(device: torch.device) -> torch.dtype:
-    """The widest floating dtype of a device."""
-    return torch.float32 if device.type in DEVICES_WITHOUT_FLOAT64 else torch.float64
-
-
-def sum_wide(values: Tensor, tasks: int) -> Tensor:
-    """The sum over rows ``(tasks,)`` of ``(rows, tasks)``, in the widest dtype; several rows may be seen as one."""
-    if values.ndim != 2:
-        values = values.reshape(-1, tasks)
-    total = values.sum(0, dtype=sum_dtype(values.device))
-    return total if total.numel() == tasks else total.view(-1, tasks).sum(0)
 
 
 def pack_update(sums: Sequence[Tensor | float], *, drops_non_finite: bool, rows: float | None = None) -> Tensor:

@@ -19,7 +19,7 @@ from twloss._arguments import list_some
 from twloss._torch import plain_tensors, tensor_of
 
 if TYPE_CHECKING:
-    from twloss._metric import TaskMetric
+    from twloss._metrics.task_metric import TaskMetric
 
 ALL_RANKS = (0, 1)
 """The place of sums of all ranks: that of a process without others."""

@@ -14,12 +14,10 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from twloss._accumulator import sum_dtype
 from twloss._arguments import (
     IgnoreIndex,
     LossName,
     PerTask,
-    TaskConstants,
     check_class_labels,
     check_names,
     check_some_of,
@@ -27,9 +25,11 @@ from twloss._arguments import (
     list_some,
     per_task_numbers,
 )
-from twloss._columns import TaskTensors, split_by_task
-from twloss._loss_type import LossFunction, LossType, resolve_loss_type
-from twloss._row_sums import TaskSums
+from twloss._constants import TaskConstants
+from twloss._precision import sum_dtype
+from twloss._rows.mappings import TaskTensors, split_by_task
+from twloss._rows.row_loss import LossFunction, LossType, resolve_loss_type
+from twloss._sums.sums import TaskSums
 from twloss._torch import takes_keyword
 
 # The enum last: jsonargparse would have it write a function into a configuration, which it can't.

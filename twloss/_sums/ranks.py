@@ -15,9 +15,10 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from twloss._accumulator import sum_dtype
-from twloss._arguments import TaskConstants, list_some
-from twloss._row_sums import TaskSums
+from twloss._arguments import list_some
+from twloss._constants import TaskConstants
+from twloss._precision import sum_dtype
+from twloss._sums.sums import TaskSums
 from twloss._torch import assert_async, process_group_named
 
 

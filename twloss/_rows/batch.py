@@ -11,12 +11,11 @@ from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor, nn
-from torch.fx import Proxy
+from torch import Tensor
 
 from twloss._arguments import IgnoreIndex, check_dense
-from twloss._columns import FLOATS, TaskTensors, is_valid, refuse_dtype, stack_inputs
-from twloss._loss_type import LossFunction, LossType, has_soft_labels
+from twloss._rows.mappings import FLOATS, TaskTensors, is_valid, refuse_dtype, stack_inputs
+from twloss._rows.row_loss import LossFunction, LossType, has_soft_labels
 
 
 class Batch(NamedTuple):
@@ -91,30 +90,6 @@ def align(  # noqa: PLR0917 (a batch, and what it is of)
     if valid is not None:
         weights = valid.to(dtype) if weights is None else weights.where(valid, 0.0)
     return Batch(logits, labels.to(torch.int64 if has_classes else dtype), weights, valid, shape)
-
-
-def find_proxy(*inputs: object) -> Proxy | None:
-    """What stands for a tensor among the inputs, or in one that is a mapping, where torch.fx traces the model."""
-    for each in inputs:
-        if isinstance(each, Proxy):
-            return each
-        if isinstance(each, Mapping):
-            for value in each.values():
-                if isinstance(value, Proxy):
-                    return value
-    return None
-
-
-def record_call(proxy: Proxy, module: nn.Module, method: str | None, *args: object, **kwargs: object) -> Any:
-    """What stands for the result of a module, or of a method of it, when the graph that is being traced runs."""
-    tracer: Any = proxy.tracer
-    path = tracer.path_of_module(module)
-    if not path:
-        raise ValueError("logits: got a Proxy from a trace of the loss alone, expected a trace of a model that has it")
-    inputs = tuple(dict(each) if isinstance(each, Mapping) else each for each in args)
-    if method is None:
-        return tracer.create_proxy("call_module", path, inputs, kwargs)
-    return tracer.create_proxy("call_method", method, (tracer.create_proxy("get_attr", path, (), {}), *inputs), kwargs)
 
 
 def _check_tensors(logits: Any, labels: Any, weights: Any) -> tuple[Tensor, Tensor, Tensor | None]:

@@ -21,7 +21,21 @@ from torchmetrics.utilities.distributed import gather_all_tensors
 from torchmetrics.utilities.exceptions import TorchMetricsUserError
 from torchmetrics.utilities.prints import rank_zero_warn
 
-from twloss._accumulator import (
+from twloss._arguments import NanStrategy, check_choice, check_process_group, check_tasks, check_window, list_some
+from twloss._metrics.checkpoint import ALL_RANKS, SavedSums, check_same, decode, encode, sums_from_bytes, sums_to_bytes
+from twloss._metrics.scalar_view import ScalarView
+from twloss._sums.pending import PendingResult
+from twloss._sums.ranks import (
+    ColumnNames,
+    contribution,
+    group_from_state,
+    group_to_state,
+    pack_running_sums,
+    place_in,
+    start_sum_over_ranks,
+    unpack_running_sums,
+)
+from twloss._sums.running_sums import (
     Ring,
     add_once,
     as_added,
@@ -32,20 +46,6 @@ from twloss._accumulator import (
     value_of,
     zero_state,
 )
-from twloss._arguments import NanStrategy, check_choice, check_process_group, check_tasks, check_window, list_some
-from twloss._checkpoint import ALL_RANKS, SavedSums, check_same, decode, encode, sums_from_bytes, sums_to_bytes
-from twloss._pending import PendingResult
-from twloss._ranks import (
-    ColumnNames,
-    contribution,
-    group_from_state,
-    group_to_state,
-    pack_running_sums,
-    place_in,
-    start_sum_over_ranks,
-    unpack_running_sums,
-)
-from twloss._scalar_view import ScalarView
 from twloss._torch import is_transformed, plain_tensors
 
 # So that no update is lost, nor seen by half, where another thread updates, computes or calls the metric. One for all:
@@ -93,7 +93,7 @@ class TaskMetric(Metric):
 
     Examples:
         >>> import torch
-        >>> from twloss._metric import TaskMetric
+        >>> from twloss._metrics.task_metric import TaskMetric
         >>> class SquaredError(TaskMetric):
         ...     def __init__(self, tasks, **options):
         ...         super().__init__(tasks, sums=2, options=options)

@@ -15,13 +15,15 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from twloss._accumulator import pack_update, sum_wide
-from twloss._arguments import MeanOver, RowReduction, TaskConstants
-from twloss._batch import Batch
-from twloss._loss_type import LossType, bce_at_once, bce_slopes, bce_values
-from twloss._ranking_quality import sum_quality
-from twloss._reduction import Reduction
-from twloss._row_sums import TaskSums, at_least_one_row, sum_weights, weigh_losses
+from twloss._arguments import MeanOver, RowReduction
+from twloss._constants import TaskConstants
+from twloss._precision import sum_wide
+from twloss._rows.batch import Batch
+from twloss._rows.row_loss import LossType, bce_at_once, bce_slopes, bce_values
+from twloss._rows.row_sums import at_least_one_row, sum_quality, sum_weights, weigh_losses
+from twloss._sums.reduction import Reduction
+from twloss._sums.running_sums import pack_update
+from twloss._sums.sums import TaskSums
 from twloss._torch import is_batch_of_gradients, is_transformed, runs_compiled, weigh, weigh_
 
 # As many rows are seen as one, so that what is summed over rows has full vectors of columns, also of few tasks.

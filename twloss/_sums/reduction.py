@@ -15,10 +15,10 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 
-from twloss._accumulator import sum_dtype
 from twloss._arguments import RowReduction, TaskReduction, check_dense, check_number
-from twloss._ranks import scale_gradient
-from twloss._row_sums import TaskSums
+from twloss._precision import sum_dtype
+from twloss._sums.ranks import scale_gradient
+from twloss._sums.sums import TaskSums
 from twloss._torch import takes_keyword, uncompiled
 
 

@@ -12,13 +12,12 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from twloss._accumulator import sum_wide
 from twloss._arguments import IgnoreIndex, NanStrategy, check_choice, check_ignore_index, check_tasks, label_name
-from twloss._batch import Batch, align
-from twloss._columns import TaskTensors
-from twloss._loss_type import LossType, bce_at_once, bce_values
-from twloss._metric import TaskMetric
-from twloss._torch import is_transformed, weigh
+from twloss._metrics.task_metric import TaskMetric
+from twloss._rows.batch import align
+from twloss._rows.mappings import TaskTensors
+from twloss._rows.row_loss import LossType
+from twloss._rows.row_sums import sum_quality
 
 QUANTITIES = {"ne": False, "rce": True, "calibration": None, "ctr": None, "logloss": False, "weight": None}
 """What compute() gives of each task, and whether higher is better."""
@@ -149,21 +148,3 @@ class RankingQuality(TaskMetric):
         ne = logloss / entropy.where(entropy > 0, torch.nan)
         values = (ne, 100.0 * (1.0 - ne), predicted / positives, ctr, logloss, weight)
         return torch.stack(values).flatten().unbind(0)
-
-
-@torch.no_grad()
-def sum_quality(
-    batch: Batch, tasks: int, loss_sum: Tensor | None = None, sigmoid: Tensor | None = None
-) -> Sequence[Tensor | float]:
-    """Σ w·l, Σ w, Σ w·y and Σ w·σ(x) ``(tasks,)``, and the number of rows; what is known of them is given."""
-    logits, labels, weights, _, _ = batch
-    if loss_sum is None:
-        if torch.compiler.is_compiling() or is_transformed(logits, labels, weights):
-            loss, _, sigmoid = bce_at_once(logits, labels, None)
-        else:
-            loss = bce_values(logits, labels, None)
-        loss_sum = sum_wide(weigh(loss, weights), tasks)
-    positives, predicted = weigh(labels, weights), weigh(logits.sigmoid() if sigmoid is None else sigmoid, weights)
-    rows = labels.numel() // tasks
-    weight = rows if weights is None else sum_wide(weights, tasks)
-    return loss_sum, weight, sum_wide(positives, tasks), sum_wide(predicted, tasks), rows

@@ -6,25 +6,17 @@ one, detached and in the widest dtype, for the running sums. Together they are `
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from twloss._accumulator import sum_wide
 from twloss._arguments import MeanOver, RowReduction
-from twloss._batch import Batch
-from twloss._loss_type import LossFunction, LossType, row_losses
+from twloss._precision import sum_wide
+from twloss._rows.batch import Batch
+from twloss._rows.row_loss import LossFunction, LossType, bce_at_once, bce_values, row_losses
 from twloss._torch import is_transformed, weigh
-
-
-class TaskSums(NamedTuple):
-    """What is known of each task's loss: sums, which add up over batches, steps and ranks. Division comes last."""
-
-    loss_sum: Tensor
-    """``(tasks,)``: Σ w·l over the valid rows."""
-    weight: Tensor | float
-    """``(tasks,)``: the number of valid rows, or Σ w; a plain number where all tasks share it."""
 
 
 def sum_rows(
@@ -177,3 +169,21 @@ class _MaskedGradient(torch.autograd.Function):
                 value = grad * 1.0  # detach() can't be batched by is_grads_batched
             masked = grad - value
         return grad.where(counted, masked.nan_to_num(0.0, 0.0, 0.0))
+
+
+@torch.no_grad()
+def sum_quality(
+    batch: Batch, tasks: int, loss_sum: Tensor | None = None, sigmoid: Tensor | None = None
+) -> Sequence[Tensor | float]:
+    """Σ w·l, Σ w, Σ w·y and Σ w·σ(x) ``(tasks,)``, and the number of rows; what is known of them is given."""
+    logits, labels, weights, _, _ = batch
+    if loss_sum is None:
+        if torch.compiler.is_compiling() or is_transformed(logits, labels, weights):
+            loss, _, sigmoid = bce_at_once(logits, labels, None)
+        else:
+            loss = bce_values(logits, labels, None)
+        loss_sum = sum_wide(weigh(loss, weights), tasks)
+    positives, predicted = weigh(labels, weights), weigh(logits.sigmoid() if sigmoid is None else sigmoid, weights)
+    rows = labels.numel() // tasks
+    weight = rows if weights is None else sum_wide(weights, tasks)
+    return loss_sum, weight, sum_wide(positives, tasks), sum_wide(predicted, tasks), rows

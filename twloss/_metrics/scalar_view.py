@@ -13,10 +13,10 @@ import torch
 from torch import Tensor
 from torchmetrics import Metric
 
-from twloss._pending import PendingResult
+from twloss._sums.pending import PendingResult
 
 if TYPE_CHECKING:
-    from twloss._metric import TaskMetric
+    from twloss._metrics.task_metric import TaskMetric
 
 
 class ScalarView(Metric):

@@ -1,0 +1,63 @@
+"""Numbers of each task, as tensors of any device and dtype."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from twloss._precision import sum_dtype
+from twloss._torch import plain_tensors, tensor_of
+
+
+class TaskConstants:
+    """Numbers of each task ``(tasks,)``, as tensors of a device in the dtypes that are computed in; or None.
+
+    They are no registered buffers: with one, DDP would broadcast buffers at every forward. No cast and no meta device
+    can harm the Python numbers that the tensors are made of.
+
+    Args:
+        numbers: one a task, or None.
+        compiled_default: what stands for None in compiled code, where numbers that are set later would have it compiled
+            again.
+        dtype: of the tensors; None: that which is asked for.
+    """
+
+    def __init__(
+        self,
+        numbers: tuple[float, ...] | None,
+        compiled_default: tuple[float, ...] | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        self.numbers = numbers
+        self._compiled_default = compiled_default
+        self.dtype = dtype
+        self.place(torch.get_default_device())
+
+    def place(self, device: torch.device) -> None:
+        """Have the tensors at hand: a compiled forward that had to make them would be compiled again."""
+        self._tensors: dict[tuple[torch.device, torch.dtype, int], Tensor] = {}
+        for dtype in {self.dtype or torch.float32, self.dtype or sum_dtype(device)}:
+            self._make((device, dtype, 1))
+
+    def set(self, numbers: tuple[float, ...] | None) -> None:
+        """Take other numbers, in new tensors: a backward pass may still need those that were."""
+        self.numbers = numbers
+        for key in self._tensors:
+            self._make(key)
+
+    def like(self, values: Tensor, repeats: int = 1) -> Tensor | None:
+        """The numbers on the device of values, and in their dtype, so many times over."""
+        # In this order: compiled code must not depend on whether numbers were set.
+        if (self._compiled_default is None or not torch.compiler.is_compiling()) and self.numbers is None:
+            return None
+        key = values.device, self.dtype or values.dtype, repeats
+        if key not in self._tensors:
+            self._make(key)
+        return self._tensors[key]
+
+    def _make(self, key: tuple[torch.device, torch.dtype, int]) -> None:
+        device, dtype, repeats = key
+        numbers = self._compiled_default if self.numbers is None else self.numbers
+        if numbers is not None:
+            with plain_tensors():
+                self._tensors[key] = tensor_of(numbers * repeats, dtype, device)

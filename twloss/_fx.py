@@ -1,0 +1,33 @@
+"""A loss in a graph of torch.fx: what stands for its result when a model is traced."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from torch import nn
+from torch.fx import Proxy
+
+
+def find_proxy(*inputs: object) -> Proxy | None:
+    """What stands for a tensor among the inputs, or in one that is a mapping, where torch.fx traces the model."""
+    for each in inputs:
+        if isinstance(each, Proxy):
+            return each
+        if isinstance(each, Mapping):
+            for value in each.values():
+                if isinstance(value, Proxy):
+                    return value
+    return None
+
+
+def record_call(proxy: Proxy, module: nn.Module, method: str | None, *args: object, **kwargs: object) -> Any:
+    """What stands for the result of a module, or of a method of it, when the graph that is being traced runs."""
+    tracer: Any = proxy.tracer
+    path = tracer.path_of_module(module)
+    if not path:
+        raise ValueError("logits: got a Proxy from a trace of the loss alone, expected a trace of a model that has it")
+    inputs = tuple(dict(each) if isinstance(each, Mapping) else each for each in args)
+    if method is None:
+        return tracer.create_proxy("call_module", path, inputs, kwargs)
+    return tracer.create_proxy("call_method", method, (tracer.create_proxy("get_attr", path, (), {}), *inputs), kwargs)

@@ -1,0 +1,1 @@
+"""Sums that live: torchmetrics ``Metric``s of running sums."""

@@ -1,0 +1,1 @@
+"""From sums to losses: everything of the size ``(sums, tasks)``."""
