@@ -16,9 +16,8 @@ import torch
 from tests.support import compiler, tiers
 from tests.support.progress import Progress
 from tests.support.rank_pool import RankPool
-from twloss import _losses
-from twloss._rows import row_pass
-from twloss._rows.row_pass import Sums
+from twloss._rows import row_pass, task_group
+from twloss._sums.sums import BatchSums
 
 
 def pytest_configure(config: pytest.Config) -> None:
@@ -87,12 +86,12 @@ def eager_and_fused(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPa
     """Once as it is, and once with ``fused=True`` in every loss that can have it."""
     if not request.param:
         return
-    original = row_pass.sum_bce
+    original = row_pass.sum_batch
 
-    def sum_bce(*args: Any, **kwargs: Any) -> Sums:
+    def sum_batch(*args: Any, **kwargs: Any) -> BatchSums:
         return original(*args, **{**kwargs, "fused": True})
 
-    monkeypatch.setattr(_losses, "sum_bce", sum_bce)
+    monkeypatch.setattr(task_group, "sum_batch", sum_batch)
 
 
 @pytest.fixture(scope="session")

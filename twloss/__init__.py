@@ -6,7 +6,7 @@ A batch takes this way::
     _rows/batch.py              tensors or mappings -> one aligned Batch                            (rows, tasks)
     _rows/mappings.py           mappings task -> tensor, stacked                                    (rows, tasks)
     _rows/row_pass.py           binary cross-entropy: the next three in one function                (tasks,)
-    _rows/row_sums.py           Σ w·l over the rows -> TaskSums                                     (tasks,)
+    _rows/differentiable.py     weight times loss of each row, where autograd differentiates         (rows, tasks)
     _rows/row_loss.py           the formula of each loss, unreduced                                 (rows, tasks)
     _sums/ranks.py              TaskSums of all ranks, with their gradient                          (tasks,)
     _sums/reduction.py          TaskSums -> {"loss/<task>": …, "loss": …}
@@ -26,16 +26,18 @@ Each file imports only what stands above it::
     _sums/ranks.py
     _sums/reduction.py
     _rows/mappings.py
+    _rows/binary_cross_entropy.py
     _rows/row_loss.py
     _rows/batch.py
-    _rows/row_sums.py
+    _rows/differentiable.py
     _rows/row_pass.py
-    _rows/task_group.py         the tasks of each loss type, where they differ
+    _rows/task_group.py         the tasks of each loss, where they differ
     _metrics/checkpoint.py      running sums in a state_dict, of one rank or of all
     _metrics/scalar_view.py     one key of a metric as a metric
     _metrics/task_metric.py
     _metrics/global_loss.py
     _metrics/ranking_quality.py RankingQuality: normalised entropy and calibration of all rows of all steps and ranks
+    _options.py                 the settings of a loss
     _fx.py                      a loss in a graph of torch.fx
     _losses.py
     _the_algorithm_ml.py        the signatures of the-algorithm-ml

@@ -69,6 +69,12 @@ def check_choice(name: str, value: object, choices: Sequence[str], otherwise: st
         raise ValueError(f"{name}: got {value!r}, expected one of {list_some(list(choices), 12)}{otherwise}")
 
 
+def check_bool(name: str, value: object) -> None:
+    """Raise unless it is True or False."""
+    if not isinstance(value, bool):
+        raise TypeError(f"{name}: got {type(value).__name__}, expected a bool")
+
+
 def check_global_reduction(value: object) -> None:
     """Raise unless ``value`` is a known reduction over tasks or a callable."""
     if not callable(value):
@@ -183,13 +189,6 @@ def label_name(ignore_index: IgnoreIndex) -> str | dict[str, str]:
     if isinstance(ignore_index, Mapping):
         return {task: str(float(label)) for task, label in ignore_index.items()}
     return str(None if ignore_index is None else float(ignore_index))
-
-
-def check_class_labels(ignore_index: IgnoreIndex) -> None:
-    """Raise unless class indices can be equal to it."""
-    for label in ignore_index.values() if isinstance(ignore_index, Mapping) else [ignore_index]:
-        if label is not None and not float(label).is_integer():
-            raise ValueError(f"ignore_index: got {label} with CROSS_ENTROPY, expected an integer, as class indices are")
 
 
 def check_dense(name: str, values: object, *, verb: str = "got", tensor: str = "a Tensor", kind: str = "real") -> None:

@@ -8,6 +8,8 @@ from typing import Any
 from torch import nn
 from torch.fx import Proxy
 
+from twloss._torch import has_forward_hooks
+
 
 def find_proxy(*inputs: object) -> Proxy | None:
     """What stands for a tensor among the inputs, or in one that is a mapping, where torch.fx traces the model."""
@@ -21,7 +23,7 @@ def find_proxy(*inputs: object) -> Proxy | None:
     return None
 
 
-def record_call(proxy: Proxy, module: nn.Module, method: str | None, *args: object, **kwargs: object) -> Any:
+def _record_call(proxy: Proxy, module: nn.Module, method: str | None, *args: object, **kwargs: object) -> Any:
     """What stands for the result of a module, or of a method of it, when the graph that is being traced runs."""
     tracer: Any = proxy.tracer
     path = tracer.path_of_module(module)
@@ -31,3 +33,21 @@ def record_call(proxy: Proxy, module: nn.Module, method: str | None, *args: obje
     if method is None:
         return tracer.create_proxy("call_module", path, inputs, kwargs)
     return tracer.create_proxy("call_method", method, (tracer.create_proxy("get_attr", path, (), {}), *inputs), kwargs)
+
+
+def record_losses(proxy: Proxy, module: nn.Module, keys: tuple[str, ...], *inputs: Any) -> dict[str, Any]:
+    """What stands for the losses of a module when the graph runs.
+
+    Args:
+        proxy: one of the inputs, or in one of them.
+        module: the loss.
+        keys: of its losses; one without a "/": those of one task, whose forward returns no dict.
+        inputs: logits, labels, weights and normalizer.
+    """
+    # What a subclass's own forward, or a hook, does is in the graph already, and must not be done twice.
+    is_plain = type(module).forward.__module__.startswith("twloss.") and not has_forward_hooks(module)
+    *tensors, normalizer = inputs
+    result = _record_call(proxy, module, None if is_plain else "_losses", *tensors, normalizer=normalizer)
+    if len(keys) == 1 and is_plain:
+        return {keys[0]: result}
+    return {key: result[key] for key in keys}

@@ -7,14 +7,12 @@ to ``train_metric`` or ``eval_metric``, by the module's mode.
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import replace
-from typing import TYPE_CHECKING, Any, ClassVar, get_args
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.fx import Proxy
 
 from twloss._arguments import (
     GradientReduction,
@@ -22,11 +20,6 @@ from twloss._arguments import (
     MeanOver,
     PerTask,
     RowReduction,
-    check_choice,
-    check_global_reduction,
-    check_ignore_index,
-    check_process_group,
-    check_tasks,
     label_name,
     list_some,
     per_task_numbers,
@@ -34,35 +27,35 @@ from twloss._arguments import (
     warn_unless_mean,
 )
 from twloss._constants import TaskConstants
-from twloss._fx import find_proxy, record_call
+from twloss._fx import find_proxy, record_losses
 from twloss._metrics.global_loss import GlobalLoss
 from twloss._metrics.ranking_quality import RankingQuality
-from twloss._rows.batch import align
+from twloss._options import LossOptions, TaskLossType
 from twloss._rows.mappings import TaskTensors
-from twloss._rows.row_loss import LossType, loss_type_name
-from twloss._rows.row_pass import Pass, Sums, is_closed_form, sum_bce
-from twloss._rows.row_sums import sum_quality, sum_rows, sum_weights
-from twloss._rows.task_group import (
-    TaskLossType,
-    TypeGroup,
-    group_by_type,
-    join_sums,
-    join_tasks,
-    order_of_groups,
-    resolve_loss_types,
-    resolve_pos_weights,
-    split_inputs,
-)
-from twloss._sums.ranks import group_from_state, group_to_state, sum_over_ranks_with_gradient, world_size
-from twloss._sums.reduction import GlobalReduction, Reduction
-from twloss._sums.sums import TaskSums
-from twloss._torch import has_forward_hooks
+from twloss._rows.row_pass import Plan
+from twloss._rows.task_group import group_tasks, join, order_of_groups, split_inputs
+from twloss._sums.ranks import sum_over_ranks_with_gradient, world_size
+from twloss._sums.reduction import GlobalReduction
+from twloss._sums.sums import BatchSums, TaskSums
+
+_METRICS = ("train_metric", "eval_metric")
+_QUALITY = ("train_quality", "eval_quality")
 
 
 class _TaskLosses(nn.Module):
-    """What the losses of one task and of several share: all but their signatures."""
+    """The losses of one task or of several: all but their signatures and what they return."""
 
     if TYPE_CHECKING:  # In the class itself, torch.jit would read the annotations and know none of the types.
+        loss_type: Any
+        tasks: tuple[str, ...] | None
+        global_reduction: GlobalReduction
+        mean_over: MeanOver
+        ignore_index: IgnoreIndex
+        global_batch: bool
+        gradient_reduction: GradientReduction
+        process_group: dist.ProcessGroup | None
+        quality: bool
+        fused: bool
         train_metric: GlobalLoss
         eval_metric: GlobalLoss
         train_quality: RankingQuality
@@ -72,87 +65,55 @@ class _TaskLosses(nn.Module):
     # TorchRec's pipelines then trace into forward, whose result has the keys; of a leaf they would know none.
     _is_pytorch_fx_traceable = True
 
-    # What is read-only once a loss is made.
-    _settings = frozenset({
-        "loss_type", "tasks", "reduction", "task_loss_reduction", "global_reduction", "pos_weight", "pos_weights",
-        "mean_over", "ignore_index", "global_batch", "gradient_reduction", "process_group", "quality", "fused",
-        "train_metric", "eval_metric", "train_quality", "eval_quality",
-    })  # fmt: skip
-
     def __init__(
-        self,
-        loss_type: TaskLossType | Mapping[str, TaskLossType],
-        tasks: tuple[str, ...] | None,
-        reduction: Reduction,
-        *,
-        pos_weights: PerTask | None,
-        task_weights: tuple[float, ...] | None,
-        mean_over: MeanOver,
-        ignore_index: IgnoreIndex,
-        global_batch: bool,
-        gradient_reduction: GradientReduction,
-        process_group: dist.ProcessGroup | None,
-        quality: bool | RankingQuality,
-        fused: bool,
+        self, options: LossOptions, task_weights: tuple[float, ...] | None, quality: bool | RankingQuality
     ) -> None:
         super().__init__()
-        types = resolve_loss_types(loss_type, tasks)
-        numbers = resolve_pos_weights(pos_weights, types, tasks)
-        check_process_group(process_group)
-        check_choice("mean_over", mean_over, get_args(MeanOver))
-        for name, value in (("global_batch", global_batch), ("fused", fused)):
-            if not isinstance(value, bool):
-                raise TypeError(f"{name}: got {type(value).__name__}, expected a bool")
-        check_choice("gradient_reduction", gradient_reduction, get_args(GradientReduction))
-        self.loss_type = types
-        self.tasks = tasks
-        self.mean_over = mean_over
-        self.ignore_index = check_ignore_index(ignore_index, tasks)
-        self.global_batch = global_batch
-        self.gradient_reduction = gradient_reduction
-        self.process_group = process_group
-        setattr(self, "pos_weight" if tasks is None else "pos_weights", numbers)
-        groups = group_by_type(types, tasks, numbers, self.ignore_index)
-        for group, own_type in groups:
-            setattr(self, group.attribute, own_type)
-        self._groups = tuple(group for group, _ in groups)
-        self._order = order_of_groups(self._groups, tasks)
-        if fused:
-            self._binary_group("fused", fused)
-        self.fused = fused
-        self._reduction = reduction
-        self._rule = replace(reduction, keys=())
-        # A module is trained with the loss, as its submodule.
-        self.global_reduction = reduction.over_tasks
-        setattr(self, "reduction" if tasks is None else "task_loss_reduction", reduction.over_rows)
-        self._task_weights = TaskConstants(task_weights, (1.0,) * len(tasks or ("loss",)))
-        self.quality = quality is not False
-        for name in ("train_metric", "eval_metric"):
-            metric = GlobalLoss(tasks, reduction.over_rows, reduction.over_tasks, process_group=process_group)
-            metric._become_part_of(self._task_weights, self._describe(numbers))
+        self._reduction = options.reduction
+        self._task_weights = TaskConstants(task_weights, (1.0,) * len(options.columns))
+        self._groups = group_tasks(options.loss_type, options.tasks, options.pos_weights, options.ignore_index)
+        self._order = order_of_groups(self._groups, options.tasks)
+        # Modules are trained with the loss, as its submodules.
+        modules = [(f"loss_type_{index}", group.loss_type) for index, group in enumerate(self._groups)]
+        if not isinstance(options.loss_type, dict):
+            modules = [("loss_type", options.loss_type)]
+        for name, module in (*modules, ("global_reduction", options.global_reduction)):
+            if isinstance(module, nn.Module):
+                self.add_module(name, module)
+        self._options = options  # and now the names of settings are taken
+        for name in _METRICS:
+            metric = GlobalLoss(
+                options.tasks,
+                options.task_loss_reduction,
+                options.global_reduction,
+                process_group=options.process_group,
+            )
+            metric._become_part_of(self._task_weights, options.describe())
             self.add_module(name, metric)
-        for name in ("train_quality", "eval_quality") if self.quality else ():
+        for name in _QUALITY if options.quality else ():
             self.add_module(name, self._own_quality(quality))
-
-    def _describe(self, pos_weights: tuple[float, ...] | None) -> dict[str, Any]:
-        """What the sums are of, in JSON's types."""
-        types = self.loss_type
-        return {
-            "loss_type": list(map(loss_type_name, types.values()))
-            if isinstance(types, dict)
-            else loss_type_name(types),
-            "mean_over": self.mean_over,
-            "pos_weights": None if pos_weights is None else list(pos_weights),
-            "ignore_index": label_name(self.ignore_index),
-        }
+        counts_rows = options.quality and self.train_quality.window_rows is not None
+        # By what the metric's nan_strategy leaves out, and that of the quality: it can be set at any time.
+        self._plans = [
+            [
+                options.plan(
+                    groups=len(self._groups),
+                    drops_non_finite=own,
+                    quality=(of_quality, counts_rows) if options.quality else None,
+                )
+                for of_quality in (False, True)
+            ]
+            for own in (False, True)
+        ]
 
     def extra_repr(self) -> str:
         """The settings, for repr()."""
-        types = self.loss_type
+        options = self._options
+        types = options.loss_type
         name = list_some(types, 12) if isinstance(types, dict) else getattr(types, "value", types)
-        rule = self._reduction.over_rows
-        tasks = None if self.tasks is None else list_some(self.tasks, 12)
-        return f"{name}, tasks={tasks}, reduction={rule}, global_batch={self.global_batch}"
+        tasks = None if options.tasks is None else list_some(options.tasks, 12)
+        rule = options.task_loss_reduction
+        return f"{name}, tasks={tasks}, reduction={rule}, global_batch={options.global_batch}"
 
     def _losses(
         self,
@@ -162,91 +123,58 @@ class _TaskLosses(nn.Module):
         normalizer: Tensor | float | None,
     ) -> dict[str, Tensor]:
         """The losses of a batch, whose sums are added to the running ones."""
-        if (proxy := find_proxy(logits, labels, weights, normalizer)) is not None:
-            return self._record(proxy, logits, labels, weights, normalizer)
-        groups, parts = self._groups, [(logits, labels, weights)]
-        if self.tasks is not None and len(groups) > 1:
-            parts = split_inputs(groups, self.tasks, logits, labels, weights)
-        is_direct = len(groups) == 1 and self._reduction.adds_up and not self.global_batch and normalizer is None
-        metrics = self._metrics()
-        sums = [self._sum(group, part, metrics, is_direct=is_direct) for group, part in zip(groups, parts)]
-        whole = sums[0] if len(sums) == 1 else _join(sums, self._order)
-        if whole.loss is not None:
-            losses = self._reduction.by_key(whole.losses, whole.loss)
+        # Tensors are no Proxy; all else is looked at.
+        if not (type(logits) is Tensor and type(labels) is Tensor):
+            proxy = find_proxy(logits, labels, weights, normalizer)
+            if proxy is not None:
+                return record_losses(proxy, self, self._reduction.keys, logits, labels, weights, normalizer)
+        options, groups, inputs = self._options, self._groups, (logits, labels, weights)
+        metric, quality, plan = self._mode()
+        if normalizer is not None:
+            plan = plan._replace(reduction=None)
+        if len(groups) == 1:
+            sums = groups[0].sums(inputs, plan, self._task_weights, fused=options.fused)
         else:
-            losses = self._reduce(TaskSums(whole.losses, whole.weight), normalizer)
+            parts = split_inputs(groups, options.tasks, inputs)
+            each = [
+                group.sums(part, plan, self._task_weights, fused=options.fused) for group, part in zip(groups, parts)
+            ]
+            sums = join(each, self._order)
+        if sums.loss is None:
+            losses = self._reduce(TaskSums(sums.losses, sums.weight), normalizer)
+        else:
+            losses = self._reduction.by_key(sums.losses, sums.loss)
         # Last, so that a batch whose loss could not be computed is not in the running sums either.
-        _track(whole, *metrics)
+        _keep(sums, metric, quality)
         return losses
 
-    def _sum(
-        self,
-        group: TypeGroup,
-        inputs: tuple[Any, ...],
-        metrics: tuple[GlobalLoss, RankingQuality | None],
-        *,
-        is_direct: bool,
-    ) -> Sums:
-        """The sums of the tasks that share a loss type, or where that is all there is to do, their losses."""
-        loss_type, takes_valid = getattr(self, group.attribute), group.takes_valid
-        size = 1 if group.tasks is None else len(group.tasks)
-        logits, labels, weights = inputs
-        batch = align(logits, labels, weights, group.tasks, loss_type, group.ignore_index, takes_valid=takes_valid)
-        metric, quality = metrics
-        quality = quality if loss_type is LossType.BCE_WITH_LOGITS else None
-        if is_closed_form(loss_type, batch):
-            what = Pass(
-                self._rule if is_direct else None,
-                self.mean_over,
-                self._reduction.over_rows,
-                metric._drops_non_finite if len(self._groups) == 1 else None,
-                None if quality is None else quality._drops_non_finite,
-                quality is not None and quality.window_rows is not None,
-            )
-            task_weights = self._task_weights.like(batch.logits)
-            return sum_bce(batch, size, what, group.pos_weights, task_weights, fused=self.fused)
-        pos_weight = group.pos_weights.like(batch.logits)
-        weight = sum_weights(batch, size, self.mean_over, self._reduction.over_rows)
-        loss_sum, wide = sum_rows(loss_type, batch, pos_weight, size, takes_valid=takes_valid)
-        known = wide if pos_weight is None else None
-        four = None if wide is None or quality is None else quality._pack(sum_quality(batch, size, known))
-        return Sums(loss_sum, None, weight, wide, four, None)
+    def _mode(self) -> tuple[GlobalLoss, RankingQuality | None, Plan]:
+        """The metrics of training or of evaluation, and what a pass is to give them."""
+        metric = self.train_metric if self.training else self.eval_metric
+        if not self._options.quality:
+            return metric, None, self._plans[metric._drops_non_finite][True]
+        quality = self.train_quality if self.training else self.eval_quality
+        return metric, quality, self._plans[metric._drops_non_finite][quality._drops_non_finite]
 
     def _reduce(self, local: TaskSums, normalizer: Tensor | float | None) -> dict[str, Tensor]:
         """The losses of this rank's sums, or of those of all ranks."""
-        total, factor = local, 1.0
-        if self.global_batch:
-            total = sum_over_ranks_with_gradient(local, self.train_metric._names, self.process_group)
-            if self.gradient_reduction == "sum":
+        options, total, factor = self._options, local, 1.0
+        if options.global_batch:
+            total = sum_over_ranks_with_gradient(local, self.train_metric._names, options.process_group)
+            if options.gradient_reduction == "sum":
                 # Each rank has the whole gradient of the reduction's own parameters too.
-                factor /= world_size(self.process_group)
+                factor /= world_size(options.process_group)
         if normalizer is not None:
             total = TaskSums(total.loss_sum, self._check_normalizer(normalizer, local.loss_sum))
         dtype, task_weights = local.loss_sum.dtype, self._task_weights.like(local.loss_sum)
         return self._reduction.reduce(total, task_weights, dtype, is_final=False, gradient_factor=factor)
 
-    def _record(self, proxy: Proxy, *inputs: Any) -> dict[str, Tensor]:
-        """What stands for the losses in a graph of torch.fx that is being traced."""
-        # What a subclass's own forward, or a hook, does is in the graph already, and must not be done twice.
-        is_plain = type(self).forward.__module__ == __name__ and not has_forward_hooks(self)
-        method = None if is_plain else "_losses"
-        *tensors, normalizer = inputs
-        result = record_call(proxy, self, method, *tensors, normalizer=normalizer)
-        if self.tasks is None and method is None:
-            return {"loss": result}
-        return {key: result[key] for key in self._reduction.keys}
-
     def _check_normalizer(self, normalizer: Tensor | float, loss_sum: Tensor) -> Tensor | float:
-        is_averaged = self.gradient_reduction == "mean" and not self.global_batch
-        if is_averaged and not torch.compiler.is_compiling() and world_size(self.process_group) > 1:
+        options = self._options
+        is_averaged = options.gradient_reduction == "mean" and not options.global_batch
+        if is_averaged and not torch.compiler.is_compiling() and world_size(options.process_group) > 1:
             warn_local_normalizer()
         return self._reduction.check_normalizer(normalizer, loss_sum)
-
-    def _metrics(self) -> tuple[GlobalLoss, RankingQuality | None]:
-        """The metrics of this mode."""
-        if self.training:
-            return self.train_metric, self.train_quality if self.quality else None
-        return self.eval_metric, self.eval_quality if self.quality else None
 
     @property
     def task_weights(self) -> tuple[float, ...] | None:
@@ -259,43 +187,50 @@ class _TaskLosses(nn.Module):
 
     @task_weights.setter
     def task_weights(self, values: PerTask | None) -> None:
-        self._task_weights.set(per_task_numbers("task_weights", values, self.tasks or ("loss",)))
+        self._task_weights.set(per_task_numbers("task_weights", values, self._options.columns))
 
     def __setattr__(self, name: str, value: Any) -> None:
-        if name == "task_weights" and name not in self._settings:
+        options, modules = self.__dict__.get("_options"), self.__dict__.get("_modules", {})
+        # TorchRec's DistributedModelParallel puts each child of a module back in its place.
+        is_setting = name.startswith("loss_type_") or (options is not None and name in self._read_only())
+        if options is not None and is_setting and modules.get(name, self) is not value:
+            raise AttributeError(f"{name}: got a change of it, expected a new loss that is made with it")
+        if name == "task_weights":
             # Past nn.Module, which would register a parameter or a module under the name.
             object.__setattr__(self, name, value)
             return
-        is_setting = name in self._settings or name.startswith("loss_type_")
-        modules = self.__dict__.get("_modules", {})
-        # TorchRec's DistributedModelParallel puts each child of a module back in its place.
-        if is_setting and "train_metric" in modules and modules.get(name, self) is not value:
-            raise AttributeError(f"{name}: got a change of it, expected a new loss that is made with it")
         super().__setattr__(name, value)
 
-    def __getattr__(self, name: str) -> Tensor | nn.Module:
+    def _read_only(self) -> Iterable[str]:
+        """What is set when a loss is made: its settings, and the modules that it has."""
+        names = {*self._options.settings, *self.__dict__["_modules"], *_METRICS, *_QUALITY}
+        return names if self._options.tasks is not None else {*names, "task_weights"}
+
+    def __getattr__(self, name: str) -> Any:
         try:
             return super().__getattr__(name)
         except AttributeError:
-            if name not in ("train_quality", "eval_quality"):
+            options = self.__dict__.get("_options")
+            if options is not None and name in options.settings:
+                return options.settings[name]
+            if name not in _QUALITY:
                 raise
         raise AttributeError(f"{name}: got a loss with quality=False, expected one that is made with quality=True")
 
-    def _binary_group(self, argument: str, value: object) -> TypeGroup:
-        """The tasks with BCE_WITH_LOGITS, without which an argument makes no sense."""
-        groups = [group for group in self._groups if getattr(self, group.attribute) is LossType.BCE_WITH_LOGITS]
-        if not groups:
-            types = list_some(self.loss_type) if isinstance(self.loss_type, dict) else self.loss_type
-            raise ValueError(f"{argument}: got {value} with {types}, expected it with BCE_WITH_LOGITS only")
-        return groups[0]
+    def __dir__(self) -> list[str]:
+        return sorted(
+            {
+                *super().__dir__(),  # type: ignore[no-untyped-call]
+                *self._options.settings,
+            }
+        )
 
     def _own_quality(self, quality: bool | RankingQuality) -> RankingQuality:
         """A metric for the quality of this loss's logits, as the argument says."""
-        if not isinstance(quality, (bool, RankingQuality)):
-            raise TypeError(f"quality: got {type(quality).__name__}, expected a bool or a RankingQuality")
-        group = self._binary_group("quality", quality)
-        if isinstance(quality, bool):
-            return RankingQuality(group.tasks, ignore_index=group.ignore_index, process_group=self.process_group)
+        group = next(group for group in self._groups if group.row_loss.is_binary)
+        process_group = self._options.process_group
+        if not isinstance(quality, RankingQuality):
+            return RankingQuality(group.tasks, ignore_index=group.ignore_index, process_group=process_group)
         found, expected = (
             f"tasks={each.tasks and list_some(each.tasks)}, ignore_index={each.ignore_index}"
             for each in (quality, group)
@@ -304,10 +239,10 @@ class _TaskLosses(nn.Module):
             raise ValueError(
                 f"quality: got one with {found}, expected {expected}, as the loss's tasks with BCE_WITH_LOGITS have"
             )
-        if quality.process_group not in (None, self.process_group):
+        if quality.process_group not in (None, process_group):
             raise ValueError("quality: got one with another process_group, expected that of the loss, or none")
         own = copy.deepcopy(quality)
-        own.process_group = self.process_group
+        own.process_group = process_group
         own.reset()
         return own
 
@@ -317,33 +252,24 @@ class _TaskLosses(nn.Module):
             constants.place(fn(torch.empty(0, device=self.train_metric.device)).device)
         return self
 
-    def __getstate__(self) -> dict[str, Any]:
-        return group_to_state(super().__getstate__())  # type: ignore[no-untyped-call]
 
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        super().__setstate__(group_from_state(state))  # type: ignore[no-untyped-call]
-
-
-def _join(sums: Sequence[Sums], order: TaskConstants) -> Sums:
-    """The sums of several groups of tasks as those of all."""
-    loss_sum, weight = join_sums([TaskSums(each.losses, each.weight) for each in sums], order)
-    updates = [each.update for each in sums if each.update is not None]
-    update = join_tasks(updates, order) if len(updates) == len(sums) else None
-    qualities = [each.quality for each in sums if each.quality is not None]  # no next(), which torch 2.6 can't compile
-    return Sums(loss_sum, None, weight, update, qualities[0] if qualities else None, None)
-
-
-def _track(sums: Sums, metric: GlobalLoss, quality: RankingQuality | None) -> None:
+def _keep(sums: BatchSums, metric: GlobalLoss, quality: RankingQuality | None) -> None:
     """Add a batch to the metrics of its mode; to none of them where one refuses it."""
-    if (update := sums.update) is None:
+    if (tracked := sums.tracked) is None:
         return
-    metric._prepare_for(update)
-    if update.ndim == 1:
-        update = metric._pack(TaskSums(update, sums.weight))
+    metric._prepare_for(tracked)
+    if tracked.ndim == 1:
+        tracked = metric._pack(TaskSums(tracked, sums.weight))
     if quality is not None and sums.quality is not None:
-        quality._prepare_for(update)
+        quality._prepare_for(tracked)
         quality._put(sums.quality)
-    metric._put(update)
+    metric._put(tracked)
+
+
+def _is_wanted(quality: bool | RankingQuality) -> bool:
+    if not isinstance(quality, (bool, RankingQuality)):
+        raise TypeError(f"quality: got {type(quality).__name__}, expected a bool or a RankingQuality")
+    return quality is not False
 
 
 class Loss(_TaskLosses):
@@ -369,8 +295,6 @@ class Loss(_TaskLosses):
         {'loss': tensor(0.4100, dtype=torch.float64)}
     """
 
-    _settings = _TaskLosses._settings | {"task_weights"}
-
     def __init__(
         self,
         loss_type: TaskLossType,
@@ -385,21 +309,21 @@ class Loss(_TaskLosses):
         quality: bool | RankingQuality = False,
         fused: bool = False,
     ) -> None:
-        check_choice("reduction", reduction, get_args(RowReduction))
-        super().__init__(
-            loss_type,
-            None,
-            Reduction.of(None, reduction, "mean"),
+        options = LossOptions(
+            loss_type=loss_type,
+            tasks=None,
+            task_loss_reduction=reduction,
+            global_reduction="mean",
             pos_weights=pos_weight,
-            task_weights=None,
             mean_over=mean_over,
             ignore_index=ignore_index,
             global_batch=global_batch,
             gradient_reduction=gradient_reduction,
             process_group=process_group,
-            quality=quality,
+            quality=_is_wanted(quality),
             fused=fused,
         )
+        super().__init__(options, None, quality)
         warn_unless_mean(global_batch, reduction=reduction)
 
     @torch.jit.unused
@@ -500,23 +424,21 @@ class MultiTaskLoss(_TaskLosses):
         quality: bool | RankingQuality = False,
         fused: bool = False,
     ) -> None:
-        tasks = check_tasks(tasks)
-        check_choice("task_loss_reduction", task_loss_reduction, get_args(RowReduction))
-        check_global_reduction(global_reduction)
-        super().__init__(
-            loss_type,
-            tasks,
-            Reduction.of(tasks, task_loss_reduction, global_reduction),
+        options = LossOptions(
+            loss_type=loss_type,
+            tasks=tasks,
+            task_loss_reduction=task_loss_reduction,
+            global_reduction=global_reduction,
             pos_weights=pos_weights,
-            task_weights=per_task_numbers("task_weights", task_weights, tasks),
             mean_over=mean_over,
             ignore_index=ignore_index,
             global_batch=global_batch,
             gradient_reduction=gradient_reduction,
             process_group=process_group,
-            quality=quality,
+            quality=_is_wanted(quality),
             fused=fused,
         )
+        super().__init__(options, per_task_numbers("task_weights", task_weights, options.columns), quality)
         warn_unless_mean(global_batch, task_loss_reduction=task_loss_reduction, global_reduction=global_reduction)
 
     @torch.jit.unused

@@ -40,12 +40,12 @@ def is_transformed(*inputs: object) -> bool:
     """Whether torch.func transforms this call, or forward-mode automatic differentiation goes through an input.
 
     There is no public way to ask for the transforms; without it they fail at the first update in place of a tensor from
-    outside. The compiler can't trace the question, and has transforms of its own.
+    outside. The compiler can't trace the question about forward mode.
     """
-    if torch.compiler.is_compiling():
-        return False
     if torch._C._are_functorch_transforms_active():
         return True
+    if torch.compiler.is_compiling():
+        return False
     for values in inputs:  # noqa: SIM110 (a generator is entered anew at each input)
         if isinstance(values, Tensor) and forward_ad.unpack_dual(values).tangent is not None:
             return True
@@ -56,8 +56,10 @@ def runs_compiled(values: Tensor) -> bool:
     """Whether compiled code can be run on a tensor here and now.
 
     torch.jit can't trace it, and a first call within a dispatch mode, such as a counter of operators, would have it
-    never compiled in this process. There is no public way to ask for the mode.
+    never compiled in this process. There is no public way to ask for the mode. The compiler has no second one in it.
     """
+    if torch.compiler.is_compiling():
+        return False
     is_plain = type(values) in (Tensor, nn.Parameter) and not values.is_meta
     return is_plain and not (torch._C._is_tracing() or torch._C._len_torch_dispatch_stack())
 
@@ -91,8 +93,11 @@ def tensor_of(numbers: Sequence[float], dtype: torch.dtype, device: torch.device
 def is_batch_of_gradients(grad: Tensor) -> bool:
     """Whether torch.vmap, or autograd's older ``is_grads_batched``, runs a backward for many gradients at once.
 
-    There is no public way to ask; without it such a backward fails at its first operation in place.
+    There is no public way to ask; without it such a backward fails at its first operation in place. The compiler can't
+    trace the question, nor such a backward.
     """
+    if torch.compiler.is_compiling():
+        return False
     functorch = torch._C._functorch
     return functorch.is_functorch_wrapped_tensor(grad) or functorch.is_legacy_batchedtensor(grad)
 
@@ -109,6 +114,15 @@ def keep_where_nonzero(values: Tensor, weights: Tensor) -> Tensor:
         return values.where(weights != 0, 0.0)
     kept: Tensor = torch.ops.aten.threshold_backward(values, weights.abs(), 0.0)
     return kept
+
+
+def scaled_sigmoid(scale: Tensor, values: Tensor, sign: float, threshold: float) -> Tensor:
+    """``scale·σ(±values)`` to the last digits for any value, in one kernel; beyond the threshold, σ is 1.
+
+    It is the gradient of softplus, an operator that has no public function; ``sigmoid`` takes three kernels.
+    """
+    result: Tensor = torch.ops.aten.softplus_backward(scale, values, sign, threshold)
+    return result
 
 
 def weigh(values: Tensor, weights: Tensor | None) -> Tensor:

@@ -217,7 +217,7 @@ def test_a_module_is_trained_with_the_loss_whatever_its_task_is_called() -> None
     other = MultiTaskLoss({name: Scaled() for name in names}, names)
     modules[2].scale.data.fill_(5.0)
     other.load_state_dict(loss.state_dict())
-    assert other.loss_type["train_metric"].scale.item() == 5.0  # type: ignore[index, union-attr]
+    assert other.loss_type["train_metric"].scale.item() == 5.0
 
 
 @pytest.mark.parametrize("copied", [copy.deepcopy, lambda loss: pickle.loads(pickle.dumps(loss))])
@@ -228,7 +228,7 @@ def test_copies_and_casts_have_modules_and_numbers_of_their_own(copied: Any) -> 
     inputs = torch.randn(4, 3, dtype=torch.float64), torch.tensor([[-1.0, 0.5, 1.0]] * 4)
     assert numbers(twin(*inputs)) == pytest.approx(numbers(loss(*inputs)), rel=1e-7)
     assert twin.loss_type["b"] is next(twin.children())
-    assert twin.loss_type["b"] is not loss.loss_type["b"]  # type: ignore[index]
+    assert twin.loss_type["b"] is not loss.loss_type["b"]
     assert loss.train_metric.update_count == twin.train_metric.update_count == 1
 
 

@@ -205,14 +205,14 @@ def test_torchs_modules_of_classes_serve_several_tasks() -> None:
 
 
 def masked(logits: Tensor, labels: Tensor, *, valid: Tensor) -> Tensor:
-    """0 by its own hand where a row is missing."""
-    return soft(logits, labels).where(valid, 0.0)
+    """0 by its own hand where a label is missing; of one task, ``valid`` has the labels' shape."""
+    assert valid.shape == labels.shape
+    return soft(logits, labels).where(valid.all(-1), 0.0)
 
 
 @pytest.mark.parametrize("rows", [0, 1, 3, 4])
 @pytest.mark.parametrize("reduction", ["mean", "sum"])
 def test_one_task_with_a_callable_that_uses_valid(rows: int, reduction: Any) -> None:
-    """``valid`` is of the rows, as the loss is; as many rows as classes would broadcast to a loss for each label."""
     logits, labels = random_inputs(rows, 3)
     total = math.fsum(row_losses(logits, labels))
     loss = Loss(masked, reduction, global_batch=True)(logits, labels)

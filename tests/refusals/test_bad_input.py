@@ -146,7 +146,6 @@ BATCHES: list[tuple[str, dict[str, Any], WrongError, str, str]] = [
         "logits: got shape (4,)",
         "classes",
     ),
-    ("own", {"logits": torch.ones(3, 2, 4, 5)}, ValueError, "logits: got shape (3, 2, 4, 5)", "labels' shape"),
 ]
 
 # which tasks, what is wrong about the sums, error, how the message starts, what was expected.

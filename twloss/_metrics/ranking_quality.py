@@ -16,8 +16,8 @@ from twloss._arguments import IgnoreIndex, NanStrategy, check_choice, check_igno
 from twloss._metrics.task_metric import TaskMetric
 from twloss._rows.batch import align
 from twloss._rows.mappings import TaskTensors
-from twloss._rows.row_loss import LossType
-from twloss._rows.row_sums import sum_quality
+from twloss._rows.row_loss import BinaryCrossEntropy
+from twloss._rows.row_pass import sum_quality
 
 QUANTITIES = {"ne": False, "rce": True, "calibration": None, "ctr": None, "logloss": False, "weight": None}
 """What compute() gives of each task, and whether higher is better."""
@@ -135,8 +135,8 @@ class RankingQuality(TaskMetric):
     def _sum_batch(
         self, logits: TaskTensors, labels: TaskTensors, weights: TaskTensors | None = None
     ) -> Sequence[Tensor | float]:
-        batch = align(logits, labels, weights, self.tasks, LossType.BCE_WITH_LOGITS, self.ignore_index)
-        return sum_quality(batch, 1 if self.tasks is None else len(self.tasks))
+        batch = align(logits, labels, weights, self.tasks, BinaryCrossEntropy(), self.ignore_index)
+        return sum_quality(batch.logits, batch.labels, batch.weights, 1 if self.tasks is None else len(self.tasks))
 
     def _results(self, sums: Tensor) -> Sequence[Tensor]:
         loss_sum, weight, positives, predicted = sums

@@ -14,23 +14,21 @@ import torch
 from torch import Tensor
 
 from twloss._arguments import IgnoreIndex, check_dense
-from twloss._rows.mappings import FLOATS, TaskTensors, is_valid, refuse_dtype, stack_inputs
-from twloss._rows.row_loss import LossFunction, LossType, has_soft_labels
+from twloss._rows.mappings import FLOATS, TaskTensors, all_valid, is_valid, refuse_dtype, stack_inputs
+from twloss._rows.row_loss import RowLoss
 
 
 class Batch(NamedTuple):
-    """Aligned inputs; ``(rows, tasks)`` stands for the loss's shape, which is any shape for a one-task loss."""
+    """Aligned inputs, ``(rows, tasks)``; those of one task for a callable are as they came, see ``align_rows``."""
 
     logits: Tensor
-    """``(rows, tasks)`` or ``(rows, tasks, classes)``, float32 or float64."""
+    """``(rows, tasks, …)``, float32 or float64."""
     labels: Tensor
-    """``(rows, tasks)``: of the logits' dtype, or int64 class indices; a callable's also ``(rows, tasks, classes)``."""
+    """``(rows, tasks, …)``, in the dtype that the loss asks for."""
     weights: Tensor | None
-    """``(rows, tasks)`` of the logits' dtype, 0 where the label is missing; None: every row counts once."""
+    """``(rows, tasks)`` in the logits' dtype, 0 where the label is missing; None: every row counts once."""
     valid: Tensor | None
     """``(rows, tasks)`` bool, False where the label is missing; None: no label can be missing."""
-    shape: torch.Size
-    """``(rows, tasks)``"""
 
 
 def align(  # noqa: PLR0917 (a batch, and what it is of)
@@ -38,58 +36,67 @@ def align(  # noqa: PLR0917 (a batch, and what it is of)
     labels: TaskTensors,
     weights: TaskTensors | None,
     tasks: tuple[str, ...] | None,
-    loss_type: LossType | LossFunction,
+    row_loss: RowLoss,
     ignore_index: IgnoreIndex,
-    *,
-    takes_valid: bool = False,
 ) -> Batch:
     """Check the inputs, against each other too, and bring them to one shape and dtype.
 
     Args:
-        logits: ``(rows, tasks)`` or ``(rows, tasks, classes)``, floating; with tasks also a mapping task ->
-            ``(rows,)``, ``(rows, 1)`` or ``(rows, classes)``, and so for the others; each task may have rows of its
-            own, which all three then are mappings of.
-        labels: ``(rows, tasks)``, any real dtype; of one task any shape; for a callable also
-            ``(rows, tasks, classes)``.
+        logits: ``(rows, tasks)`` or what the loss takes, such as ``(rows, tasks, classes)``, floating; with tasks also
+            a mapping task -> ``(rows,)``, ``(rows, 1)`` or ``(rows, …)``, as for the others; each task may have rows
+            of its own, which all three then are mappings of.
+        labels: ``(rows, tasks)``, any real dtype; of one task any shape; for a callable also ``(rows, tasks, …)``.
         weights: ``(rows, tasks)``, ``(rows, 1)`` or ``(rows,)``; of one task what broadcasts to its rows.
         tasks: the names of the columns; None: one task, and no mappings.
-        loss_type: what the batch is for: only CROSS_ENTROPY and callables can have a dimension of classes.
+        row_loss: what the batch is for.
         ignore_index: the label that says "missing"; NaN is allowed.
-        takes_valid: whether a callable wants to know which rows count.
     """
-    valid, is_soft = None, False
-    has_classes = loss_type is LossType.CROSS_ENTROPY if isinstance(loss_type, LossType) else None
+    valid = None
     if tasks is not None and (
         isinstance(logits, Mapping) or isinstance(labels, Mapping) or isinstance(weights, Mapping)
     ):
         logits, labels, weights, valid = stack_inputs(
-            logits, labels, weights, tasks, has_classes=has_classes, ignore_index=ignore_index
+            logits, labels, weights, tasks, has_classes=row_loss.has_classes, ignore_index=ignore_index
         )
     logits, labels, weights = _check_tensors(logits, labels, weights)
+    row_loss.check_shapes(logits, labels, None if tasks is None else len(tasks))
     # A bfloat16 sum of 1025 ones is 1024.
     dtype = torch.float64 if logits.dtype == torch.float64 else torch.float32
-    if has_classes is None:
-        has_classes = logits.ndim == labels.ndim + 1 and not labels.is_floating_point()
-        is_soft = not has_classes and labels.ndim > (1 if tasks is None else 2)
-    elif has_classes and tasks is None and labels.ndim != 1:
-        # torch's own (rows, classes, positions) would be taken for (rows, positions, classes).
-        shapes = f"{tuple(logits.shape)} with labels {tuple(labels.shape)}"
-        raise ValueError(f"logits: got shape {shapes}, expected (rows, classes) with labels (rows,)")
-    _check_shapes(logits, labels, None if tasks is None else len(tasks), has_classes=has_classes, is_soft=is_soft)
-    logits = logits.to(dtype)
-    if is_soft and tasks is None:
-        assert not isinstance(loss_type, LossType)
-        is_soft = has_soft_labels(loss_type, logits, labels.to(dtype), takes_valid=takes_valid)
-    shape = labels.shape[:-1] if is_soft else labels.shape
-    if weights is not None:
-        weights = weights.to(dtype)
-        if weights.shape != shape:
-            weights = _expand_weights(weights, shape, by_row=tasks is not None)
+    label_dtype = row_loss.label_dtype(logits, labels)
     if ignore_index is not None and valid is None:
-        valid = is_valid(labels, tasks, ignore_index, is_soft=is_soft)
+        valid = is_valid(labels, tasks, ignore_index)
+    logits, labels = logits.to(dtype), labels.to(dtype if label_dtype.is_floating_point else label_dtype)
+    batch = Batch(logits, labels, None if weights is None else weights.to(dtype), valid)
+    if tasks is not None:
+        return align_rows(batch, labels.shape[:2], by_row=True)
+    if row_loss.has_classes is None:
+        return batch
+    logits, labels, weights, valid = align_rows(batch, labels.shape, by_row=False)
+    return Batch(
+        logits.reshape(-1, 1, *logits.shape[labels.ndim :]),
+        labels.reshape(-1, 1),
+        None if weights is None else weights.reshape(-1, 1),
+        None if valid is None else valid.reshape(-1, 1),
+    )
+
+
+def align_rows(batch: Batch, shape: torch.Size, *, by_row: bool) -> Batch:
+    """The batch with weights and valid in the shape of the rows, and weights of 0 where a row is missing.
+
+    A callable of one task is called before this, since its result tells which of the labels' dimensions are rows.
+
+    Args:
+        batch: with weights that broadcast to the rows, and valid of the labels' shape.
+        shape: of the rows; ``(rows, tasks)``, or of one task any.
+        by_row: whether weights ``(rows,)`` are those of the rows ``(rows, tasks)``.
+    """
+    logits, labels, weights, valid = batch
+    if weights is not None and weights.shape != shape:
+        weights = _expand_weights(weights, shape, by_row=by_row)
     if valid is not None:
-        weights = valid.to(dtype) if weights is None else weights.where(valid, 0.0)
-    return Batch(logits, labels.to(torch.int64 if has_classes else dtype), weights, valid, shape)
+        valid = all_valid(valid, len(shape))
+        weights = valid.to(logits.dtype) if weights is None else weights.where(valid, 0.0)
+    return Batch(logits, labels, weights, valid)
 
 
 def _check_tensors(logits: Any, labels: Any, weights: Any) -> tuple[Tensor, Tensor, Tensor | None]:
@@ -106,23 +113,8 @@ def _check_tensors(logits: Any, labels: Any, weights: Any) -> tuple[Tensor, Tens
     return logits, labels, weights
 
 
-def _check_shapes(logits: Tensor, labels: Tensor, tasks: int | None, *, has_classes: bool, is_soft: bool) -> None:
-    if tasks is not None and (labels.ndim != 2 + is_soft or labels.shape[1] != tasks):
-        raise ValueError(f"labels: got shape {tuple(labels.shape)}, expected (rows, {tasks})")
-    shape = logits.shape[:-1] if has_classes else logits.shape
-    if labels.shape != shape or (has_classes and logits.ndim < 2):
-        expected = "the labels' shape and a last dimension of classes" if has_classes else "the labels' shape"
-        raise ValueError(
-            f"logits: got shape {tuple(logits.shape)} with labels {tuple(labels.shape)}, expected {expected}"
-        )
-    if has_classes and logits.shape[-1] == 0:
-        raise ValueError(f"logits: got shape {tuple(logits.shape)}, expected at least one class")
-    if has_classes and labels.is_floating_point():
-        raise TypeError(f"labels: got {labels.dtype}, expected class indices of an integer dtype")
-
-
 def _expand_weights(weights: Tensor, shape: torch.Size, *, by_row: bool) -> Tensor:
-    """Weights in the loss's shape."""
+    """Weights in the shape of the rows."""
     expected = f"one that broadcasts to the labels' {tuple(shape)}"
     if by_row:
         rows, tasks = shape

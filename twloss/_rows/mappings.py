@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from typing import Any, NamedTuple, NoReturn
+from typing import Any, NoReturn
 
 import torch
 import torch.nn.functional as F
@@ -22,16 +22,6 @@ TaskTensors = Tensor | Mapping[str, Tensor]
 FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 
-class Stacked(NamedTuple):
-    """Inputs as tensors; what was one is as it came, unchecked."""
-
-    logits: Any
-    labels: Any
-    weights: Any
-    valid: Tensor | None
-    """``(rows, tasks)`` bool, False where a task has no such row or its label is missing; None: not looked at."""
-
-
 def stack_inputs(
     logits: TaskTensors,
     labels: TaskTensors,
@@ -40,8 +30,21 @@ def stack_inputs(
     *,
     has_classes: bool | None,
     ignore_index: IgnoreIndex,
-) -> Stacked:
-    """Those inputs that are mappings, as tensors; the arguments are those of ``align``."""
+) -> tuple[Any, Any, Any, Tensor | None]:
+    """Stack the inputs that are mappings.
+
+    Args:
+        logits: as for ``align``, and so the next three.
+        labels: see there.
+        weights: see there.
+        tasks: see there.
+        has_classes: as ``RowLoss`` has it.
+        ignore_index: the label that says "missing".
+
+    Returns:
+        Logits, labels and weights as tensors, what was one unchecked; and ``(rows, tasks)`` bool, False where a task
+        has no such row or its label is missing, or None where that was not looked at.
+    """
     inputs: dict[str, Any] = {"logits": logits, "labels": labels, "weights": weights}
     of_classes = {"logits": has_classes, "labels": False if has_classes else has_classes, "weights": False}
     columns = {
@@ -56,7 +59,7 @@ def stack_inputs(
     valid = None
     if "labels" in columns:
         valid = _are_valid(columns["labels"], inputs["labels"], tasks, ignore_index, is_ragged=is_ragged)
-    return Stacked(**inputs, valid=valid)
+    return inputs["logits"], inputs["labels"], inputs["weights"], valid
 
 
 def split_by_task(name: str, values: TaskTensors, tasks: tuple[str, ...]) -> Mapping[str, Tensor]:
@@ -72,53 +75,56 @@ def split_by_task(name: str, values: TaskTensors, tasks: tuple[str, ...]) -> Map
     return dict(zip(tasks, values.unbind(1)))
 
 
-def is_valid(labels: Tensor, tasks: tuple[str, ...] | None, ignore_index: IgnoreIndex, *, is_soft: bool) -> Tensor:
-    """Where the labels ``(rows, tasks)`` are not the one that says "missing".
+def is_valid(labels: Tensor, tasks: tuple[str, ...] | None, ignore_index: IgnoreIndex) -> Tensor:
+    """Where labels are not the one that says "missing", each by itself, whatever their shape.
 
-    Soft ones, ``(rows, tasks, classes)``, are missing where one of the classes' is.
+    Where tasks differ in it, the labels are ``(rows, tasks, …)``.
     """
     if not isinstance(ignore_index, Mapping):
-        return _differ(labels, ignore_index, is_soft=is_soft)
+        return _differ(labels, ignore_index)
     assert tasks is not None
     names = [label_name(label_of(ignore_index, task)) for task in tasks]
     # Numbers that came from Python would make a GPU's host wait.
     yes, no = (torch.full((), value, device=labels.device) for value in (True, False))
-    valid = torch.ones(labels.shape[:2], dtype=torch.bool, device=labels.device)
+    valid = torch.ones_like(labels, dtype=torch.bool)
     for label in {label_name(label): label for label in ignore_index.values()}.values():
         others = torch.stack([no if name == label_name(label) else yes for name in names])
-        valid = valid & (_differ(labels, label, is_soft=is_soft) | others)
+        valid = valid & (_differ(labels, label) | others.view(-1, *(1,) * (labels.ndim - 2)))
     return valid
 
 
-def _differ(labels: Tensor, ignore_index: float | None, *, is_soft: bool) -> Tensor:
+def all_valid(valid: Tensor, dimensions: int) -> Tensor:
+    """Where all the labels of a row are valid; rows are the first so many dimensions."""
+    return valid if valid.ndim <= dimensions else valid.flatten(dimensions).all(-1)
+
+
+def _differ(labels: Tensor, ignore_index: float | None) -> Tensor:
     if ignore_index is None:
-        differ = torch.ones_like(labels, dtype=torch.bool)
-    elif math.isnan(ignore_index):
-        differ = ~labels.isnan()
-    elif labels.is_floating_point():
-        differ = labels != ignore_index
-    else:
-        # A comparison wraps the number into the labels' dtype (156 == -100 in uint8); int64 holds every label.
-        differ = labels.to(torch.int64) != ignore_index
-    return differ.all(-1) if is_soft else differ
+        return torch.ones_like(labels, dtype=torch.bool)
+    if math.isnan(ignore_index):
+        return ~labels.isnan()
+    if labels.is_floating_point():
+        return labels != ignore_index
+    # A comparison wraps the number into the labels' dtype (156 == -100 in uint8); int64 holds every label.
+    return labels.to(torch.int64) != ignore_index
 
 
 def _are_valid(
     columns: list[Tensor], labels: Tensor, tasks: tuple[str, ...], ignore_index: IgnoreIndex, *, is_ragged: bool
 ) -> Tensor | None:
-    """``is_valid`` of the tasks' own labels, False too where a task has no row; None: all are."""
-    is_soft = labels.ndim > 2
+    """Where all of the tasks' own labels are valid, False too where a task has no row; None: all are."""
     if ignore_index is not None and any(column.dtype != columns[0].dtype for column in columns):
         # Each in its own: once widened, a -999 of bfloat16 is -1000.
         own = [label_of(ignore_index, task) for task in tasks]
-        return _stack([_differ(column, label, is_soft=is_soft) for column, label in zip(columns, own)], is_mask=True)
+        differ = [all_valid(_differ(column, label), 1) for column, label in zip(columns, own)]
+        return _stack(differ, is_mask=True)
     there = None
     if is_ragged:
         yes = torch.ones(labels.shape[0], dtype=torch.bool, device=labels.device)
         there = _stack([yes[: column.shape[0]] for column in columns], is_mask=True)
     if ignore_index is None:
         return there
-    valid = is_valid(labels, tasks, ignore_index, is_soft=is_soft)
+    valid = all_valid(is_valid(labels, tasks, ignore_index), 2)
     return valid if there is None else valid & there
 
 
@@ -142,11 +148,13 @@ def _columns(name: str, values: Mapping[str, Tensor], tasks: tuple[str, ...], ha
 
 
 def _column(name: str, values: Tensor, has_classes: bool | None) -> Tensor:
-    """One task's ``(rows,)``, or ``(rows, classes)`` where there are classes; None: where there are several columns."""
+    """One task's ``(rows,)``, or ``(rows, classes)`` where there are classes; None: with any further dimensions."""
     check_dense(name, values)
-    if has_classes or (has_classes is None and values.ndim == 2 and values.shape[1] != 1):
+    if has_classes:
         if values.ndim != 2 or values.shape[1] == 0:
             raise ValueError(f"{name}: got shape {tuple(values.shape)}, expected (rows, classes), at least one class")
+        return values
+    if has_classes is None and values.ndim > 1 and values.shape[1:] != (1,):
         return values
     if values.ndim == 2 and values.shape[1] == 1:
         return values.squeeze(1)

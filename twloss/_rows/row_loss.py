@@ -1,28 +1,30 @@
-"""The loss of each row and task, unreduced: the formula of each loss.
+"""The losses, one class each: what a loss needs of a batch, and its formula, of each row and task, unreduced.
 
-Logits ``(rows, tasks)`` or ``(rows, tasks, classes)`` and labels ``(rows, tasks)`` come in; a loss of the labels' shape
-goes out. No weights, no sums, no state.
+Logits ``(rows, tasks, …)`` and labels ``(rows, tasks, …)`` come in; a loss ``(rows, tasks)`` goes out. No weights, no
+sums, no state. All that differs between losses is behind ``RowLoss``; no other file asks which one it has.
 """
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from enum import Enum
-from typing import Protocol
+from types import MethodType
+from typing import Any, Protocol
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from twloss._arguments import LossName, check_dense
+from twloss._arguments import IgnoreIndex, LossName, check_dense
+from twloss._rows.binary_cross_entropy import differentiable_bce, fused_bce, gradient_of_bce, values_of_bce
+from twloss._torch import takes_keyword
 
 
 class TakesValid(Protocol):
-    """An unreduced loss that wants to know which rows count."""
+    """An unreduced loss that takes a mask of the rows that count."""
 
     def __call__(self, logits: Tensor, labels: Tensor, /, *, valid: Tensor) -> Tensor:
-        """The loss, of the labels' shape."""
+        """The loss of each row."""
 
 
 LossFunction = Callable[[Tensor, Tensor], Tensor] | TakesValid
@@ -30,9 +32,6 @@ LossFunction = Callable[[Tensor, Tensor], Tensor] | TakesValid
 # F.cross_entropy silently drops labels equal to its ignore_index, -100 by default. No label may vanish unasked, so it
 # is given a value that no label can have.
 _NO_LABEL = torch.iinfo(torch.int64).min
-
-# Beyond it, softplus(x) is x to the last bit of a float64.
-_THRESHOLD = 50.0
 
 
 class LossType(str, Enum):
@@ -49,6 +48,192 @@ class LossType(str, Enum):
 
     CROSS_ENTROPY = "cross_entropy"
     """Cross-entropy of the classes' logits against a class index c: ``-log softmax(x)[c]``."""
+
+
+class RowLoss:
+    """A loss of each row and task: its formula, and what it needs of a batch."""
+
+    name: str
+    """Tells losses apart in a checkpoint, in another process too."""
+    has_classes: bool | None = False
+    """Whether the logits have a last dimension of classes; None: both may have any further dimensions."""
+    is_binary = False
+    """Whether σ of a logit predicts a label in [0, 1], which pos_weights and the quality of predictions are about."""
+    has_closed_form = False
+    """Whether ``values``, ``gradient`` and ``fused`` are there."""
+    is_row_by_row = True
+    """Whether no row's loss depends on another row."""
+    takes_valid = False
+    """Whether ``losses`` takes the mask of the rows that count."""
+
+    def check_ignore_index(self, ignore_index: IgnoreIndex) -> None:
+        """Raise unless a label can be equal to it."""
+
+    def check_shapes(self, logits: Tensor, labels: Tensor, tasks: int | None) -> None:
+        """Raise unless logits and labels fit each other and the number of tasks; None: one task, of any shape."""
+        if tasks is not None and (labels.ndim != 2 or labels.shape[1] != tasks):
+            raise ValueError(f"labels: got shape {tuple(labels.shape)}, expected (rows, {tasks})")
+        if labels.shape != logits.shape:
+            raise _wrong_shapes(logits, labels, "the labels' shape")
+
+    def label_dtype(self, logits: Tensor, labels: Tensor) -> torch.dtype:
+        """The dtype in which labels are computed with."""
+        return logits.dtype
+
+    def replace_masked(self, labels: Tensor, counted: Tensor, valid: Tensor | None, logits: Tensor) -> Tensor:
+        """Labels of which those that do not count can be computed with.
+
+        Args:
+            labels: ``(rows, tasks, …)``.
+            counted: ``(rows, tasks)`` bool, where there is a weight and a label.
+            valid: ``(rows, tasks)`` bool, where there is a label, or of more of the labels' dimensions; None: anywhere.
+            logits: ``(rows, tasks, …)``.
+        """
+        return labels
+
+    def losses(self, logits: Tensor, labels: Tensor, pos_weight: Tensor | None, valid: Tensor | None) -> Tensor:
+        """The loss, for autograd to differentiate.
+
+        Args:
+            logits: ``(rows, tasks, …)``.
+            labels: ``(rows, tasks, …)``.
+            pos_weight: ``(tasks,)``; of binary losses only.
+            valid: ``(rows, tasks)`` bool, for a loss that ``takes_valid``; else None.
+        """
+        raise NotImplementedError
+
+    def values(self, logits: Tensor, labels: Tensor, pos_weight: Tensor | None) -> Tensor:
+        """The loss as a value in new memory, not to be differentiated."""
+        raise NotImplementedError
+
+    def gradient(self, logits: Tensor, labels: Tensor, pos_weight: Tensor | None, grad: Tensor) -> Tensor:
+        """The derivative of the loss by the logits, times a gradient ``(tasks,)`` or 0-dim, in new memory."""
+        raise NotImplementedError
+
+    def fused(self, logits: Tensor, labels: Tensor, pos_weight: Tensor | None) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """The loss, the loss without the pos_weight, the slopes and σ(x), for a compiler to make one kernel of."""
+        raise NotImplementedError
+
+
+class BinaryCrossEntropy(RowLoss):
+    """``-p·y·log σ(x) - (1-y)·log(1 - σ(x))``: binary cross-entropy."""
+
+    name = LossType.BCE_WITH_LOGITS.value
+    is_binary = True
+    has_closed_form = True
+    values = staticmethod(values_of_bce)
+    gradient = staticmethod(gradient_of_bce)
+    fused = staticmethod(fused_bce)
+
+    def losses(self, logits: Tensor, labels: Tensor, pos_weight: Tensor | None, valid: Tensor | None) -> Tensor:
+        """The loss, for autograd to differentiate."""
+        return differentiable_bce(logits, labels, pos_weight)
+
+
+class CrossEntropy(RowLoss):
+    """``-log softmax(x)[c]``: cross-entropy of classes."""
+
+    name = LossType.CROSS_ENTROPY.value
+    has_classes = True
+
+    def check_ignore_index(self, ignore_index: IgnoreIndex) -> None:
+        """Raise unless class indices can be equal to it."""
+        for label in ignore_index.values() if isinstance(ignore_index, Mapping) else [ignore_index]:
+            if label is not None and not float(label).is_integer():
+                raise ValueError(
+                    f"ignore_index: got {label} with CROSS_ENTROPY, expected an integer, as class indices are"
+                )
+
+    def check_shapes(self, logits: Tensor, labels: Tensor, tasks: int | None) -> None:
+        """Raise unless there is an index for each row of classes."""
+        if tasks is None and labels.ndim != 1:
+            # torch's own (rows, classes, positions) would be taken for (rows, positions, classes).
+            raise _wrong_shapes(logits, labels, "(rows, classes) with labels (rows,)")
+        if tasks is not None and (labels.ndim != 2 or labels.shape[1] != tasks):
+            raise ValueError(f"labels: got shape {tuple(labels.shape)}, expected (rows, {tasks})")
+        if logits.ndim < 2 or labels.shape != logits.shape[:-1]:
+            raise _wrong_shapes(logits, labels, "the labels' shape and a last dimension of classes")
+        if logits.shape[-1] == 0:
+            raise ValueError(f"logits: got shape {tuple(logits.shape)}, expected at least one class")
+        if labels.is_floating_point():
+            raise TypeError(f"labels: got {labels.dtype}, expected class indices of an integer dtype")
+
+    def label_dtype(self, logits: Tensor, labels: Tensor) -> torch.dtype:
+        """That of class indices."""
+        return torch.int64
+
+    def replace_masked(self, labels: Tensor, counted: Tensor, valid: Tensor | None, logits: Tensor) -> Tensor:
+        """Classes in place of labels that do not count, which need not be any."""
+        return labels.where(counted, labels.clamp(0, logits.shape[-1] - 1))
+
+    def losses(self, logits: Tensor, labels: Tensor, pos_weight: Tensor | None, valid: Tensor | None) -> Tensor:
+        """The loss, for autograd to differentiate."""
+        rows = F.cross_entropy(logits.flatten(0, -2), labels.flatten(), reduction="none", ignore_index=_NO_LABEL)
+        return rows.view(labels.shape)
+
+
+class CallableLoss(RowLoss):
+    """What a callable makes of logits and labels of any further dimensions.
+
+    Args:
+        function: the callable; a module is called where the loss that trains it has it.
+    """
+
+    has_classes = None
+    is_row_by_row = False
+
+    def __init__(self, function: LossFunction) -> None:
+        self.function = function
+        self.name = f"{getattr(function, '__qualname__', type(function).__qualname__)}()"
+        self.takes_valid = takes_keyword(function, "valid")
+
+    def check_shapes(self, logits: Tensor, labels: Tensor, tasks: int | None) -> None:
+        """Raise unless both have the same rows, and tasks."""
+        if tasks is not None and (labels.ndim < 2 or labels.shape[1] != tasks):
+            raise ValueError(f"labels: got shape {tuple(labels.shape)}, expected (rows, {tasks}, …)")
+        rows = 1 if tasks is None else 2
+        if labels.shape[:rows] != logits.shape[:rows]:
+            raise _wrong_shapes(logits, labels, "the labels' rows and tasks" if tasks else "the labels' rows")
+
+    def label_dtype(self, logits: Tensor, labels: Tensor) -> torch.dtype:
+        """That of the logits; integers stay integers where they can only be indices into a further dimension."""
+        return torch.int64 if labels.ndim < logits.ndim and not labels.is_floating_point() else logits.dtype
+
+    def replace_masked(self, labels: Tensor, counted: Tensor, valid: Tensor | None, logits: Tensor) -> Tensor:
+        """The task's first real label in place of each missing one, which has no value.
+
+        Of a task that has none, a callable sees 0.5, or class 0: what most losses are finite at.
+        """
+        if valid is None or self.takes_valid or valid.numel() == 0:
+            return labels
+        rows = valid.view(*(valid.shape or (1,)), *(1,) * (labels.ndim - valid.ndim))
+        columns = labels.view(labels.shape or (1,))
+        first = rows.byte().argmax(0, keepdim=True)
+        real = columns.gather(0, first.expand(1, *columns.shape[1:]))
+        real = real.where(rows.any(0), 0.5 if labels.is_floating_point() else 0)
+        return columns.where(rows, real).view(labels.shape)
+
+    def losses(self, logits: Tensor, labels: Tensor, pos_weight: Tensor | None, valid: Tensor | None) -> Tensor:
+        """What the callable returns, checked but for its shape."""
+        function: Any = self.function
+        if isinstance(function, (nn.CrossEntropyLoss, nn.NLLLoss)) and logits.ndim > 2:
+            # To these, and to no others of torch's, the classes are the second dimension.
+            labels = labels.movedim(-1, 1) if labels.ndim == logits.ndim else labels
+            logits = logits.movedim(-1, 1)
+        loss: Tensor = function(logits, labels) if valid is None else function(logits, labels, valid=valid)
+        check_dense("loss_type", loss, verb="the callable gave", kind="floating")
+        return loss
+
+
+_BY_TYPE: Mapping[LossType, RowLoss] = {
+    LossType.BCE_WITH_LOGITS: BinaryCrossEntropy(),
+    LossType.CROSS_ENTROPY: CrossEntropy(),
+}
+
+
+def row_loss_of(loss_type: LossType | LossFunction) -> RowLoss:
+    """The class behind a name, or around a callable."""
+    return _BY_TYPE[loss_type] if isinstance(loss_type, LossType) else CallableLoss(loss_type)
 
 
 def resolve_loss_type(
@@ -73,140 +258,11 @@ def resolve_loss_type(
     return loss_type
 
 
-def loss_type_name(loss_type: LossType | LossFunction) -> str:
-    """A text that tells types apart, in another process too; a callable's ends in "()"."""
-    if isinstance(loss_type, LossType):
-        return loss_type.value
-    return f"{getattr(loss_type, '__qualname__', type(loss_type).__qualname__)}()"
+def identity_of(loss_type: LossType | LossFunction) -> object:
+    """A key that is the same for loss types that are computed in one call."""
+    # A bound method is a new object whenever it is asked for.
+    return (id(loss_type.__self__), loss_type.__func__) if isinstance(loss_type, MethodType) else id(loss_type)
 
 
-def row_losses(
-    loss_type: LossType | LossFunction,
-    logits: Tensor,
-    labels: Tensor,
-    pos_weight: Tensor | None = None,
-    valid: Tensor | None = None,
-    *,
-    shape: torch.Size | None = None,
-) -> Tensor:
-    """The loss of each row and task, for autograd to differentiate.
-
-    Args:
-        loss_type: what to compute.
-        logits: ``(rows, tasks)``, or ``(rows, tasks, classes)`` against class indices.
-        labels: ``(rows, tasks)``; for a callable also ``(rows, tasks, classes)``.
-        pos_weight: ``(tasks,)``, the factor p of the positive term; BCE_WITH_LOGITS only.
-        valid: ``(rows, tasks)`` bool, for a callable that has a parameter of this name; else None.
-        shape: ``(rows, tasks)``, what a callable has to give; None: the labels' own.
-
-    Returns:
-        A tensor of that shape and the logits' dtype.
-    """
-    if loss_type is LossType.BCE_WITH_LOGITS:
-        return _bce(logits, labels, pos_weight)
-    if loss_type is LossType.CROSS_ENTROPY:
-        rows = F.cross_entropy(logits.flatten(0, -2), labels.flatten(), reduction="none", ignore_index=_NO_LABEL)
-        return rows.view(labels.shape)
-    assert not isinstance(loss_type, LossType)
-    loss = _call(loss_type, logits, labels, valid)
-    shape = labels.shape if shape is None else shape
-    if loss.shape != shape or loss.device != labels.device:
-        raise ValueError(
-            f"loss_type: the callable gave a loss of shape {tuple(loss.shape)} on {loss.device}, expected the labels' "
-            f"shape {tuple(shape)} (unreduced: reduction='none') on {labels.device}"
-        )
-    return loss.to(logits.dtype)
-
-
-def _call(function: Callable[..., Tensor], logits: Tensor, labels: Tensor, valid: Tensor | None) -> Tensor:
-    """What a callable makes of the rows."""
-    if isinstance(function, (nn.CrossEntropyLoss, nn.NLLLoss)) and logits.ndim > 2:
-        # To these, and to no others of torch's, the classes are the second dimension.
-        labels = labels.movedim(-1, 1) if labels.ndim == logits.ndim else labels
-        logits = logits.movedim(-1, 1)
-    loss = function(logits, labels) if valid is None else function(logits, labels, valid=valid)
-    check_dense("loss_type", loss, verb="the callable gave", kind="floating")
-    return loss
-
-
-@torch.no_grad()
-def has_soft_labels(loss_type: LossFunction, logits: Tensor, labels: Tensor, *, takes_valid: bool) -> bool:
-    """Whether the labels' last dimension is one of classes, over which a callable gives one loss.
-
-    Its answer to 0 rows tells: a loss may have the shape of labels such as (rows, 4), or be (rows,). A callable that
-    can't answer has to give the labels' shape.
-    """
-    no_rows, no_labels = logits[:0], labels[:0]
-    # That of rows: an elementwise callable can't answer to it.
-    valid = torch.ones_like(no_labels[..., 0], dtype=torch.bool) if takes_valid else None
-    try:
-        loss = _call(loss_type, no_rows, no_labels, valid)
-    except (IndexError, RuntimeError):
-        return False
-    return loss.shape == no_labels.shape[:-1]
-
-
-def _bce(logits: Tensor, labels: Tensor, pos_weight: Tensor | None) -> Tensor:
-    """``(1-y)·softplus(x) + p·y·softplus(-x)``, whose derivative autograd gets right at 0 and at infinite logits too.
-
-    torch's own ``(1-y)·x - log σ(x)`` is the difference of two large numbers where a negative is predicted with
-    confidence: in float32 an error of 5 % at a probability of 1e-5.
-    """
-    positive = labels if pos_weight is None else labels * pos_weight
-    return _term(1.0 - labels, logits) + _term(positive, -logits)
-
-
-def _term(factor: Tensor, z: Tensor) -> Tensor:
-    softplus = F.softplus(z, threshold=_THRESHOLD)
-    # The limit, where the product would be 0·inf.
-    return factor * softplus.masked_fill(z.isinf() & (factor == 0), 0.0)
-
-
-def bce_values(logits: Tensor, labels: Tensor, pos_weight: Tensor | None) -> Tensor:
-    """The same binary cross-entropy as a value, not to be differentiated: twice as fast on a CPU.
-
-    ``|x|·c + (1-y+p·y)·log(1 + exp(-|x|))``, where c is 1-y at positive logits and p·y at others. In place wherever it
-    can be: on a CPU, a kernel that writes to new memory takes up to three times as long.
-    """
-    # As numbers, since a bool tensor takes three times as long.
-    is_positive = torch.gt(logits, 0, out=torch.empty_like(logits))
-    if pos_weight is None:
-        # 0 for the NaN of 0·inf: the limit. A label of NaN goes with it; 0·y brings it back.
-        linear = is_positive.sub_(labels).mul_(logits).nan_to_num_(0.0, math.inf, -math.inf)
-        return linear.add_(F.softplus(torch.copysign(logits, -1.0))).add_(labels, alpha=0)
-    positive, factor = labels * pos_weight, 1.0 - labels
-    # lerp() by 0 or 1 selects; where() takes five times as long.
-    linear = torch.lerp(positive, factor, is_positive, out=is_positive)
-    factor.add_(positive)
-    magnitude = torch.abs(logits, out=positive)
-    linear.mul_(magnitude).nan_to_num_(0.0, math.inf, -math.inf)
-    return linear.addcmul_(factor, magnitude.neg_().exp_().log1p_())
-
-
-def bce_at_once(logits: Tensor, labels: Tensor, pos_weight: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
-    """The values with the pos_weight and without it, and σ(x), for a compiler that makes one kernel of all three.
-
-    They share an exponential and a logarithm, which it would not see in one function for each.
-    """
-    magnitude, negative = logits.abs(), 1.0 - labels
-    exponential = magnitude.neg().exp()
-    logarithm = exponential.log1p()
-
-    def values(positive: Tensor, weight: Tensor | float) -> Tensor:
-        factor = negative.where(logits > 0, positive)
-        # The limit, where the product would be 0·inf.
-        return (factor * magnitude).where(factor != 0, 0.0) + weight * logarithm
-
-    plain = values(labels, 1.0)
-    sigmoid = exponential.where(logits < 0, 1.0) / (1.0 + exponential)
-    if pos_weight is None:
-        return plain, plain, sigmoid
-    positive = labels * pos_weight
-    return values(positive, negative + positive), plain, sigmoid
-
-
-def bce_slopes(sigmoid: Tensor, labels: Tensor, pos_weight: Tensor | None) -> Tensor:
-    """The derivative of binary cross-entropy by the logit, ``σ(x) + y·((p-1)·σ(x) - p)``, in place of σ(x)."""
-    if pos_weight is None:
-        return sigmoid.sub_(labels)
-    return sigmoid.addcmul_(torch.addcmul(-pos_weight, sigmoid, pos_weight - 1), labels)
+def _wrong_shapes(logits: Tensor, labels: Tensor, expected: str) -> ValueError:
+    return ValueError(f"logits: got shape {tuple(logits.shape)} with labels {tuple(labels.shape)}, expected {expected}")

@@ -1,14 +1,15 @@
-"""Binary cross-entropy from a batch to its losses in one autograd function, by single kernels or by one compiled one.
+"""The one pass over the rows of a batch: weight times loss, summed over the rows, and all that is made of it there.
 
-A ``Batch`` ``(rows, tasks)`` comes in; the sums of the tasks, or where the reductions add up the losses themselves, go
-out with a gradient in closed form, and beside them what the running sums are to be given.
+A ``Batch`` ``(rows, tasks)`` comes in; ``BatchSums`` ``(tasks,)`` go out. The weighted rows are made in one of three
+ways: by single kernels, or compiled, both with the gradient by the logits in closed form; or by operations that
+autograd differentiates, where any other derivative may be asked for.
 """
 
 from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from types import FunctionType
 from typing import Any, NamedTuple
 
@@ -17,111 +18,110 @@ from torch import Tensor
 
 from twloss._arguments import MeanOver, RowReduction
 from twloss._constants import TaskConstants
-from twloss._precision import sum_wide
+from twloss._precision import sum_dtype
 from twloss._rows.batch import Batch
-from twloss._rows.row_loss import LossType, bce_at_once, bce_slopes, bce_values
-from twloss._rows.row_sums import at_least_one_row, sum_quality, sum_weights, weigh_losses
+from twloss._rows.binary_cross_entropy import fused_bce, values_of_bce
+from twloss._rows.differentiable import weigh_losses
+from twloss._rows.row_loss import RowLoss
 from twloss._sums.reduction import Reduction
 from twloss._sums.running_sums import pack_update
-from twloss._sums.sums import TaskSums
+from twloss._sums.sums import BatchSums, TaskSums
 from twloss._torch import is_batch_of_gradients, is_transformed, runs_compiled, weigh, weigh_
 
 # As many rows are seen as one, so that what is summed over rows has full vectors of columns, also of few tasks.
 _MOST_ABREAST = 16
+_MANY_ROWS = 16_384
 
 
-class Pass(NamedTuple):
-    """What is to be made of a batch; each that differs is compiled by itself."""
+class Plan(NamedTuple):
+    """Which results one pass over a batch produces. Hashable: each distinct plan is compiled once."""
 
     reduction: Reduction | None
-    """How sums become losses, without keys; None: they are wanted as they are."""
+    """How sums become losses, without keys; None: they are returned as they are, to be reduced later."""
     mean_over: MeanOver
+    """What a mean divides by."""
     over_rows: RowReduction
-    drops_non_finite: bool | None
-    """Whether the running sums drop what is not finite; None: they are to be joined with other tasks', unpacked."""
-    quality: bool | None
-    """Whether the sums of the quality drop what is not finite; None: there are none."""
-    counts_rows: bool = False
-    """Whether they have the number of rows beside them."""
-    with_slopes: bool = False
-    """Whether a backward pass may follow."""
+    """How a task's rows are reduced."""
+    tracks: bool
+    """Whether the sums are packed for the running sums; if not, they are to be joined with other tasks' first."""
+    drops_non_finite: bool = True
+    """Whether the running sums leave out what is not finite."""
+    quality: bool = False
+    """Whether the pass also computes the sums of the quality of predictions."""
+    quality_drops_non_finite: bool = True
+    """Whether the sums of the quality leave out what is not finite."""
+    quality_counts_rows: bool = False
+    """Whether the sums of the quality have the number of rows beside them."""
 
 
-class Sums(NamedTuple):
-    """What became of a batch, or of those tasks of it that share a loss type."""
-
-    losses: Tensor
-    """``(tasks,)``: Σ w·l, or after a reduction the tasks' losses."""
-    loss: Tensor | None
-    """The global loss; None: there was no reduction."""
-    weight: Tensor | float
-    """``(tasks,)``, or a number that all tasks share."""
-    update: Tensor | None
-    """For the running sums: packed, or Σ w·l ``(tasks,)``; None where a transform runs the forward."""
-    quality: Tensor | None
-    """For those of the quality, packed."""
-    slopes: Tensor | None
-    """The derivatives of Σ w·l by the logits."""
-
-
-def is_closed_form(loss_type: object, batch: Batch) -> bool:
-    """Whether only the derivative by the logits can be asked for, and by a backward pass, outside of compiled code."""
-    logits, labels, weights, _, _ = batch
-    return loss_type is LossType.BCE_WITH_LOGITS and not (
-        torch.compiler.is_compiling()
-        or labels.requires_grad
-        or (weights is not None and weights.requires_grad)
-        or is_transformed(logits, labels, weights)
-    )
-
-
-def sum_bce(
-    batch: Batch, tasks: int, what: Pass, pos_weights: TaskConstants, task_weights: Tensor | None, *, fused: bool
-) -> Sums:
-    """One pass over a batch of binary cross-entropy that ``is_closed_form``.
+def sum_batch(  # noqa: PLR0917 (a plan, a batch, and its tasks)
+    plan: Plan,
+    row_loss: RowLoss,
+    batch: Batch,
+    tasks: int,
+    pos_weights: TaskConstants,
+    task_weights: TaskConstants,
+    *,
+    fused: bool,
+    has_rows: bool,
+) -> BatchSums:
+    """One pass over a batch.
 
     Args:
-        batch: ``(rows, tasks)``; of one task, any shape.
+        plan: the results to produce.
+        row_loss: the loss.
+        batch: ``(rows, tasks)``, or with ``has_rows=False`` as the inputs came.
         tasks: the number of tasks.
-        what: to compute.
         pos_weights: the factors of the positive terms.
-        task_weights: ``(tasks,)``, the factors of the tasks' losses in the global one; None: 1.
-        fused: whether to have the pass compiled.
+        task_weights: the factors of the tasks' losses in the global one.
+        fused: whether to compile the pass.
+        has_rows: False for a callable of one task, whose result tells the rows.
     """
-    batch = at_least_one_row(batch)
-    logits = batch.logits
-    rows = batch.shape.numel() // tasks
-    abreast = min(math.gcd(rows, _MOST_ABREAST), max(rows // 2, 1))
-    others = _Others(pos_weights.like(logits, repeats=abreast), task_weights, tasks, abreast * tasks)
+    logits, labels, weights, _ = batch
+    is_traced = is_transformed(logits, labels, weights)
+    by_logits_alone = not (is_traced or labels.requires_grad or (weights is not None and weights.requires_grad))
+    if not (row_loss.has_closed_form and by_logits_alone):
+        rows, batch = weigh_losses(row_loss, batch, pos_weights.like(logits), has_rows=has_rows, is_traced=is_traced)
+        plan = plan if row_loss.is_binary else plan._replace(quality=False)
+        return _sum_differentiable(plan, rows, batch, task_weights.like(logits), is_traced=is_traced)
+    abreast = _rows_abreast(len(logits), fused=fused)
+    pos_weight = pos_weights.like(logits, repeats=abreast)
+    inputs = (*batch, pos_weight, task_weights.like(logits), tasks)
     # For sizes of 0 and 1 torch would compile it anew.
-    run = _run_compiled if fused and rows > 1 and runs_compiled(logits) else run_pass
-    if not (torch.is_grad_enabled() and logits.requires_grad):
-        with torch.no_grad():
-            return run(what, *others.with_batch(batch))
-    what = what._replace(with_slopes=True)
-    losses, loss, sums = _ClosedForm.apply(logits, batch, others, run, what)  # type: ignore[no-untyped-call]
-    return sums._replace(losses=losses, loss=loss)  # type: ignore[no-any-return]
+    run = _run_compiled if fused and len(logits) > 1 and runs_compiled(logits) else _run
+    if torch.is_grad_enabled() and logits.requires_grad:
+        losses, loss, sums = _ClosedForm.apply(run, plan, row_loss, abreast, *inputs)  # type: ignore[no-untyped-call]
+        if torch.compiler.is_compiling():
+            # The compiler takes tensors in a tuple for outputs with a gradient, too.
+            _, _, *others = [each.detach() if isinstance(each, Tensor) else each for each in sums]
+            return BatchSums(losses, loss, *others)
+        return sums._replace(losses=losses, loss=loss)  # type: ignore[no-any-return]
+    with torch.no_grad():
+        return run(plan, row_loss, False, *_abreast(abreast, *inputs))[0]
 
 
-class _Others(NamedTuple):
-    """What a pass is given beside the batch."""
-
-    pos_weight: Tensor | None
-    """``(columns,)``"""
-    task_weights: Tensor | None
-    tasks: int
-    columns: int
-    """Those of all the rows that are seen as one."""
-
-    def with_batch(self, batch: Batch) -> list[Any]:
-        """The arguments of ``run_pass``."""
-        # Detached, since the compiler looks at the gradient of what a view is of, and would warn where that has none.
-        seen = [None if each is None else each.detach().contiguous().view(-1, self.columns) for each in batch[:4]]
-        return [*seen, self.pos_weight, self.task_weights, self.tasks]
+def _rows_abreast(rows: int, *, fused: bool) -> int:
+    """How many rows are seen as one."""
+    if torch.compiler.is_compiling():
+        return _MOST_ABREAST if rows % _MOST_ABREAST == 0 else 1  # the only guard on a number of rows
+    if rows < _MANY_ROWS and not fused:
+        return 1  # a sum of its own over what was abreast would cost more than it saves
+    return min(math.gcd(rows, _MOST_ABREAST), max(rows // 2, 1))
 
 
-def run_pass(  # noqa: PLR0917 (the compiled one takes no keywords)
-    what: Pass,
+def _abreast(abreast: int, *inputs: Any) -> list[Any]:
+    """The inputs of ``_run`` with so many rows seen as one."""
+    *batch, pos_weight, task_weights, tasks = inputs
+    columns = abreast * tasks
+    # Detached, since the compiler looks at the gradient of what a view is of, and would warn where that has none.
+    seen = [None if each is None else each.detach().contiguous().view(-1, columns) for each in batch]
+    return [*seen, pos_weight, task_weights, tasks]
+
+
+def _run(  # noqa: PLR0917 (the compiled one takes no keywords)
+    plan: Plan,
+    row_loss: RowLoss,
+    with_slopes: bool,
     logits: Tensor,
     labels: Tensor,
     weights: Tensor | None,
@@ -129,54 +129,148 @@ def run_pass(  # noqa: PLR0917 (the compiled one takes no keywords)
     pos_weight: Tensor | None,
     task_weights: Tensor | None,
     tasks: int,
-) -> Sums:
+) -> tuple[BatchSums, Tensor | None]:
     """The pass over rows ``(rows / abreast, abreast · tasks)``, with no gradient of its own.
 
-    Compiled, it makes the slopes on the way, and they are all of the batch's size that it leaves.
+    Compiled, it also returns the slopes, weighted: all of the batch's size that it leaves.
     """
-    batch = Batch(logits, labels, weights, valid, logits.shape)
-    slopes = sigmoid = plain = None
+    weight = _sum_weights(plan, weights, valid, logits.numel() // tasks, tasks)
+    plain = slopes = sigmoid = None
     if torch.compiler.is_compiling():
-        values, plain, sigmoid = bce_at_once(logits, labels, pos_weight)
-        if what.with_slopes:
-            slopes = weigh(bce_slopes(sigmoid.clone(), labels, pos_weight), weights)
+        rows, plain, slopes, sigmoid = row_loss.fused(logits, labels, pos_weight)
+        slopes = weigh(slopes, weights) if with_slopes else None
     else:
-        values = bce_values(logits, labels, pos_weight)
-    loss_sum = sum_wide(weigh_(values, weights), tasks)
-    sums = TaskSums(loss_sum, sum_weights(batch, tasks, what.mean_over, what.over_rows))
-    update, quality = loss_sum, None
-    if what.drops_non_finite is not None:
-        update = pack_update(sums, drops_non_finite=what.drops_non_finite)
-    if what.quality is not None:
+        rows = row_loss.values(logits, labels, pos_weight)
+    loss_sum = sum_rows(weigh_(rows, weights), tasks)
+    quality = None
+    if plan.quality and row_loss.is_binary:
         # Without pos_weights the log loss is the loss.
         log_loss = loss_sum if pos_weight is None else None
-        if log_loss is None and plain is not None:
-            log_loss = sum_wide(weigh(plain, weights), tasks)
-        *four, count = sum_quality(batch, tasks, log_loss, sigmoid)
-        assert not isinstance(count, Tensor)
-        quality = pack_update(four, drops_non_finite=what.quality, rows=count if what.counts_rows else None)
-    if what.reduction is None:
-        losses, loss = loss_sum.to(logits.dtype), None
-    else:
-        losses, loss = what.reduction.values(sums, task_weights, logits.dtype, is_final=False)
-    return Sums(losses, loss, sums.weight, update, quality, slopes)
+        quality = _pack_quality(plan, logits, labels, weights, tasks, log_loss, plain, sigmoid)
+    sums = TaskSums(loss_sum, weight)
+    return _reduce(plan, sums, loss_sum, quality, task_weights, logits.dtype), slopes
+
+
+def _sum_differentiable(
+    plan: Plan, rows: Tensor, batch: Batch, task_weights: Tensor | None, *, is_traced: bool
+) -> BatchSums:
+    """The sums of weighted rows ``(rows, tasks)``, with the gradient that autograd computes."""
+    count, tasks = rows.shape
+    weight = _sum_weights(plan, batch.weights, batch.valid, count, tasks)
+    loss_sum = None if is_traced else sum_rows(rows.detach(), tasks)
+    quality = None
+    if plan.quality and loss_sum is not None:
+        quality = _pack_quality(plan, batch.logits, batch.labels, batch.weights, tasks)
+    return _reduce(plan, TaskSums(rows.sum(0), weight), loss_sum, quality, task_weights, rows.dtype)
+
+
+def _reduce(  # noqa: PLR0917
+    plan: Plan,
+    sums: TaskSums,
+    loss_sum: Tensor | None,
+    quality: Tensor | None,
+    task_weights: Tensor | None,
+    dtype: torch.dtype,
+) -> BatchSums:
+    """What a plan makes of sums over the rows.
+
+    Args:
+        plan: the results to produce.
+        sums: to train on.
+        loss_sum: the same, detached and in the widest dtype; None where a transform runs the forward, which may then
+            run any number of times and counts as none.
+        quality: the sums of the quality, packed.
+        task_weights: ``(tasks,)``
+        dtype: of the losses.
+    """
+    tracked = loss_sum
+    if plan.tracks and loss_sum is not None:
+        tracked = pack_update((loss_sum, sums.weight), drops_non_finite=plan.drops_non_finite)
+    if plan.reduction is None:
+        return BatchSums(sums.loss_sum.to(dtype), None, sums.weight, tracked, quality)
+    losses, loss = plan.reduction.values(sums, task_weights, dtype, is_final=False)
+    return BatchSums(losses, loss, sums.weight, tracked, quality)
+
+
+def sum_rows(values: Tensor, tasks: int) -> Tensor:
+    """The sum over rows ``(tasks,)`` of ``(rows, tasks)``, in the widest dtype; several rows may be seen as one."""
+    total = values.sum(0, dtype=sum_dtype(values.device))
+    return total if total.numel() == tasks else total.view(-1, tasks).sum(0)
+
+
+def _sum_weights(plan: Plan, weights: Tensor | None, valid: Tensor | None, rows: int, tasks: int) -> Tensor | float:
+    """What a mean divides by, ``(tasks,)``: the number of valid rows ("rows"), or Σ of their weights ("weights").
+
+    A sum divides by nothing, and only asks whether there is data: Σ|w|, since weights that cancel are.
+    """
+    if weights is not None and plan.mean_over == "weights":
+        return sum_rows(weights if plan.over_rows == "mean" else weights.abs(), tasks)
+    return rows if valid is None else sum_rows(valid, tasks)
+
+
+@torch.no_grad()
+def sum_quality(  # noqa: PLR0917 (a batch, and what is known of it)
+    logits: Tensor,
+    labels: Tensor,
+    weights: Tensor | None,
+    tasks: int,
+    log_loss: Tensor | None = None,
+    plain: Tensor | None = None,
+    sigmoid: Tensor | None = None,
+) -> Sequence[Tensor | float]:
+    """The sums of the quality of binary predictions.
+
+    Args:
+        logits: ``(rows, tasks)``, and so the next two; several rows may be seen as one.
+        labels: in [0, 1].
+        weights: None: 1.
+        tasks: the number of tasks.
+        log_loss: Σ w·l ``(tasks,)``, where it is known.
+        plain: the binary cross-entropy of each row without a pos_weight, where it is known.
+        sigmoid: σ(x), where it is known.
+
+    Returns:
+        Σ w·l, Σ w, Σ w·y and Σ w·σ(x), each ``(tasks,)`` or a number, and the number of rows.
+    """
+    if plain is None and log_loss is None:
+        if torch.compiler.is_compiling() or is_transformed(logits, labels, weights):
+            _, plain, _, sigmoid = fused_bce(logits, labels, None)
+        else:
+            plain = values_of_bce(logits, labels, None)
+    sigmoid = logits.sigmoid() if sigmoid is None else sigmoid
+    positives, predicted = weigh(labels, weights), weigh(sigmoid, weights)
+    if log_loss is None:
+        assert plain is not None
+        log_loss = sum_rows(weigh(plain, weights), tasks)
+    rows = labels.numel() // tasks
+    weight = rows if weights is None else sum_rows(weights, tasks)
+    return log_loss, weight, sum_rows(positives, tasks), sum_rows(predicted, tasks), rows
+
+
+def _pack_quality(plan: Plan, *inputs: Any) -> Tensor:
+    *sums, rows = sum_quality(*inputs)
+    assert not isinstance(rows, Tensor)
+    counted = rows if plan.quality_counts_rows else None
+    return pack_update(sums, drops_non_finite=plan.quality_drops_non_finite, rows=counted)
 
 
 @functools.cache
-def _compiled(what: Pass, _: tuple[torch.dtype | bool, ...]) -> Callable[..., Sums]:
-    """``run_pass`` of it on inputs of these dtypes, which is compiled when it is called, for any number of rows."""
+def _compiled(
+    plan: Plan, row_loss: RowLoss, with_slopes: bool, _: tuple[torch.dtype | bool, ...]
+) -> Callable[..., tuple[BatchSums, Tensor | None]]:
+    """``_run`` of a plan on inputs of these dtypes, which is compiled when it is called, for any number of rows."""
 
-    def run(*inputs: Any) -> Sums:
-        return run_pass(what, *inputs)
+    def run(*inputs: Any) -> tuple[BatchSums, Tensor | None]:
+        return _run(plan, row_loss, with_slopes, *inputs)
 
     # Of one code object torch compiles no more than eight forms, and then none at all, so each has one of its own.
     return torch.compile(FunctionType(run.__code__.replace(), run.__globals__, closure=run.__closure__), dynamic=True)
 
 
-def _run_compiled(what: Pass, *inputs: Any) -> Sums:
+def _run_compiled(plan: Plan, row_loss: RowLoss, with_slopes: bool, *inputs: Any) -> tuple[BatchSums, Tensor | None]:
     try:
-        kinds = [isinstance(each, Tensor) and each.dtype for each in inputs]
-        return _compiled(what, tuple(kinds))(*inputs)
+        dtypes = tuple([isinstance(each, Tensor) and each.dtype for each in inputs])
+        return _compiled(plan, row_loss, with_slopes, dtypes)(*inputs)
     except torch.OutOfMemoryError:
         raise
     except Exception as error:
@@ -195,61 +289,45 @@ class _ClosedForm(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(  # noqa: PLR0917 (apply() takes no keywords)
-        ctx: Any, logits: Tensor, batch: Batch, others: _Others, run: Callable[..., Sums], what: Pass
-    ) -> tuple[Tensor, Tensor | None, Sums]:
-        sums = run(what, *others.with_batch(batch))
-        ctx.save_for_backward(logits, *batch[1:4])
-        ctx.shape, ctx.others, ctx.run, ctx.what = logits.shape, others, run, what
-        ctx.weight, ctx.slopes, ctx.makes_slopes = sums.weight, sums.slopes, sums.slopes is not None
+    def forward(
+        ctx: Any, run: Callable[..., Any], plan: Plan, row_loss: RowLoss, abreast: int, *inputs: Any
+    ) -> tuple[Tensor, Tensor | None, BatchSums]:
+        sums, slopes = run(plan, row_loss, True, *_abreast(abreast, *inputs))
+        *tensors, ctx.tasks = inputs
+        ctx.save_for_backward(*tensors)
+        ctx.run, ctx.plan, ctx.row_loss, ctx.abreast = run, plan, row_loss, abreast
+        ctx.weight, ctx.slopes, ctx.makes_slopes = sums.weight, slopes, slopes is not None
         ctx.set_materialize_grads(False)
-        return sums.losses, sums.loss, sums._replace(slopes=None)
+        return sums.losses, sums.loss, sums
 
     @staticmethod
-    def backward(
-        ctx: Any, grad_losses: Tensor | None, grad_loss: Tensor | None, _: None
-    ) -> tuple[Tensor | None, None, None, None, None]:
-        return _ClosedForm._gradient(ctx, grad_losses, grad_loss), None, None, None, None
+    def backward(ctx: Any, grad_losses: Tensor | None, grad_loss: Tensor | None, _: None) -> tuple[Tensor | None, ...]:
+        return None, None, None, None, _gradient(ctx, grad_losses, grad_loss), *(None,) * 6
 
-    @staticmethod
-    def _gradient(ctx: Any, grad_losses: Tensor | None, grad_loss: Tensor | None) -> Tensor | None:
-        grad, others = grad_losses, ctx.others
-        if ctx.what.reduction is not None and not (grad_losses is None and grad_loss is None):
-            grad = ctx.what.reduction.gradient(ctx.weight, others.task_weights, grad_losses, grad_loss, others.tasks)
-        if grad is None:
-            return None
-        if torch.is_grad_enabled():
-            return _differentiate(ctx, grad)
-        slopes, weights = _slopes(ctx)
-        if is_batch_of_gradients(grad):
-            return weigh(slopes.view(ctx.shape) * grad, None if weights is None else weights.view(ctx.shape))
+
+def _gradient(ctx: Any, grad_losses: Tensor | None, grad_loss: Tensor | None) -> Tensor | None:
+    """The gradient by the logits ``(rows, tasks)`` from those by the tasks' losses ``(tasks,)`` and the global one."""
+    logits, labels, weights, valid, pos_weight, task_weights = ctx.saved_tensors
+    grad = grad_losses
+    if ctx.plan.reduction is not None and not (grad_losses is None and grad_loss is None):
+        grad = ctx.plan.reduction.gradient(ctx.weight, task_weights, grad_losses, grad_loss, ctx.tasks)
+    if grad is None:
+        return None
+    if torch.is_grad_enabled():
+        pos_weight = None if pos_weight is None else pos_weight[: ctx.tasks]
+        rows, _ = weigh_losses(ctx.row_loss, Batch(logits, labels, weights, valid), pos_weight)
+        gradient: Tensor = torch.autograd.grad(rows, logits, grad.expand_as(rows), create_graph=True)[0]
+        return gradient
+    is_batch = is_batch_of_gradients(grad)
+    factor = grad if grad.ndim == 0 else grad.repeat(ctx.abreast)
+    inputs = _abreast(ctx.abreast, logits, labels, weights, valid, pos_weight, task_weights, ctx.tasks)
+    if ctx.makes_slopes:
+        slopes = ctx.run(ctx.plan, ctx.row_loss, True, *inputs)[1] if ctx.slopes is None else ctx.slopes
         # With no second reference to it, the gradient of a leaf is this tensor and no copy.
         ctx.slopes = None
-        slopes.mul_(grad if grad.ndim == 0 else grad.repeat(others.columns // others.tasks))
-        return weigh_(slopes, weights).view(ctx.shape)
-
-
-def _slopes(ctx: Any) -> tuple[Tensor, Tensor | None]:
-    """The derivatives by the logits, rows abreast, and the weights that are not in them yet."""
-    if ctx.slopes is not None:
-        return ctx.slopes, None
-    inputs = ctx.others.with_batch(_saved_batch(ctx))
-    slopes: Tensor | None = ctx.run(ctx.what, *inputs).slopes if ctx.makes_slopes else None
-    if slopes is not None:
-        return slopes, None
-    logits, labels, weights, _, pos_weight, *_ = inputs
-    return bce_slopes(logits.sigmoid(), labels, pos_weight), weights
-
-
-def _saved_batch(ctx: Any) -> Batch:
-    logits, labels, weights, valid = ctx.saved_tensors
-    return Batch(logits, labels, weights, valid, ctx.shape)
-
-
-def _differentiate(ctx: Any, grad: Tensor) -> Tensor:
-    """The gradient by the logits, to be differentiated again."""
-    batch, (pos_weight, _, tasks, _) = _saved_batch(ctx), ctx.others
-    pos_weight = None if pos_weight is None else pos_weight[:tasks]
-    loss = weigh_losses(LossType.BCE_WITH_LOGITS, batch, pos_weight, tasks)
-    gradient: Tensor = torch.autograd.grad(loss, batch.logits, grad.expand_as(loss), create_graph=True)[0]
-    return gradient
+        gradient = slopes * factor if is_batch else slopes.mul_(factor)
+    else:
+        seen_logits, seen_labels, seen_weights, _, seen_pos_weight, *_ = inputs
+        gradient = ctx.row_loss.gradient(seen_logits, seen_labels, seen_pos_weight, factor.to(logits.dtype))
+        gradient = weigh(gradient, seen_weights) if is_batch else weigh_(gradient, seen_weights)
+    return gradient.view_as(logits)

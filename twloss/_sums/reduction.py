@@ -52,6 +52,10 @@ class Reduction:
         keys = (*(f"loss/{task}" for task in tasks or ()), "loss")
         return cls(keys, over_rows, over_tasks, callable(over_tasks) and takes_keyword(over_tasks, "present"))
 
+    def without_keys(self) -> Reduction:
+        """The same for tasks of any names: passes that differ in no more are compiled once."""
+        return replace(self, keys=())
+
     def of_now(self) -> Reduction:
         """The same, whatever training makes of a module's parameters from now on."""
         if not isinstance(self.over_tasks, nn.Module):
@@ -196,7 +200,7 @@ _METHODS = {"min": "amin", "max": "amax", "median": "median"}
 def _with_neutral_absents(losses: Tensor, present: Tensor, reduction: str) -> Tensor:
     """Losses in which the absent tasks' are such that the reduction passes them over."""
     if reduction != "median":
-        return losses.masked_fill(~present, math.inf if reduction == "min" else -math.inf)
+        return losses.masked_fill(~present, {"min": math.inf, "max": -math.inf}[reduction])
     # With k of the absent at -inf and the others at +inf, the lower median of all is that of the present. Unlike
     # nanmedian, this keeps a loss of NaN visible.
     absent = ~present

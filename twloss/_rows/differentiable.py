@@ -1,0 +1,185 @@
+"""Weight times loss of each row, by operations that autograd differentiates: of any loss, by any input.
+
+A ``Batch`` ``(rows, tasks)`` comes in; weight times loss ``(rows, tasks)`` goes out, exactly 0 where a row is left out,
+as are the gradients there.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from twloss._rows.batch import Batch, align_rows
+from twloss._rows.mappings import all_valid
+from twloss._rows.row_loss import RowLoss
+from twloss._torch import weigh
+
+
+def weigh_losses(
+    row_loss: RowLoss, batch: Batch, pos_weight: Tensor | None, *, has_rows: bool = True, is_traced: bool = False
+) -> tuple[Tensor, Batch]:
+    """Weight times loss, of which the gradient by a weight is the row's loss, also at weight 0.
+
+    Args:
+        row_loss: the loss.
+        batch: ``(rows, tasks)``, or with ``has_rows=False`` as the inputs came.
+        pos_weight: ``(tasks,)``, the factor of the positive term; of binary losses only.
+        has_rows: False for a callable of one task, of which the result tells which of the labels' dimensions are rows.
+        is_traced: whether a transform of torch.func, or forward-mode differentiation, runs this.
+
+    Returns:
+        Weight times loss ``(rows, tasks)``, and the batch with weights and valid of this shape.
+    """
+    logits, labels, weights, valid = batch
+    rows = _Rows(labels.shape[:2] if has_rows else _likely_rows(labels, weights))
+    # May the derivative by a weight be asked for, of the gradient too? The compiler knows none of the second order.
+    by_weight = is_traced or (weights is not None and weights.requires_grad and not torch.compiler.is_compiling())
+    is_masked = weights is not None or valid is not None
+    if is_masked:
+        # Of several tasks, the weights of missing rows are 0 already.
+        missing = None if has_rows else valid
+        if missing is None:
+            labels = row_loss.replace_masked(labels, rows.counted(weights, None), valid, logits)
+        else:
+            column, mask = labels.reshape(-1, 1), missing.reshape(-1, 1)
+            labels = row_loss.replace_masked(column, mask, mask, logits).view(labels.shape)
+        logits, labels = (
+            rows.mask_gradient(each, weights, missing, row_loss, is_late=by_weight or not has_rows)
+            for each in (logits, labels)
+        )
+    loss = row_loss.losses(logits, labels, pos_weight, _given_mask(row_loss, rows, batch, has_rows=has_rows))
+    if not has_rows:
+        batch = _settle(rows, loss, batch, is_masked=is_masked)
+        weights = batch.weights
+    if loss.shape != rows.shape or loss.device != labels.device:
+        raise ValueError(
+            f"loss_type: the callable gave a loss of shape {tuple(loss.shape)} on {loss.device}, expected the labels' "
+            f"shape {tuple(rows.shape)} (unreduced: reduction='none') on {labels.device} for logits "
+            f"{tuple(logits.shape)}"
+        )
+    loss = loss.to(logits.dtype)
+    loss = loss if has_rows else loss.reshape(-1, 1)
+    if weights is None:
+        return loss, batch
+    if by_weight or weights.requires_grad:
+        return loss.where((weights != 0) | loss.isfinite(), 0.0) * weights, batch
+    return weigh(loss, weights), batch
+
+
+class _Rows:
+    """Which of the labels' dimensions are rows, in ``shape``, which a callable's result may correct."""
+
+    def __init__(self, shape: torch.Size) -> None:
+        self.shape = shape
+
+    def counted(self, weights: Tensor | None, valid: Tensor | None) -> Tensor:
+        """Where a row has a weight and all its labels."""
+        if weights is None:
+            assert valid is not None
+            return all_valid(valid, len(self.shape))
+        counted = (weights if weights.shape == self.shape else weights.expand(self.shape)) != 0
+        return counted if valid is None else counted & all_valid(valid, len(self.shape))
+
+    def mask_gradient(
+        self, values: Tensor, weights: Tensor | None, valid: Tensor | None, row_loss: RowLoss, *, is_late: bool
+    ) -> Tensor:
+        """The values, whose gradient is exactly 0 where a row does not count, whatever comes back to it.
+
+        Args:
+            values: the logits or the labels.
+            weights: of the batch, and so the next.
+            valid: see there.
+            row_loss: the loss.
+            is_late: whether to ask in the backward pass which rows count.
+        """
+        if not values.is_floating_point() or not (is_late or values.requires_grad):
+            return values
+        if is_late and not torch.compiler.is_compiling():
+            inputs = values, weights, valid, self, row_loss.is_row_by_row
+            return _MaskedGradient.apply(*inputs)  # type: ignore[no-untyped-call, no-any-return]
+        return values.where(_like(self.counted(weights, valid), values), values.detach())
+
+
+def _likely_rows(labels: Tensor, weights: Tensor | None) -> torch.Size:
+    """The fewest of the labels' first dimensions that weights fit; all, where no weights tell."""
+    if weights is None or weights.numel() == 1:
+        return labels.shape
+    for size in range(max(weights.ndim, 1), labels.ndim):
+        if all(found in (1, rows) for found, rows in zip(weights.shape[::-1], labels.shape[:size][::-1])):
+            return labels.shape[:size]
+    return labels.shape
+
+
+def _given_mask(row_loss: RowLoss, rows: _Rows, batch: Batch, *, has_rows: bool) -> Tensor | None:
+    """The mask for a callable that takes ``valid``: of the rows, or of one task of the labels' shape."""
+    if not row_loss.takes_valid:
+        return None
+    _, labels, weights, valid = batch
+    shape = rows.shape if has_rows else labels.shape
+    if weights is None and valid is None:
+        return torch.ones(shape, dtype=torch.bool, device=labels.device)
+    if has_rows:
+        return rows.counted(weights, None)
+    counted = torch.ones_like(labels, dtype=torch.bool) if valid is None else valid
+    return counted if weights is None else counted & _like(rows.counted(weights, None), labels)
+
+
+def _settle(rows: _Rows, loss: Tensor, batch: Batch, *, is_masked: bool) -> Batch:
+    """The batch of one task, with weights and valid ``(rows, 1)``, now that the rows are known."""
+    shape = batch.labels.shape[: max(loss.ndim, min(batch.labels.ndim, 1))]
+    if is_masked and torch.compiler.is_compiling() and shape != rows.shape:
+        raise ValueError(
+            f"loss_type: the callable gave a loss of shape {tuple(loss.shape)}, expected {tuple(rows.shape)} in "
+            "compiled code, as the weights or the labels have it"
+        )
+    rows.shape = shape
+    weights, valid = align_rows(batch, shape, by_row=False)[2:]
+    return batch._replace(
+        weights=None if weights is None else weights.reshape(-1, 1),
+        valid=None if valid is None else valid.reshape(-1, 1),
+    )
+
+
+def _like(counted: Tensor, values: Tensor) -> Tensor:
+    """A mask of rows that broadcasts to values of further dimensions."""
+    return counted.view(*counted.shape, *(1,) * (values.ndim - counted.ndim))
+
+
+class _MaskedGradient(torch.autograd.Function):
+    """The values, whose gradient is exactly 0 where a row does not count, but not its derivative.
+
+    The gradient by a logit is w·l'(x): 0 at w = 0, with the derivative l'(x) by w, from which weights that start at 0
+    are learned. So where each row is known to be by itself, only what is not finite is masked; else all is, in value.
+    """
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(values: Tensor, _: Tensor | None, __: Tensor | None, ___: _Rows, ____: bool) -> Tensor:
+        return values.clone()
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Tensor, Tensor | None, Tensor | None, _Rows, bool], _: Tensor) -> None:
+        ctx.save_for_backward(*inputs[1:3])
+        ctx.save_for_forward(*inputs[1:3])
+        ctx.rows, ctx.is_row_by_row = inputs[3:]
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None, None, None]:
+        return _MaskedGradient._mask(ctx, grad), None, None, None, None
+
+    @staticmethod
+    def jvp(ctx: Any, tangent: Tensor, *_: None) -> Tensor:
+        return _MaskedGradient._mask(ctx, tangent)
+
+    @staticmethod
+    def _mask(ctx: Any, grad: Tensor) -> Tensor:
+        counted = _like(ctx.rows.counted(*ctx.saved_tensors), grad)
+        masked = grad
+        if not ctx.is_row_by_row:
+            with torch.no_grad():
+                value = grad * 1.0  # detach() can't be batched by is_grads_batched
+            masked = grad - value
+        return grad.where(counted, masked.nan_to_num(0.0, 0.0, 0.0))
