@@ -77,9 +77,9 @@ class RankingQuality(TaskMetric):
         **kwargs: Any,
     ) -> None:
         ignore_index = check_ignore_index(ignore_index, None if tasks is None else check_tasks(tasks))
-        of = {"ignore_index": label_name(ignore_index)}
+        rule = {"ignore_index": label_name(ignore_index)}
         super().__init__(
-            tasks, 4, window=window, window_rows=window_rows, nan_strategy=nan_strategy, of=of, options=kwargs
+            tasks, 4, window=window, window_rows=window_rows, nan_strategy=nan_strategy, rule=rule, options=kwargs
         )
         self.ignore_index = ignore_index
 

@@ -1,4 +1,4 @@
-"""The number format of a sum: float64, or a pair of float32 where a device has no float64."""
+"""Running sums: their algebra, and their format in a state: float64, or a pair of float32 on a device without it."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from tests.support.cases import Ranker, Settings, columns, random_rows
 from tests.support.metrics import numbers_of_this_rank
 from tests.support.rank_pool import RankPool
 from twloss import GlobalLoss, MultiTaskLoss, _precision
-from twloss._sums import running_sums
+from twloss._sums.running_sums import RunningSums, SumsFormat
 
 CPU = torch.device("cpu")
 
@@ -27,11 +27,24 @@ def pairs(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(_precision, "DEVICES_WITHOUT_FLOAT64", {"mps", "cpu"})
 
 
-def summed(batches: list[Tensor]) -> Tensor:
-    state = running_sums.zero_state((2, 1, *batches[0].shape), CPU)
-    for batch in batches:
-        running_sums.add_once(state, batch)
-    return state
+def added(values: Tensor) -> tuple[SumsFormat, Tensor]:
+    """The state of one sum a task, after an update with each row of the values ``(updates, tasks)``."""
+    layout = SumsFormat(1, values.shape[1])
+    state = layout.zeros(CPU)
+    for each in values:
+        layout.add(state, layout.pack([each], drops_non_finite=False))
+    return layout, state
+
+
+def summed(values: list[float]) -> float:
+    """The running sum of one task, in float64."""
+    layout, state = added(torch.tensor(values).unsqueeze(1))
+    return sums_of(layout, layout.read(state))[0, 0, 0].item()
+
+
+def sums_of(layout: SumsFormat, value: RunningSums) -> Tensor:
+    """The sums of one process ``(horizons, sums, tasks)``."""
+    return layout.split(value.of_rank(0))[0]
 
 
 @pytest.mark.usefixtures("pairs")
@@ -44,36 +57,32 @@ def summed(batches: list[Tensor]) -> Tensor:
 )
 def test_after_a_million_updates_a_pair_goes_on_to_48_bits(smallest: float, tolerance: float) -> None:
     batches = 512 * (0.5 + torch.rand(50_000, 2)) * smallest ** torch.rand(50_000, 2)
-    state = running_sums.zero_state((2, 1, 2), CPU)
+    batches = torch.cat((torch.full((1, 2), 512e6), batches))
+    layout, state = added(batches)
     assert state.dtype == torch.float32
-    running_sums.add_once(state, torch.full((2,), 512e6))
-    for batch in batches:
-        running_sums.add_once(state, batch)
-    for value, column in zip(running_sums.value_of(state)[0, 0].tolist(), batches.T.tolist()):
-        assert value == pytest.approx(math.fsum([512e6, *column]), rel=tolerance)
+    for value, column in zip(sums_of(layout, layout.read(state)).flatten().tolist(), batches.T.tolist()):
+        assert value == pytest.approx(math.fsum(column), rel=tolerance)
 
 
 @pytest.mark.usefixtures("pairs")
 @given(st.lists(st.floats(-1e6, 1e6, width=32).filter(lambda x: x == 0 or abs(x) > 1e-6), min_size=1, max_size=50))
 def test_a_pair_is_within_48_bits_of_the_exact_sum(values: list[float]) -> None:
-    state = summed([torch.tensor([value]) for value in values])
     exact = sum(map(Fraction, values))
     bound = Fraction(2) ** -46 * len(values) * max(abs(Fraction(value)) for value in values) * len(values)
-    assert abs(Fraction(running_sums.value_of(state)[0].item()) - exact) <= bound
+    assert abs(Fraction(summed(values)) - exact) <= bound
 
 
 @pytest.mark.usefixtures("pairs")
 def test_a_plain_float32_sum_stops_where_a_pair_goes_on() -> None:
     start, step = torch.tensor([2.0**24]), torch.ones(1)
-    assert running_sums.value_of(summed([start] + [step] * 1000))[0].item() == 2**24 + 1000
+    assert summed([start.item()] + [1.0] * 1000) == 2**24 + 1000
     assert sum([step] * 1000, start).item() == 2**24
 
 
 @pytest.mark.usefixtures("pairs")
 @pytest.mark.parametrize("bad", [math.inf, -math.inf, math.nan])
 def test_what_is_not_finite_stays_so(bad: float) -> None:
-    value = running_sums.value_of(summed([torch.ones(1), torch.tensor([bad]), torch.ones(1)]))[0].item()
-    assert value == pytest.approx(bad, nan_ok=True)
+    assert summed([1.0, bad, 1.0]) == pytest.approx(bad, nan_ok=True)
 
 
 @pytest.mark.usefixtures("pairs")
@@ -97,7 +106,7 @@ def test_sums_move_between_the_formats(monkeypatch: pytest.MonkeyPatch) -> None:
     metric.update(torch.tensor([1e8 + 1 / 3], dtype=torch.float64), 3)
     exact = metric.compute()["loss"].item()
     monkeypatch.setattr(_precision, "DEVICES_WITHOUT_FLOAT64", {"cpu"})
-    metric.totals = running_sums.state_on(CPU, running_sums.value_of(metric.totals))
+    metric.totals = metric._format.move(metric.totals, CPU)
     assert metric.totals.dtype == torch.float32
     assert metric.compute()["loss"].item() == pytest.approx(exact, rel=2**-46)
     metric.reset()
@@ -108,7 +117,7 @@ def test_sums_move_between_the_formats(monkeypatch: pytest.MonkeyPatch) -> None:
     fresh = GlobalLoss(["a"])
     fresh.persistent(True)
     fresh.load_state_dict(state)
-    assert torch.equal(fresh.totals.sum(0), running_sums.value_of(metric.totals).sum(0))
+    assert torch.equal(fresh._read().of_rank(0), metric._read().of_rank(0))
     assert fresh.compute()["loss"].item() == metric.compute()["loss"].item()
 
 
