@@ -33,7 +33,7 @@ class TaskMetric(KeptMetric):
 
     - ``update(…)``, which calls ``self._add(self._sum_batch(…))``: the signature that users and collections see
     - ``_sum_batch(…)``: the same arguments -> the batch's sums, a sequence of ``sums`` tensors ``(tasks,)``; after the
-      first one also numbers that all tasks share. With ``window_rows``, one more: how many rows the batch has
+      first one also numbers that all tasks share. How many rows the batch has may follow, as ``window_rows`` needs
     - ``_keys()``: the keys of the result, in its order, and whether higher values are better (None: neither). It is
       called once
     - ``_results(sums)``: ``(sums, tasks)`` in float64, of all rows of all steps and ranks -> the values, 0-dim, in the
@@ -64,7 +64,7 @@ class TaskMetric(KeptMetric):
         >>> from twloss import TaskMetric
         >>> class SquaredError(TaskMetric):
         ...     def __init__(self, tasks, **options):
-        ...         super().__init__(tasks, sums=2, options=options)
+        ...         super().__init__(tasks, sums=2, **options)
         ...
         ...     def update(self, predictions, targets):
         ...         self._add(self._sum_batch(predictions, targets))

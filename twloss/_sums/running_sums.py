@@ -100,12 +100,12 @@ class SumsFormat:
         return _zeros((2, *self.shape), device)
 
     def pack(self, sums: Sequence[Tensor | float], *, drops_non_finite: bool) -> Tensor:
-        """``pack_update`` of a batch's sums; with a window of rows the batch's number of rows stands below them."""
+        """``pack_update`` of a batch's sums; the batch's number of rows, which a window of rows needs, may follow."""
         # Of a NamedTuple, torch 2.6 to 2.8 can't compile a slice.
         own, rows = (sums, None) if len(sums) == self.sums else (sums[:-1], sums[-1])
         if len(own) != self.sums or isinstance(rows, Tensor) or (rows is None and self.window_rows is not None):
-            rows_too = f" and the number of rows{'' if self.window_rows else ' or not'}"
-            raise ValueError(f"_sum_batch: got {len(sums)} sums, expected {self.sums}{rows_too}, as sums= says")
+            rows_too = "" if self.window_rows is None else ", and the number of rows below them"
+            raise ValueError(f"_sum_batch: got {len(sums)} sums, expected {self.sums}{rows_too}")
         return pack_update(own, drops_non_finite=drops_non_finite, rows=rows if self.window_rows else None)
 
     def add(self, state: Tensor, packed: Tensor, ranks: int = 1) -> None:
