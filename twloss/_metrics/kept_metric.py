@@ -18,7 +18,7 @@ from torchmetrics import Metric
 from torchmetrics.utilities.distributed import gather_all_tensors
 from torchmetrics.utilities.exceptions import TorchMetricsUserError
 
-from twloss._arguments import check_process_group, check_tasks, check_window
+from twloss._arguments import check_process_group
 from twloss._metrics.checkpoint import ALL_RANKS, SavedSums, check_same, decode, encode, sums_from_bytes, sums_to_bytes
 from twloss._sums.pending import PendingResult
 from twloss._sums.ranks import ColumnNames, group_from_state, group_to_state, place_in, start_sum_over_ranks
@@ -38,11 +38,9 @@ class KeptMetric(Metric):
     """The base of ``TaskMetric``: its state, and what torchmetrics and a model's life ask of it.
 
     Args:
-        tasks: the tasks' names; None: one task without a name.
-        sums: how many sums a task has.
-        window: how many of the last updates to keep.
-        window_rows: how many of the last rows of all ranks to keep.
-        rule: what else the sums are of, in JSON's types.
+        names: the columns' names, which all ranks share.
+        layout: of the state.
+        description: what the sums are of, in JSON's types; those of something else are neither loaded nor merged.
         settings: what else tells it from a metric with the same sums, in JSON's types.
         options: ``Metric``'s own.
     """
@@ -51,45 +49,34 @@ class KeptMetric(Metric):
     is_differentiable = False
 
     totals: Tensor
-    """The state, of ``self._format``."""
+    """The state."""
     sums_of: Tensor
-    """A text that says what the sums are of, as bytes."""
+    """A second state, which says what the sums are of."""
     _drops_non_finite: bool
     """Whether a task's sums that are not finite are left out."""
     _restarts = 0  # of the sums, which make every earlier snapshot of them void
 
     def __init__(
         self,
-        tasks: Sequence[str] | None,
-        sums: int,
-        *,
-        window: int | None,
-        window_rows: int | None,
-        rule: Mapping[str, Any],
+        names: Sequence[str],
+        layout: SumsFormat,
+        description: Mapping[str, Any],
         settings: Mapping[str, Any],
         options: Mapping[str, Any],
     ) -> None:
         check_process_group(options.get("process_group"))
-        check_window(window, window_rows)
-        tasks = None if tasks is None else check_tasks(tasks)
-        options = {"compute_with_cache": False, **options}
-        if options["compute_with_cache"]:
+        if options.get("compute_with_cache"):
             raise ValueError(
                 "compute_with_cache: got True, expected False: ranks with a cached value skip the collective"
             )
-        super().__init__(**options)
+        super().__init__(**{"compute_with_cache": False, **options})
         self._device = torch.empty(0).device  # torchmetrics 1.0.3 says "cpu" whatever it is
-        self.tasks = tasks
-        self.window = window
-        self.window_rows = window_rows
-        names = tasks or ("loss",)
         self._names = ColumnNames(names)
-        windows = {"window": window, "window_rows": window_rows}
-        self._description = {"tasks": None if tasks is None else list(tasks), **windows, **rule}
+        self._format = layout
+        self._description = dict(description)
         self._settings = {"class": type(self).__qualname__, **settings}
-        self._format = SumsFormat(sums, len(names), window, window_rows)
         with plain_tensors():
-            super().add_state("totals", self._format.zeros(self.device), dist_reduce_fx="sum")
+            super().add_state("totals", layout.zeros(self.device), dist_reduce_fx="sum")
         self._describe_state()
 
     def add_state(self, name: str, *_: Any, **__: Any) -> None:
@@ -104,7 +91,7 @@ class KeptMetric(Metric):
         )
 
     def _describe_state(self) -> None:
-        """Say in a second state what the sums are of, for merge_state(), and with which settings.
+        """Say in ``sums_of`` what the sums are of, for merge_state(), and with which settings.
 
         A MetricCollection takes metrics whose states are equal, the first one above all, for metrics that always will
         be, and updates one of them for all.
@@ -126,7 +113,7 @@ class KeptMetric(Metric):
         """Add a batch's packed sums ``(rows, tasks)``, outside of any transform."""
         if packed.is_meta:
             return
-        ranks = 1 if self.window_rows is None else self._ranks
+        ranks = 1 if self._format.window_rows is None else self._ranks
         if torch.compiler.is_compiling():
             # With no attribute written: torch.compile would guard on the attribute and recompile at each step.
             self._format.add(self.totals, packed, ranks)

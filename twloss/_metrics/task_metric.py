@@ -15,13 +15,13 @@ import torch
 from torch import Tensor
 from torchmetrics.utilities.prints import rank_zero_warn
 
-from twloss._arguments import NanStrategy, check_choice, list_some
+from twloss._arguments import NanStrategy, check_choice, check_tasks, check_window, list_some
 from twloss._metrics.kept_metric import LOCK, KeptMetric
 from twloss._metrics.plot import plot_results
 from twloss._metrics.scalar_view import ScalarView
 from twloss._sums.pending import PendingResult
 from twloss._sums.ranks import place_in
-from twloss._sums.running_sums import RunningSums
+from twloss._sums.running_sums import RunningSums, SumsFormat
 from twloss._torch import hidden_from_jit, is_transformed
 
 
@@ -96,15 +96,19 @@ class TaskMetric(KeptMetric):
         options: Mapping[str, Any] | None = None,
     ) -> None:
         check_choice("nan_strategy", nan_strategy, get_args(NanStrategy))
+        check_window(window, window_rows)
+        tasks = None if tasks is None else check_tasks(tasks)
+        names = tasks or ("loss",)
         super().__init__(
-            tasks,
-            sums,
-            window=window,
-            window_rows=window_rows,
-            rule=rule or {},
+            names,
+            SumsFormat(sums, len(names), window, window_rows),
+            description={"tasks": tasks and list(tasks), "window": window, "window_rows": window_rows, **(rule or {})},
             settings={"nan_strategy": nan_strategy, **(settings or {})},
             options=options or {},
         )
+        self.tasks = tasks
+        self.window = window
+        self.window_rows = window_rows
         self._nan_strategy = nan_strategy
         self._drops_non_finite = nan_strategy != "disable"
         # The prefixes of the keys: of all updates, and of those in the window.

@@ -97,7 +97,7 @@ class SumsFormat:
 
     def zeros(self, device: torch.device) -> Tensor:
         """The state of no update."""
-        return _zeros((2, *self.shape), device)
+        return _state_of(torch.empty((2, *self.shape), device="meta"), device)
 
     def pack(self, sums: Sequence[Tensor | float], *, drops_non_finite: bool) -> Tensor:
         """``pack_update`` of a batch's sums; the batch's number of rows, which a window of rows needs, may follow."""
@@ -248,24 +248,19 @@ def add_once(  # noqa: PLR0917 (an operator)
         state[0, 0].add_(packed)
 
 
-def _zeros(shape: tuple[int, ...], device: torch.device) -> Tensor:
-    dtype = sum_dtype(device)
-    # An inference tensor could not be updated in place by the training that follows.
-    with plain_tensors():
-        return torch.zeros(shape if dtype == torch.float64 else (2, *shape), dtype=dtype, device=device)
-
-
 def _value_of(state: Tensor) -> Tensor:
     """The sums in float64; of a pair on the CPU, since its device has none."""
     return state.to("cpu", torch.float64).sum(0) if state.dtype == torch.float32 else state
 
 
 def _state_of(parts: Tensor, device: torch.device) -> Tensor:
+    """A new state of a device; of 0 from or to the meta device, where nothing can be copied."""
+    dtype = sum_dtype(device)
+    # An inference tensor could not be updated in place by the training that follows.
     with plain_tensors():
-        state = _zeros(tuple(parts.shape), device)
-        # From or to the meta device nothing can be copied.
+        state = torch.zeros(parts.shape if dtype == torch.float64 else (2, *parts.shape), dtype=dtype, device=device)
         if not (parts.is_meta or state.is_meta):
-            state.copy_(torch.stack(_halves(parts)) if state.dtype == torch.float32 else parts)
+            state.copy_(torch.stack(_halves(parts)) if dtype == torch.float32 else parts)
         return state
 
 
