@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from tests.support.rank_pool import RankPool
-from tests.support.results import numbers
+from tests.support.results import fed, numbers
 from twloss import TaskMetric, global_sums
 
 TASKS = ["price", "stars"]
@@ -52,12 +52,6 @@ def batch(seed: int, rows: int = 5) -> tuple[Tensor, Tensor]:
     return predictions, targets
 
 
-def fed(metric: SquaredError, seeds: Sequence[int]) -> SquaredError:
-    for seed in seeds:
-        metric.update(*batch(seed))
-    return metric
-
-
 def expected(seeds: Sequence[int]) -> dict[str, float]:
     """By loops over the rows."""
     errors: dict[str, list[float]] = {task: [] for task in TASKS}
@@ -69,36 +63,36 @@ def expected(seeds: Sequence[int]) -> dict[str, float]:
 
 
 def test_all_else_is_there() -> None:
-    metric = fed(SquaredError(TASKS), range(4))
+    metric = fed(SquaredError(TASKS), map(batch, range(4)))
     assert numbers(metric.compute()) == pytest.approx(expected(range(4)))
     assert numbers(metric(*batch(4))) == pytest.approx(expected([4]))
     for twin in (copy.deepcopy(metric), pickle.loads(pickle.dumps(metric)), metric.half()):
         assert numbers(twin.compute()) == pytest.approx(expected(range(5)))
     view = metric.scalar("mse/price")
     view.reset()
-    fed(metric, [5, 6])
+    fed(metric, map(batch, [5, 6]))
     assert view.compute().item() == pytest.approx(expected([5, 6])["mse/price"])
     assert view.higher_is_better is False
-    metric.merge_state(fed(SquaredError(TASKS), [7]))
+    metric.merge_state(fed(SquaredError(TASKS), map(batch, [7])))
     assert numbers(metric.compute_async().wait()) == pytest.approx(expected(range(8)))
 
 
 def test_a_window_of_updates_or_of_rows() -> None:
     for options in ({"window": 2}, {"window_rows": 10}):
-        metric = fed(SquaredError(TASKS, **options), range(4))
+        metric = fed(SquaredError(TASKS, **options), map(batch, range(4)))
         window = {f"window_{key}": value for key, value in expected([2, 3]).items()}
         assert numbers(metric.compute()) == pytest.approx({**expected(range(4)), **window})
 
 
 def on_a_rank(rank: int) -> tuple[dict[str, float], dict[str, float]]:
-    metric = fed(SquaredError(TASKS), range(3) if rank else [3])
+    metric = fed(SquaredError(TASKS), map(batch, range(3) if rank else [3]))
     metric.persistent(True)
     with global_sums(metric):
         saved = metric.state_dict()
     resumed = SquaredError(TASKS)
     resumed.persistent(True)
     resumed.load_state_dict(saved)
-    return numbers(metric.compute()), numbers(fed(resumed, [4] if rank else []).compute())
+    return numbers(metric.compute()), numbers(fed(resumed, map(batch, [4] if rank else [])).compute())
 
 
 def test_over_ranks_and_from_a_checkpoint(two_ranks: RankPool) -> None:
@@ -108,7 +102,7 @@ def test_over_ranks_and_from_a_checkpoint(two_ranks: RankPool) -> None:
 
 
 def test_keys_are_made_once() -> None:
-    metric = fed(SquaredError(TASKS), range(2))
+    metric = fed(SquaredError(TASKS), map(batch, range(2)))
     for _ in range(3):
         metric.compute()
         metric.keys()
@@ -143,7 +137,7 @@ def test_a_wrong_number_of_sums_is_told(options: dict[str, Any], message: str) -
 
 
 def test_a_wrong_number_of_values_is_told() -> None:
-    metric = fed(SquaredError(TASKS, values=1, window=3), [0])
+    metric = fed(SquaredError(TASKS, values=1, window=3), map(batch, [0]))
     with pytest.raises(ValueError, match=r"_results: got 3 values, expected 2, one for each of _keys\(\)"):
         metric.compute()
 

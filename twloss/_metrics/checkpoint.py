@@ -29,8 +29,8 @@ def global_sums(module: nn.Module) -> Generator[None, None, None]:
     """A context in which the ``state_dict()`` of a module has the sums of all ranks, and so suits any number of them.
 
     Each metric in the module on which ``persistent(True)`` was called computes a copy of its sums over the ranks, by
-    one collective, so that every rank has to enter. What saves inside of the context, on one rank or on all, saves the
-    copy. The sums themselves stay as they are, and updates inside of it count.
+    one collective, so that every rank has to enter. A ``state_dict()`` that is made inside, on one rank or on all, has
+    the copy. The sums themselves stay as they are, and updates inside of it count.
 
     A file that was saved so is loaded on all ranks, or on the first alone, of as many as there are then, before or
     after a process group exists: its rows count once. Saved outside, the sums are those of one rank, and are refused on

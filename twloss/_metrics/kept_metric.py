@@ -53,7 +53,7 @@ class KeptMetric(Metric):
     sums_of: Tensor
     """A second state, which says what the sums are of."""
     _drops_non_finite: bool
-    """Whether a task's sums that are not finite are left out."""
+    """True where a task's sums that are not finite are left out."""
     _restarts = 0  # of the sums, which make every earlier snapshot of them void
 
     def __init__(
@@ -204,7 +204,7 @@ class KeptMetric(Metric):
 
     @contextmanager
     def sync_context(self, *args: Any, should_unsync: bool = True, **kwargs: Any) -> Generator[None, None, None]:
-        """As ``Metric.sync_context``, but the local sums come back after an exception too."""
+        """Sync within a context; unlike ``Metric.sync_context``, it brings the local sums back after an exception too."""
         self.sync(*args, **kwargs)
         try:
             yield
@@ -281,7 +281,7 @@ class KeptMetric(Metric):
     # Checkpoints.
 
     def persistent(self, mode: bool = False) -> None:
-        """Whether the sums are in the ``state_dict()``, as one entry; see ``global_sums()`` for several ranks."""
+        """Put the sums into the ``state_dict()`` as one entry, or leave them out; see ``global_sums()`` for ranks."""
         if mode:
             self.sums = SavedSums(self)
         elif hasattr(self, "sums"):

@@ -1,4 +1,4 @@
-"""How good a ranking model's predictions are, beyond the loss: normalised entropy and calibration of each task.
+"""The quality of a ranking model's predictions, beyond the loss: normalised entropy and calibration of each task.
 
 Logits, labels and weights of a batch come in and become four sums a task; the quality of all rows of all steps and
 ranks goes out. It takes one pass over the rows: everything that compute() gives is a ratio of these sums.
@@ -20,7 +20,7 @@ from twloss._rows.row_loss import LossType
 from twloss._rows.row_sums import sum_quality
 
 QUANTITIES = {"ne": False, "rce": True, "calibration": None, "ctr": None, "logloss": False, "weight": None}
-"""What compute() gives of each task, and whether higher is better."""
+"""The quantities that compute() gives of each task, and whether higher is better."""
 
 
 class RankingQuality(TaskMetric):

@@ -119,27 +119,27 @@ class ScalarView(Metric):
 
     @property
     def device(self) -> torch.device:
-        """Where the sums are."""
+        """The device of the owner's sums."""
         return self.owner.device
 
     @property
     def dtype(self) -> torch.dtype:
-        """The owner's."""
+        """The owner's dtype."""
         return self.owner.dtype
 
     def set_dtype(self, dst_type: str | torch.dtype) -> ScalarView:
-        """As the owner's, whose sums stay float64."""
+        """Set the owner's dtype; its sums stay float64."""
         self.owner.set_dtype(dst_type)
         return self
 
     @property
     def update_count(self) -> int:
-        """The owner's."""
+        """The owner's number of updates."""
         return self.owner.update_count
 
     @property
     def update_called(self) -> bool:
-        """The owner's."""
+        """True if the owner was updated."""
         return self.owner.update_called
 
     # Metric's wrappers count updates, cache results and warn where the view itself was not updated.

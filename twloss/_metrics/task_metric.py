@@ -169,7 +169,7 @@ class TaskMetric(KeptMetric):
 
     @property
     def nan_strategy(self) -> NanStrategy:
-        """What becomes of a task's sums in an update in which they are not finite; set at any time."""
+        """The treatment of a task's sums in an update in which they are not finite; set at any time."""
         return self._nan_strategy
 
     @nan_strategy.setter
@@ -206,7 +206,7 @@ class TaskMetric(KeptMetric):
         process group that does wait waits for this one too.
 
         Returns:
-            What will have the result: ``wait()`` gives it, and ``is_completed()`` says whether that would take a while.
+            The pending result: ``wait()`` gives it, and ``is_completed()`` says whether that would take a while.
             Warnings and errors come at ``wait()``. Without other ranks it is complete at once.
         """
         return self._start_since(None, self.sync_on_compute, is_async=True)

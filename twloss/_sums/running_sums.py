@@ -57,7 +57,7 @@ class RunningSums:
         return RunningSums(self.parts - other.parts.to(self.parts.device))
 
     def without_window(self) -> RunningSums:
-        """The same sums with an empty window: less these, a window still is of the last updates."""
+        """A copy with an empty window, so that subtracting it leaves a window of the last updates."""
         parts = self.parts.clone()
         parts[:, 1:] = 0.0
         return RunningSums(parts)
@@ -265,7 +265,7 @@ def _state_of(parts: Tensor, device: torch.device) -> Tensor:
 
 
 def _begun(counted: Tensor, every: int, per: int) -> Tensor:
-    """How many places have been begun after so much, the last one perhaps just now; int64."""
+    """The number of places that are begun once so much is counted, the last one perhaps just now; int64."""
     return (counted * every + (per - 1)) // per
 
 
