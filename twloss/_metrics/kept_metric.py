@@ -75,9 +75,9 @@ class KeptMetric(Metric):
         self._format = layout
         self._description = dict(description)
         self._settings = {"class": type(self).__qualname__, **settings}
+        self._describe_state()  # the first state, the only one that torchmetrics 1.0.3 compares
         with plain_tensors():
             super().add_state("totals", layout.zeros(self.device), dist_reduce_fx="sum")
-        self._describe_state()
 
     def add_state(self, name: str, *_: Any, **__: Any) -> None:
         """Refuse further states, which would be in no sync, merge or checkpoint.
@@ -93,8 +93,8 @@ class KeptMetric(Metric):
     def _describe_state(self) -> None:
         """Say in ``sums_of`` what the sums are of, for merge_state(), and with which settings.
 
-        A MetricCollection takes metrics whose states are equal, the first one above all, for metrics that always will
-        be, and updates one of them for all.
+        A MetricCollection takes metrics whose states are equal for metrics that always will be, and updates one of them
+        for all.
         """
         with plain_tensors():
             super().add_state("sums_of", encode({**self._description, "settings": self._settings}), dist_reduce_fx=None)
@@ -204,7 +204,7 @@ class KeptMetric(Metric):
 
     @contextmanager
     def sync_context(self, *args: Any, should_unsync: bool = True, **kwargs: Any) -> Generator[None, None, None]:
-        """Sync within a context; unlike ``Metric.sync_context``, it brings the local sums back after an exception too."""
+        """Sync in a context; unlike ``Metric.sync_context``, it brings the local sums back after an exception too."""
         self.sync(*args, **kwargs)
         try:
             yield

@@ -17,7 +17,7 @@ def plot_results(metric: Metric, keys: Sequence[str], val: Any, ax: Any) -> tupl
     Args:
         metric: the metric that the results are of.
         keys: the keys to draw.
-        val: a result, or a list of results, one a step.
+        val: a result, or a list of results, one a step; None calls the metric's compute().
         ax: the matplotlib axes to draw on; None makes a figure with room for all names.
 
     Returns:
@@ -28,6 +28,7 @@ def plot_results(metric: Metric, keys: Sequence[str], val: Any, ax: Any) -> tupl
         TypeError: for a ``val`` that is no result.
         ValueError: for a ``val`` in which a key is missing.
     """
+    val = metric.compute() if val is None else val
     results = val if isinstance(val, (list, tuple)) and val else [val]
     for result in results:
         if not isinstance(result, Mapping):

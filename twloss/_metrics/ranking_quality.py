@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from twloss._arguments import IgnoreIndex, NanStrategy, check_choice, check_ignore_index, check_tasks, label_name
+from twloss._metrics.plot import plot_results
 from twloss._metrics.task_metric import TaskMetric
 from twloss._rows.batch import align
 from twloss._rows.mappings import TaskTensors
@@ -125,7 +126,7 @@ class RankingQuality(TaskMetric):
         """
         of_key = {key: key.partition("/")[0] for key in self.keys()}
         check_choice("quantity", quantity, list(dict.fromkeys(of_key.values())))
-        return self._plot_keys([key for key in of_key if of_key[key] == quantity], val, ax)
+        return plot_results(self, [key for key in of_key if of_key[key] == quantity], val, ax)
 
     def _keys(self) -> dict[str, bool | None]:
         if self.tasks is None:

@@ -296,7 +296,4 @@ class TaskMetric(KeptMetric):
             TypeError: for a ``val`` that is no result.
             ValueError: for a ``val`` in which a key is missing.
         """
-        return self._plot_keys(self.keys(), val, ax)
-
-    def _plot_keys(self, keys: Sequence[str], val: Any, ax: Any) -> Any:
-        return plot_results(self, keys, self.compute() if val is None else val, ax)
+        return plot_results(self, self.keys(), val, ax)
