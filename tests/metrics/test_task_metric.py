@@ -142,6 +142,14 @@ def test_a_wrong_number_of_values_is_told() -> None:
         metric.compute()
 
 
+@pytest.mark.parametrize("other", [{"nan_strategy": "ignore"}, {"settings": {"unit": "s"}}, {"rule": {"unit": "s"}}])
+def test_the_first_state_tells_metrics_apart(other: dict[str, Any]) -> None:
+    """No other is compared by torchmetrics 1.0.3, where a collection looks for metrics that are one."""
+    states: list[Any] = [next(iter(SquaredError(TASKS, **each)._defaults.values())) for each in ({}, {}, other)]
+    assert torch.equal(states[0], states[1])
+    assert not torch.equal(states[0], states[2])
+
+
 def test_sums_by_another_rule_are_not_merged() -> None:
     metric, other = (SquaredError(TASKS, rule={"squared": squared}) for squared in (True, False))
     with pytest.raises(ValueError, match="squared=False"):

@@ -162,7 +162,7 @@ class TaskMetric(KeptMetric):
 
     def _pack(self, sums: Sequence[Tensor | float]) -> Tensor:
         """A batch's sums ``(tasks,)`` with their counters, ``(rows, tasks)``, where the running sums are."""
-        like = next(iter(sums))
+        like, *_ = sums
         assert isinstance(like, Tensor)
         self._prepare_for(like)
         return self._format.pack(sums, drops_non_finite=self._drops_non_finite)
