@@ -10,8 +10,8 @@ A batch takes this way::
     _rows/row_loss.py           the formula of each loss, unreduced                                 (rows, tasks)
     _sums/ranks.py              TaskSums of all ranks, with their gradient                          (tasks,)
     _sums/reduction.py          TaskSums -> {"loss/<task>": …, "loss": …}
-    _metrics/task_metric.py     the batch's sums, detached -> added to those of all steps   (2, 1 + places, sums, tasks)
-    _sums/running_sums.py       the number format of those
+    _metrics/kept_metric.py     the batch's sums, detached -> added to those of all steps   (2, 1 + places, rows, tasks)
+    _sums/running_sums.py       RunningSums, and the number format of their state
     _metrics/global_loss.py     compute(): the sums of all steps and ranks -> _sums/reduction.py
 
 Each file imports only what stands above it::
@@ -22,7 +22,7 @@ Each file imports only what stands above it::
     _constants.py               numbers of each task, as tensors
     _sums/sums.py
     _sums/pending.py            a result that is under way
-    _sums/running_sums.py
+    _sums/running_sums.py       RunningSums, and the number format of their state
     _sums/ranks.py
     _sums/reduction.py
     _rows/mappings.py
@@ -33,8 +33,10 @@ Each file imports only what stands above it::
     _rows/row_pass.py
     _rows/task_group.py         the tasks of each loss, where they differ
     _metrics/checkpoint.py      running sums in a state_dict, of one rank or of all
+    _metrics/kept_metric.py     a metric's state in a model's life: casts, copies, threads, ranks, checkpoints
+    _metrics/plot.py
     _metrics/scalar_view.py     one key of a metric as a metric
-    _metrics/task_metric.py
+    _metrics/task_metric.py     TaskMetric: update, compute, and the four methods that a metric brings
     _metrics/global_loss.py
     _metrics/ranking_quality.py RankingQuality: normalised entropy and calibration of all rows of all steps and ranks
     _options.py                 the settings of a loss
@@ -48,6 +50,7 @@ from twloss._metrics.checkpoint import global_sums
 from twloss._metrics.global_loss import GlobalLoss
 from twloss._metrics.ranking_quality import RankingQuality
 from twloss._metrics.scalar_view import ScalarView
+from twloss._metrics.task_metric import TaskMetric
 from twloss._rows.row_loss import LossType
 from twloss._sums.pending import PendingResult
 from twloss._the_algorithm_ml import build_loss, build_multi_task_loss, get_global_loss_detached
@@ -60,6 +63,7 @@ __all__ = [
     "PendingResult",
     "RankingQuality",
     "ScalarView",
+    "TaskMetric",
     "build_loss",
     "build_multi_task_loss",
     "get_global_loss_detached",

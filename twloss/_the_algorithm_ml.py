@@ -26,9 +26,8 @@ from twloss._arguments import (
 from twloss._losses import Loss, MultiTaskLoss
 from twloss._precision import sum_dtype
 from twloss._rows.row_loss import LossFunction, LossType
-from twloss._sums.ranks import ColumnNames, sum_over_ranks, world_size
+from twloss._sums.ranks import ColumnNames, start_sum_over_ranks, world_size
 from twloss._sums.reduction import GlobalReduction
-from twloss._torch import assert_async
 
 
 def build_loss(loss_type: LossType | LossName | LossFunction, reduction: RowReduction = "mean") -> Loss:
@@ -190,22 +189,18 @@ def _over_ranks(
     reduction: RowReduction,
     process_group: dist.ProcessGroup | None,
 ) -> dict[str, Tensor]:
-    """All losses, their weights and their keys' hashes, through one collective, in the widest dtype."""
+    """All losses over the ranks, through one collective, in the widest dtype."""
     values = torch.cat([loss.detach().to(sum_dtype(loss.device)).flatten() for loss in losses.values()])
     # With the shapes, since values are added by position.
     names = ColumnNames((f"{key}{list(loss.shape) or ''}" for key, loss in losses.items()), "local_loss")
-    if weights is None:
-        packed = torch.cat((values, names.row(values)))
-    else:
+    if weights is not None:
         weight = torch.cat([weights[key].flatten() for key in losses])
-        packed = torch.cat((torch.where(weight == 0, 0.0, values * weight), weight, names.row(values)))
-    ranks = world_size(process_group)
-    total, row = sum_over_ranks(packed, process_group).split((len(packed) - len(losses), len(losses)))
-    assert_async(names.agree(row, ranks), names.fault)
+        values = torch.cat((torch.where(weight == 0, 0.0, values * weight), weight))
+    total = start_sum_over_ranks(values, names, process_group, reads=False).wait()
     if weights is not None:
         loss_sum, weight = total.chunk(2)
         means = loss_sum / weight
     else:
-        means = total if reduction == "sum" else total / ranks
+        means = total if reduction == "sum" else total / world_size(process_group)
     parts = torch.split(means, [loss.numel() for loss in losses.values()])
     return {key: part.view(loss.shape).to(loss.dtype) for (key, loss), part in zip(losses.items(), parts)}

@@ -1,7 +1,7 @@
 """Every private name of torch and torchmetrics in use, with the reason and what is lost without it.
 
-Nothing private of theirs is called anywhere else. ``OVERRIDDEN`` lists those that ``TaskMetric`` and ``ScalarView``
-override or read instead of calling: what a subclass has to reach.
+Nothing private of theirs is called anywhere else. ``OVERRIDDEN`` lists those that our metrics override or read instead
+of calling: what a subclass has to reach.
 """
 
 from __future__ import annotations
@@ -9,13 +9,15 @@ from __future__ import annotations
 import inspect
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, ExitStack
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch._functorch.pyfunctorch import temporarily_clear_interpreter_stack
 from torch.autograd import forward_ad
+
+Kind = TypeVar("Kind", bound=type)
 
 OVERRIDDEN = {
     "_wrap_update": "Its wrapper counts updates in a Python attribute, at which torch.compile recompiles at each step.",
@@ -34,6 +36,18 @@ OVERRIDDEN = {
     "_filter_kwargs": "A view in a MetricCollection would get the arguments of all its metrics.",
     "_plot": "torchmetrics' own picture, of which plot() changes a few lines.",
 }
+
+
+def hidden_from_jit(cls: Kind) -> Kind:
+    """Hide a class's annotations and properties from torch.jit, for models that are scripted and do not call it.
+
+    Scripting a model reads both in every module of it. It does not know the types of our annotations, and can't compile
+    our properties.
+    """
+    cls.__annotations__ = {}
+    names = [name for name in dir(cls) if isinstance(inspect.getattr_static(cls, name), property)]
+    cls.__jit_unused_properties__ = names  # type: ignore[attr-defined]
+    return cls
 
 
 def is_transformed(*inputs: object) -> bool:

@@ -10,16 +10,14 @@ import json
 import math
 from collections.abc import Generator, Mapping
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
 
 from twloss._arguments import list_some
-from twloss._torch import plain_tensors, tensor_of
-
-if TYPE_CHECKING:
-    from twloss._metrics.task_metric import TaskMetric
+from twloss._sums.running_sums import SumsFormat
+from twloss._torch import hidden_from_jit, plain_tensors, tensor_of
 
 ALL_RANKS = (0, 1)
 """The place of sums of all ranks: that of a process without others."""
@@ -31,8 +29,8 @@ def global_sums(module: nn.Module) -> Generator[None, None, None]:
     """A context in which the ``state_dict()`` of a module has the sums of all ranks, and so suits any number of them.
 
     Each metric in the module on which ``persistent(True)`` was called computes a copy of its sums over the ranks, by
-    one collective, so that every rank has to enter. What saves inside of the context, on one rank or on all, saves the
-    copy. The sums themselves stay as they are, and updates inside of it count.
+    one collective, so that every rank has to enter. A ``state_dict()`` that is made inside, on one rank or on all, has
+    the copy. The sums themselves stay as they are, and updates inside of it count.
 
     A file that was saved so is loaded on all ranks, or on the first alone, of as many as there are then, before or
     after a process group exists: its rows count once. Saved outside, the sums are those of one rank, and are refused on
@@ -42,7 +40,7 @@ def global_sums(module: nn.Module) -> Generator[None, None, None]:
         module: the model, or anything else that has the metrics in it.
 
     Raises:
-        TypeError: for what is no module.
+        TypeError: for anything but a module.
         ValueError: for a module without such a metric.
         RuntimeError: what ``compute()`` raises where ranks differ.
 
@@ -70,6 +68,15 @@ def global_sums(module: nn.Module) -> Generator[None, None, None]:
             each.copied = copied
 
 
+class HasSums(Protocol):
+    """A metric that makes an entry of its sums, and takes one."""
+
+    def _save_sums(self, *, of_all_ranks: bool) -> Tensor: ...
+
+    def _load_sums(self, entry: Any) -> None: ...
+
+
+@hidden_from_jit
 class SavedSums(nn.Module):
     """A metric's entry in a state_dict: the extra state of a child, as torch's distributed checkpoints know no other.
 
@@ -77,13 +84,13 @@ class SavedSums(nn.Module):
         owner: the metric, which has this as a submodule; here it is none.
     """
 
-    def __init__(self, owner: TaskMetric) -> None:
+    owner: HasSums
+    copied: Tensor | None
+    """The entry of all ranks, within global_sums()."""
+
+    def __init__(self, owner: HasSums) -> None:
         super().__init__()
         self.__dict__.update(owner=owner, copied=None)
-
-    if TYPE_CHECKING:  # In the class itself, torch.jit would read the annotations and not know the types.
-        owner: TaskMetric
-        copied: Tensor | None  # the entry of all ranks, within global_sums()
 
     def get_extra_state(self) -> Tensor:
         """The sums, as bytes."""
@@ -102,13 +109,13 @@ class SavedSums(nn.Module):
 
 
 def encode(description: Mapping[str, Any]) -> Tensor:
-    """What sums are of, as a JSON text ``(bytes,)`` uint8 on the CPU."""
+    """A description of sums as a JSON text, ``(bytes,)`` uint8 on the CPU."""
     with plain_tensors():
         return tensor_of(list(json.dumps(description).encode()), torch.uint8, torch.device("cpu"))
 
 
 def decode(text: Tensor) -> dict[str, Any]:
-    """What ``encode`` was given, but for tuples, which are lists.
+    """The description that ``encode`` was given, with lists for tuples.
 
     Raises:
         ValueError: for any other tensor.
@@ -147,19 +154,18 @@ def sums_to_bytes(sums: Tensor, description: dict[str, Any], place: tuple[int, i
 
 
 def sums_from_bytes(
-    entry: Any, shape: tuple[int, ...], counters: int, description: dict[str, Any], *, is_finite: bool
+    entry: Any, layout: SumsFormat, description: dict[str, Any], *, is_finite: bool
 ) -> tuple[Tensor, tuple[int, int]]:
     """The sums of an entry, and their place.
 
     Args:
-        entry: what ``sums_to_bytes`` gave.
-        shape: of the sums.
-        counters: how many of the last rows of them are counts.
+        entry: the result of ``sums_to_bytes``.
+        layout: of the sums.
         description: what they have to be of.
         is_finite: whether they have to be finite.
 
     Raises:
-        TypeError: for what can't be an entry.
+        TypeError: for anything that can't be an entry.
         ValueError: for a damaged one, or sums of something else.
     """
     if not isinstance(entry, Tensor):
@@ -178,12 +184,11 @@ def sums_from_bytes(
     if not (0 <= count <= len(entry) / 8 - _HEAD and math.isfinite(rank) and math.isfinite(ranks)):
         raise damaged
     end = start + 8 * int(count)
-    check_same(decode(entry[end:]), {**description, "shape": list(shape)})
-    if count != math.prod(shape):
+    check_same(decode(entry[end:]), {**description, "shape": list(layout.shape)})
+    if count != math.prod(layout.shape):
         raise damaged
-    sums = entry[start:end].view(torch.float64).view(shape)
-    counts = sums[..., -counters:, :]
-    if not (counts.isfinite() & (counts >= 0) & (counts == counts.round())).all():
+    sums = entry[start:end].view(torch.float64).view(layout.shape)
+    if not layout.has_counts(sums):
         raise damaged
     if is_finite and not sums.isfinite().all():
         raise ValueError(

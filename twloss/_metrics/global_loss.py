@@ -77,7 +77,10 @@ class GlobalLoss(TaskMetric):
     ) -> None:
         check_choice("task_loss_reduction", task_loss_reduction, get_args(RowReduction))
         check_global_reduction(global_reduction)
-        settings = (task_loss_reduction, getattr(global_reduction, "__qualname__", str(global_reduction)))
+        settings = {
+            "task_loss_reduction": task_loss_reduction,
+            "global_reduction": getattr(global_reduction, "__qualname__", str(global_reduction)),
+        }
         super().__init__(tasks, 2, nan_strategy=nan_strategy, settings=settings, options=kwargs)
         # Within it a module is no submodule: the loss that trains it registers it.
         self._reduction = Reduction.of(self.tasks, task_loss_reduction, global_reduction)
@@ -87,7 +90,7 @@ class GlobalLoss(TaskMetric):
         """Take a loss's task_weights, as they are at any time, and the rule by which it makes the sums."""
         self._task_weights = task_weights
         self._description = {**self._description, **rule}
-        self._sign()
+        self._describe_state()
 
     if TYPE_CHECKING:
 
@@ -139,7 +142,7 @@ class GlobalLoss(TaskMetric):
 
         def results(sums: Tensor) -> Sequence[Tensor]:
             weights = None if numbers is None else sums.new_tensor(numbers)
-            losses = reduction.reduce(TaskSums(sums[0], sums[1]), weights, sums.dtype, is_final=True)
-            return list(losses.values())
+            losses, loss = reduction.values(TaskSums(*sums), weights, sums.dtype, is_final=True)
+            return [loss] if len(reduction.keys) == 1 else [*losses, loss]
 
         return results

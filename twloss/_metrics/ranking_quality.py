@@ -1,4 +1,4 @@
-"""How good a ranking model's predictions are, beyond the loss: normalised entropy and calibration of each task.
+"""The quality of a ranking model's predictions, beyond the loss: normalised entropy and calibration of each task.
 
 Logits, labels and weights of a batch come in and become four sums a task; the quality of all rows of all steps and
 ranks goes out. It takes one pass over the rows: everything that compute() gives is a ratio of these sums.
@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from twloss._arguments import IgnoreIndex, NanStrategy, check_choice, check_ignore_index, check_tasks, label_name
+from twloss._metrics.plot import plot_results
 from twloss._metrics.task_metric import TaskMetric
 from twloss._rows.batch import align
 from twloss._rows.mappings import TaskTensors
@@ -20,7 +21,7 @@ from twloss._rows.row_loss import BinaryCrossEntropy
 from twloss._rows.row_pass import sum_quality
 
 QUANTITIES = {"ne": False, "rce": True, "calibration": None, "ctr": None, "logloss": False, "weight": None}
-"""What compute() gives of each task, and whether higher is better."""
+"""The quantities that compute() gives of each task, and whether higher is better."""
 
 
 class RankingQuality(TaskMetric):
@@ -77,9 +78,9 @@ class RankingQuality(TaskMetric):
         **kwargs: Any,
     ) -> None:
         ignore_index = check_ignore_index(ignore_index, None if tasks is None else check_tasks(tasks))
-        of = {"ignore_index": label_name(ignore_index)}
+        rule = {"ignore_index": label_name(ignore_index)}
         super().__init__(
-            tasks, 4, window=window, window_rows=window_rows, nan_strategy=nan_strategy, of=of, options=kwargs
+            tasks, 4, window=window, window_rows=window_rows, nan_strategy=nan_strategy, rule=rule, options=kwargs
         )
         self.ignore_index = ignore_index
 
@@ -125,7 +126,7 @@ class RankingQuality(TaskMetric):
         """
         of_key = {key: key.partition("/")[0] for key in self.keys()}
         check_choice("quantity", quantity, list(dict.fromkeys(of_key.values())))
-        return self._plot_keys([key for key in of_key if of_key[key] == quantity], val, ax)
+        return plot_results(self, [key for key in of_key if of_key[key] == quantity], val, ax)
 
     def _keys(self) -> dict[str, bool | None]:
         if self.tasks is None:

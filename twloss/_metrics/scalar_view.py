@@ -7,18 +7,20 @@ reads those of the other.
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 from torchmetrics import Metric
 
+from twloss._metrics.kept_metric import KeptMetric
+from twloss._metrics.plot import plot_results
 from twloss._sums.pending import PendingResult
+from twloss._sums.running_sums import RunningSums
+from twloss._torch import hidden_from_jit
 
-if TYPE_CHECKING:
-    from twloss._metrics.task_metric import TaskMetric
 
-
+@hidden_from_jit
 class ScalarView(Metric):
     """One value of a metric's result, such as "loss/like", as a metric; see ``GlobalLoss.scalar()``.
 
@@ -38,22 +40,16 @@ class ScalarView(Metric):
     # A view has no state that could be kept or merged: Running and merge_state() refuse it when they see this.
     full_state_update = True
 
-    __jit_unused_properties__: ClassVar = [
-        *Metric.__jit_unused_properties__,
-        *("device", "dtype", "update_count", "update_called"),
-    ]
+    owner: KeptMetric
 
-    if TYPE_CHECKING:  # In the class itself, torch.jit would read the annotation and not know the type.
-        owner: TaskMetric
-
-    def __init__(self, owner: TaskMetric, key: str, higher_is_better: bool | None = None) -> None:
+    def __init__(self, owner: KeptMetric, key: str, higher_is_better: bool | None = None) -> None:
         settings = {"dist_sync_on_step": owner.dist_sync_on_step, "sync_on_compute": owner.sync_on_compute}
         super().__init__(compute_with_cache=False, **settings)
         # In __dict__, where nn.Module does not look for submodules: its sums would be saved twice.
         known = {"higher_is_better": higher_is_better, "is_differentiable": owner.is_differentiable}
         self.__dict__.update(owner=owner, **known)
         self.key = key
-        self._since: tuple[int, Tensor | None] = (owner._restarts, None)
+        self._since: tuple[int, RunningSums | None] = (owner._restarts, None)
 
     def extra_repr(self) -> str:
         """The key, for repr()."""
@@ -113,8 +109,9 @@ class ScalarView(Metric):
             ax: the matplotlib axes to draw on; None makes a figure.
         """
         val = self.compute() if val is None else val
-        results = [{self.key: each} for each in val] if isinstance(val, (list, tuple)) else {self.key: val}
-        return self.owner._plot_keys([self.key], results, ax)
+        is_one = not isinstance(val, (list, tuple)) and getattr(val, "ndim", 0) == 0
+        results = [{self.key: each} for each in ([val] if is_one else val)]
+        return plot_results(self.owner, [self.key], results, ax)
 
     def _apply(self, *_: Any, **__: Any) -> ScalarView:
         # There is nothing to move or cast, and Metric's own would refuse nn.Module's ``recurse``.
@@ -122,27 +119,27 @@ class ScalarView(Metric):
 
     @property
     def device(self) -> torch.device:
-        """Where the sums are."""
+        """The device of the owner's sums."""
         return self.owner.device
 
     @property
     def dtype(self) -> torch.dtype:
-        """The owner's."""
+        """The owner's dtype."""
         return self.owner.dtype
 
     def set_dtype(self, dst_type: str | torch.dtype) -> ScalarView:
-        """As the owner's, whose sums stay float64."""
+        """Set the owner's dtype; its sums stay float64."""
         self.owner.set_dtype(dst_type)
         return self
 
     @property
     def update_count(self) -> int:
-        """The owner's."""
+        """The owner's number of updates."""
         return self.owner.update_count
 
     @property
     def update_called(self) -> bool:
-        """The owner's."""
+        """True if the owner was updated."""
         return self.owner.update_called
 
     # Metric's wrappers count updates, cache results and warn where the view itself was not updated.

@@ -1,4 +1,4 @@
-"""A result that is under way: what a metric's ``compute_async()`` gives."""
+"""A result that may wait for other ranks: a sum over ranks, and what a metric's ``compute_async()`` gives."""
 
 from __future__ import annotations
 
@@ -12,13 +12,13 @@ Other = TypeVar("Other")
 
 
 class PendingResult(Generic[Result]):
-    """What ``compute()`` would have given when it was started, whatever became of the metric since.
+    """The result of ``compute()`` at the moment at which it was started, whatever became of the metric since.
 
     One that is never waited for does no harm.
 
     Args:
         work: the collective that is under way; None: there is none.
-        finish: what makes the result of what the collective has brought.
+        finish: makes the result, once the collective is done.
 
     Examples:
         >>> import torch
@@ -52,5 +52,5 @@ class PendingResult(Generic[Result]):
         return self._result
 
     def map(self, function: Callable[[Result], Other]) -> PendingResult[Other]:
-        """What a function will make of the result."""
+        """A function of the result, called when that is waited for."""
         return PendingResult(self._work, lambda: function(self.wait()))

@@ -1,14 +1,15 @@
-"""Sums over ranks: one that gradients flow through, and one for detached values.
+"""The envelope in which sums travel over ranks, with their gradient or detached.
 
-Sums come in, their sums over the ranks of a process group go out, the same on every rank, at the cost of one
-collective. Without a process group the sum over ranks is the sum at hand.
+Sums come in, ``(rows, columns)``, and travel with a row of hashes of the columns' names; their sums over the ranks of a
+process group go out, the same on every rank, by one collective. Without a process group the sum over ranks is the sum
+at hand.
 """
 
 from __future__ import annotations
 
 import warnings
 import zlib
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
@@ -18,6 +19,7 @@ from torch import Tensor
 from twloss._arguments import list_some
 from twloss._constants import TaskConstants
 from twloss._precision import sum_dtype
+from twloss._sums.pending import PendingResult
 from twloss._sums.sums import TaskSums
 from twloss._torch import assert_async, process_group_named
 
@@ -69,25 +71,13 @@ def _ranks_of(group: dist.ProcessGroup) -> list[int]:
         return []
 
 
-def sum_over_ranks(values: Tensor, process_group: dist.ProcessGroup | None) -> Tensor:
-    """A detached sum over ranks, in a tensor of its own; one collective where there are ranks to sum over."""
-    total, work = start_sum_over_ranks(values, process_group, is_async=False)
-    assert work is None
-    return total
-
-
-def start_sum_over_ranks(
-    values: Tensor, process_group: dist.ProcessGroup | None, *, is_async: bool
-) -> tuple[Tensor, dist.Work | None]:
-    """A detached sum over ranks, and what to wait for before it is one; None: nothing."""
-    total = values.detach().clone(memory_format=torch.contiguous_format)
-    if world_size(process_group) == 1:
-        return total, None
-    return total, dist.all_reduce(total, group=process_group, async_op=is_async)
-
-
 class ColumnNames:
-    """The names of the columns of sums, as a row of hashes that travels with them: do all ranks mean the same?"""
+    """The names of the columns of sums; the row of their hashes tells whether all ranks mean the same by a column.
+
+    Args:
+        names: one a column, in order.
+        argument: the argument that the names come from, for the error.
+    """
 
     def __init__(self, names: Iterable[str], argument: str = "tasks") -> None:
         names = [str(name) for name in names]
@@ -96,65 +86,20 @@ class ColumnNames:
             f"{argument}: got {list_some(names, 12)} on this rank, expected the same, in this order, on all ranks"
         )
 
-    def row(self, sums: Tensor) -> Tensor:
-        """The row to be sent with sums ``(…, columns)``."""
-        hashes = self.hashes.like(sums)
+    def pack(self, sums: Tensor) -> Tensor:
+        """The envelope in which sums travel: ``(rows, columns)``, or numbers ``(n,)``, and after them the hashes."""
+        return torch.cat((sums, self._row(sums)))
+
+    def unpack(self, total: Tensor, ranks: int) -> tuple[Tensor, Tensor]:
+        """The sums in the total of so many envelopes, and whether all ranks have these names, 0-dim bool."""
+        expected = self._row(total) * ranks
+        sums, hashes = total.split((len(total) - len(expected), len(expected)))
+        return sums, ((hashes - expected).abs() <= torch.finfo(total.dtype).eps * ranks * expected).all()
+
+    def _row(self, like: Tensor) -> Tensor:
+        hashes = self.hashes.like(like)
         assert hashes is not None
-        return hashes
-
-    def agree(self, total: Tensor, ranks: int) -> Tensor:
-        """Whether a row that is the sum of so many ranks' is that of one name a column, 0-dim bool."""
-        return _are_equal(total, self.row(total) * ranks, ranks).all()
-
-
-def _are_equal(total: Tensor, expected: Tensor, ranks: int) -> Tensor:
-    """Whether sums over ranks are what they should be, of numbers that are not negative, but for rounding."""
-    return (total - expected).abs() <= torch.finfo(total.dtype).eps * ranks * expected
-
-
-def contribution(sums: Tensor, rank: int) -> Tensor:
-    """What a rank of the process group adds to the sums of all ``(…)``.
-
-    Args:
-        sums: ``(2, …)``, those that were added here, and those of a checkpoint that are carried. All ranks carry the
-            same ones, or the first rank alone, so that the first adds them.
-        rank: this one's in the group.
-    """
-    return sums.sum(0) if rank == 0 else sums[0]
-
-
-def pack_running_sums(sums: Tensor, names: ColumnNames, rank: int) -> Tensor:
-    """What a rank sends of its running sums ``(rows, tasks)``, with what tells whether all ranks mean the same by them.
-
-    Args:
-        sums: ``(2, parts, …, tasks)``, as for ``contribution``, those of all updates first; a rank that does not add
-            what it carries sends a mark of it.
-        names: of the tasks.
-        rank: this one's in the group.
-    """
-    # Those of a window are no part of the mark: they leave it as this rank goes on.
-    mark = sums[1, 0].nan_to_num(0.0, 0.0, 0.0).abs().sum(0)
-    sums = sums.flatten(1, -2)
-    nothing = torch.zeros_like(mark)
-    marks = (mark, nothing, nothing) if rank == 0 else (nothing, mark, (mark != 0).to(mark))
-    return torch.cat((contribution(sums, rank), torch.stack((names.row(mark), *marks))))
-
-
-def unpack_running_sums(total: Tensor, names: ColumnNames, ranks: int) -> Tensor:
-    """The sums of so many ranks ``(rows, tasks)``, of the total of what they sent.
-
-    Raises:
-        RuntimeError: if the ranks have different tasks, or carry what they would not all count.
-    """
-    *_, row, first, others, carriers = total
-    if not names.agree(row, ranks):
-        raise RuntimeError(names.fault)
-    if not _are_equal(others, carriers * first, ranks).all():
-        raise RuntimeError(
-            "got sums of a checkpoint that the first rank of the process group does not have, expected one file, "
-            "loaded on all ranks or on the first"
-        )
-    return total[:-4]
+        return hashes.view(-1, *like.shape[1:])
 
 
 def sum_over_ranks_with_gradient(
@@ -163,19 +108,63 @@ def sum_over_ranks_with_gradient(
     """The sums of this step's rows of all ranks, in the widest dtype; for one rank the sums at hand.
 
     Args:
-        sums: this rank's.
-        names: of the tasks, which are the same on all ranks; else a RuntimeError.
+        sums: this rank's, ``(tasks,)``.
+        names: of the tasks.
         process_group: the ranks; None: all.
+
+    Raises:
+        RuntimeError: where ranks have other names; on an accelerator when the device gets there.
     """
     ranks = world_size(process_group)
     if ranks == 1:
         return sums
     loss_sum = sums.loss_sum.to(sum_dtype(sums.loss_sum.device))
     weight = sums.weight if isinstance(sums.weight, Tensor) else torch.full_like(loss_sum, sums.weight)
-    packed = torch.stack((loss_sum, weight, names.row(loss_sum)))
-    loss_sum, weight, row = _SumOverRanks.apply(packed, process_group, ranks).unbind(0)  # type: ignore[no-untyped-call]
-    assert_async(names.agree(row, ranks), names.fault)
-    return TaskSums(loss_sum, weight)
+    packed = names.pack(torch.stack((loss_sum, weight)))
+    total = _SumOverRanks.apply(packed, process_group, ranks)  # type: ignore[no-untyped-call]
+    rows, agree = names.unpack(total, ranks)
+    assert_async(agree, names.fault)
+    return TaskSums(*rows.unbind(0))
+
+
+def start_sum_over_ranks(
+    sums: Tensor,
+    names: ColumnNames,
+    process_group: dist.ProcessGroup | None,
+    *,
+    gather: Callable[..., list[Tensor]] | None = None,
+    is_async: bool = False,
+    reads: bool = True,
+) -> PendingResult[Tensor]:
+    """Start the sum of detached sums over ranks, by one collective; its result is a tensor of its own.
+
+    Args:
+        sums: this rank's, ``(rows, columns)`` or numbers ``(n,)``.
+        names: of the columns, or of what the numbers are.
+        process_group: the ranks; None: all.
+        gather: a ``dist_sync_fn``, which gives each rank's tensor, to be called in place of the all-reduce.
+        is_async: whether to return while the collective is under way.
+        reads: whether the result may read from the device whether names agree; if not, the device raises.
+
+    Returns:
+        The sums of all ranks. ``wait()`` raises a RuntimeError where ranks have other names.
+    """
+    total, work, ranks = names.pack(sums.detach()), None, world_size(process_group)
+    if gather is not None:
+        parts = gather(total, group=process_group)
+        total, ranks = torch.stack(parts).sum(0), len(parts)
+    elif ranks > 1:
+        work = dist.all_reduce(total, group=process_group, async_op=is_async)
+
+    def finish() -> Tensor:
+        rows, agree = names.unpack(total, ranks)
+        if not reads:
+            assert_async(agree, names.fault)
+        elif not agree:
+            raise RuntimeError(names.fault)
+        return rows
+
+    return PendingResult(work, finish)
 
 
 def scale_gradient(values: Tensor, factor: float) -> Tensor:
@@ -205,7 +194,9 @@ class _SumOverRanks(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, values: Tensor, process_group: dist.ProcessGroup | None, ranks: int) -> Tensor:
         ctx.ranks = ranks
-        return sum_over_ranks(values, process_group)
+        total = values.clone(memory_format=torch.contiguous_format)
+        dist.all_reduce(total, group=process_group)
+        return total
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import torch
 import torch.nn.functional as F
@@ -15,6 +15,7 @@ from twloss import (
     LossType,
     MultiTaskLoss,
     RankingQuality,
+    TaskMetric,
     build_loss,
     build_multi_task_loss,
     get_global_loss_detached,
@@ -184,4 +185,42 @@ def metrics() -> None:
     assert_type([kind.value for kind in LossType], list[str])
 
 
-PARTS = [train, multi_task_losses, one_task_losses, callables, tasks_of_different_kinds, builders, metrics]
+class Above(TaskMetric):
+    """A metric of one's own."""
+
+    def __init__(self, tasks: Sequence[str], threshold: float, window: int | None = None) -> None:
+        super().__init__(tasks, sums=2, window=window, rule={"threshold": threshold})
+        self.threshold = threshold
+
+    def update(self, values: Tensor) -> None:
+        """Add a batch."""
+        self._add(self._sum_batch(values))
+
+    def _sum_batch(self, values: Tensor) -> Sequence[Tensor | float]:
+        return (values > self.threshold).double().sum(0), len(values)
+
+    def _keys(self) -> dict[str, bool | None]:
+        return dict.fromkeys(self.tasks or (), True)
+
+    def _results(self, sums: Tensor) -> Sequence[Tensor]:
+        return (sums[0] / sums[1]).unbind()
+
+
+def metrics_of_ones_own() -> None:
+    """A subclass of the base of all."""
+    metric = Above(TASKS, 0.5, window=3)
+    metric.update(torch.ones(4, 2))
+    assert_type(metric.compute(), dict[str, Tensor])
+    assert_type(metric.compute_async().wait(), dict[str, Tensor])
+
+
+PARTS = [
+    train,
+    multi_task_losses,
+    one_task_losses,
+    callables,
+    tasks_of_different_kinds,
+    builders,
+    metrics,
+    metrics_of_ones_own,
+]
