@@ -21,10 +21,11 @@ from types import FrameType
 from typing import Any, NamedTuple
 
 import torch
+from torch import nn
 
 import twloss
 from benchmarks.row import Row, at_most, counted, shown
-from benchmarks.workload import Setting, make_loss, make_workload
+from benchmarks.workload import Setting, Workload, make_loss, make_workload
 
 __all__ = ["calls"]
 
@@ -32,7 +33,8 @@ PACKAGE = Path(twloss.__file__).parent
 DEMO = PACKAGE / "demo"
 ROWS, TASKS = 256, 3
 FORWARD, FUSED, QUALITY, COMPUTE = "forward", "forward, fused", "forward, quality=True", "compute() of train_metric"
-GOALS = {FORWARD: (40, 10, 21), FUSED: (32, 9, 17), QUALITY: (66, 11, 30), COMPUTE: (23, 6, 12)}
+MIXED = "forward, three loss types in mappings, quality=True"
+GOALS = {FORWARD: (26, 10, 14), FUSED: (26, 10, 14), QUALITY: (42, 11, 20), MIXED: (150, 16, 60), COMPUTE: (16, 6, 8)}
 
 
 class Call(NamedTuple):
@@ -87,8 +89,21 @@ def _cases(device: torch.device) -> dict[str, Callable[[], object]]:
         FORWARD: lambda: loss(work.logits, work.labels, work.weights),
         FUSED: lambda: fused(work.logits, work.labels, work.weights),
         QUALITY: lambda: with_quality(work.logits, work.labels, work.weights),
+        MIXED: _forward_of_three_types(work),
         COMPUTE: loss.train_metric.compute,
     }
+
+
+def _forward_of_three_types(work: Workload) -> Callable[[], object]:
+    """A forward of a binary task, one of classes and one of a callable, each with weights."""
+    huber = nn.HuberLoss(reduction="none")
+    types: dict[str, Any] = {"like": "bce_with_logits", "stars": "cross_entropy", "seconds": huber}
+    loss = twloss.MultiTaskLoss(types, list(types), quality=True)
+    ones = torch.ones(ROWS, device=work.logits.device)
+    logits = {"like": work.logits[:, 0], "stars": work.logits[:, :3], "seconds": work.logits[:, 1]}
+    labels = {"like": ones, "stars": ones.long(), "seconds": ones}
+    weights = dict.fromkeys(types, ones)
+    return lambda: loss(logits, labels, weights)
 
 
 def main() -> int:

@@ -6,9 +6,8 @@ to ``train_metric`` or ``eval_metric``, by the module's mode.
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.distributed as dist
@@ -20,7 +19,6 @@ from twloss._arguments import (
     MeanOver,
     PerTask,
     RowReduction,
-    label_name,
     list_some,
     per_task_numbers,
     warn_local_normalizer,
@@ -29,39 +27,40 @@ from twloss._arguments import (
 from twloss._constants import TaskConstants
 from twloss._fx import find_proxy, record_losses
 from twloss._metrics.global_loss import GlobalLoss
-from twloss._metrics.ranking_quality import RankingQuality
+from twloss._metrics.ranking_quality import RankingQuality, is_wanted, own_quality
 from twloss._options import LossOptions, TaskLossType
 from twloss._rows.mappings import TaskTensors
 from twloss._rows.row_pass import Plan
-from twloss._rows.task_group import group_tasks, join, order_of_groups, split_inputs
+from twloss._rows.task_group import group_tasks, inputs_by_task, join, order_of_groups
 from twloss._sums.ranks import sum_over_ranks_with_gradient, world_size
 from twloss._sums.reduction import GlobalReduction
 from twloss._sums.sums import BatchSums, TaskSums
+from twloss._torch import hidden_from_jit
 
 _METRICS = ("train_metric", "eval_metric")
 _QUALITY = ("train_quality", "eval_quality")
+_PLAIN = (Tensor, float, int, type(None))
 
 
+@hidden_from_jit
 class _TaskLosses(nn.Module):
     """The losses of one task or of several: all but their signatures and what they return."""
 
-    if TYPE_CHECKING:  # In the class itself, torch.jit would read the annotations and know none of the types.
-        loss_type: Any
-        tasks: tuple[str, ...] | None
-        global_reduction: GlobalReduction
-        mean_over: MeanOver
-        ignore_index: IgnoreIndex
-        global_batch: bool
-        gradient_reduction: GradientReduction
-        process_group: dist.ProcessGroup | None
-        quality: bool
-        fused: bool
-        train_metric: GlobalLoss
-        eval_metric: GlobalLoss
-        train_quality: RankingQuality
-        eval_quality: RankingQuality
+    loss_type: Any
+    tasks: tuple[str, ...] | None
+    global_reduction: GlobalReduction
+    mean_over: MeanOver
+    ignore_index: IgnoreIndex
+    global_batch: bool
+    gradient_reduction: GradientReduction
+    process_group: dist.ProcessGroup | None
+    quality: bool
+    fused: bool
+    train_metric: GlobalLoss
+    eval_metric: GlobalLoss
+    train_quality: RankingQuality
+    eval_quality: RankingQuality
 
-    __jit_unused_properties__: ClassVar = ["task_weights"]
     # TorchRec's pipelines then trace into forward, whose result has the keys; of a leaf they would know none.
     _is_pytorch_fx_traceable = True
 
@@ -91,20 +90,11 @@ class _TaskLosses(nn.Module):
             metric._become_part_of(self._task_weights, options.describe())
             self.add_module(name, metric)
         for name in _QUALITY if options.quality else ():
-            self.add_module(name, self._own_quality(quality))
+            group = next(group for group in self._groups if group.row_loss.is_binary)
+            own = own_quality(quality, group.tasks, group.ignore_index, options.process_group)
+            self.add_module(name, own)
         counts_rows = options.quality and self.train_quality.window_rows is not None
-        # By what the metric's nan_strategy leaves out, and that of the quality: it can be set at any time.
-        self._plans = [
-            [
-                options.plan(
-                    groups=len(self._groups),
-                    drops_non_finite=own,
-                    quality=(of_quality, counts_rows) if options.quality else None,
-                )
-                for of_quality in (False, True)
-            ]
-            for own in (False, True)
-        ]
+        self._plans = options.plans(len(self._groups), counts_rows=counts_rows)
 
     def extra_repr(self) -> str:
         """The settings, for repr()."""
@@ -123,8 +113,8 @@ class _TaskLosses(nn.Module):
         normalizer: Tensor | float | None,
     ) -> dict[str, Tensor]:
         """The losses of a batch, whose sums are added to the running ones."""
-        # Tensors are no Proxy; all else is looked at.
-        if not (type(logits) is Tensor and type(labels) is Tensor):
+        # These are no Proxy; all else is looked at.
+        if not (type(logits) is type(labels) is Tensor and type(weights) in _PLAIN and type(normalizer) in _PLAIN):
             proxy = find_proxy(logits, labels, weights, normalizer)
             if proxy is not None:
                 return record_losses(proxy, self, self._reduction.keys, logits, labels, weights, normalizer)
@@ -135,11 +125,9 @@ class _TaskLosses(nn.Module):
         if len(groups) == 1:
             sums = groups[0].sums(inputs, plan, self._task_weights, fused=options.fused)
         else:
-            parts = split_inputs(groups, options.tasks, inputs)
-            each = [
-                group.sums(part, plan, self._task_weights, fused=options.fused) for group, part in zip(groups, parts)
-            ]
-            sums = join(each, self._order)
+            inputs = inputs_by_task(options.tasks, inputs)
+            parts = [group.sums(inputs, plan, self._task_weights, fused=options.fused) for group in groups]
+            sums = join(parts, self._order, plan)
         if sums.loss is None:
             losses = self._reduce(TaskSums(sums.losses, sums.weight), normalizer)
         else:
@@ -150,10 +138,11 @@ class _TaskLosses(nn.Module):
 
     def _mode(self) -> tuple[GlobalLoss, RankingQuality | None, Plan]:
         """The metrics of training or of evaluation, and what a pass is to give them."""
-        metric = self.train_metric if self.training else self.eval_metric
+        modules: Any = self._modules
+        metric = modules["train_metric" if self.training else "eval_metric"]
         if not self._options.quality:
             return metric, None, self._plans[metric._drops_non_finite][True]
-        quality = self.train_quality if self.training else self.eval_quality
+        quality = modules["train_quality" if self.training else "eval_quality"]
         return metric, quality, self._plans[metric._drops_non_finite][quality._drops_non_finite]
 
     def _reduce(self, local: TaskSums, normalizer: Tensor | float | None) -> dict[str, Tensor]:
@@ -203,16 +192,16 @@ class _TaskLosses(nn.Module):
 
     def _read_only(self) -> Iterable[str]:
         """What is set when a loss is made: its settings, and the modules that it has."""
-        names = {*self._options.settings, *self.__dict__["_modules"], *_METRICS, *_QUALITY}
+        names = {*vars(self._options), *self._options.settings, *self._modules, *_METRICS, *_QUALITY}
         return names if self._options.tasks is not None else {*names, "task_weights"}
 
-    def __getattr__(self, name: str) -> Any:
+    def __getattr__(self, name: str) -> Tensor | nn.Module:
         try:
             return super().__getattr__(name)
         except AttributeError:
             options = self.__dict__.get("_options")
             if options is not None and name in options.settings:
-                return options.settings[name]
+                return options.settings[name]  # type: ignore[no-any-return]
             if name not in _QUALITY:
                 raise
         raise AttributeError(f"{name}: got a loss with quality=False, expected one that is made with quality=True")
@@ -224,27 +213,6 @@ class _TaskLosses(nn.Module):
                 *self._options.settings,
             }
         )
-
-    def _own_quality(self, quality: bool | RankingQuality) -> RankingQuality:
-        """A metric for the quality of this loss's logits, as the argument says."""
-        group = next(group for group in self._groups if group.row_loss.is_binary)
-        process_group = self._options.process_group
-        if not isinstance(quality, RankingQuality):
-            return RankingQuality(group.tasks, ignore_index=group.ignore_index, process_group=process_group)
-        found, expected = (
-            f"tasks={each.tasks and list_some(each.tasks)}, ignore_index={each.ignore_index}"
-            for each in (quality, group)
-        )
-        if quality.tasks != group.tasks or label_name(quality.ignore_index) != label_name(group.ignore_index):
-            raise ValueError(
-                f"quality: got one with {found}, expected {expected}, as the loss's tasks with BCE_WITH_LOGITS have"
-            )
-        if quality.process_group not in (None, process_group):
-            raise ValueError("quality: got one with another process_group, expected that of the loss, or none")
-        own = copy.deepcopy(quality)
-        own.process_group = process_group
-        own.reset()
-        return own
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> _TaskLosses:
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
@@ -258,20 +226,13 @@ def _keep(sums: BatchSums, metric: GlobalLoss, quality: RankingQuality | None) -
     if (tracked := sums.tracked) is None:
         return
     metric._prepare_for(tracked)
-    if tracked.ndim == 1:
-        tracked = metric._pack(TaskSums(tracked, sums.weight))
     if quality is not None and sums.quality is not None:
         quality._prepare_for(tracked)
         quality._put(sums.quality)
     metric._put(tracked)
 
 
-def _is_wanted(quality: bool | RankingQuality) -> bool:
-    if not isinstance(quality, (bool, RankingQuality)):
-        raise TypeError(f"quality: got {type(quality).__name__}, expected a bool or a RankingQuality")
-    return quality is not False
-
-
+@hidden_from_jit
 class Loss(_TaskLosses):
     """The loss of one task, with its running sums.
 
@@ -320,7 +281,7 @@ class Loss(_TaskLosses):
             global_batch=global_batch,
             gradient_reduction=gradient_reduction,
             process_group=process_group,
-            quality=_is_wanted(quality),
+            quality=is_wanted(quality),
             fused=fused,
         )
         super().__init__(options, None, quality)
@@ -354,6 +315,7 @@ class Loss(_TaskLosses):
         __call__ = forward  # nn.Module's own has no types
 
 
+@hidden_from_jit
 class MultiTaskLoss(_TaskLosses):
     """The losses of several tasks and the global loss that reduces them, with their running sums.
 
@@ -435,7 +397,7 @@ class MultiTaskLoss(_TaskLosses):
             global_batch=global_batch,
             gradient_reduction=gradient_reduction,
             process_group=process_group,
-            quality=_is_wanted(quality),
+            quality=is_wanted(quality),
             fused=fused,
         )
         super().__init__(options, per_task_numbers("task_weights", task_weights, options.columns), quality)

@@ -111,28 +111,28 @@ class LossOptions:
             "ignore_index": label_name(self.ignore_index),
         }
 
-    def plan(self, *, groups: int, drops_non_finite: bool, quality: tuple[bool, bool] | None) -> Plan:
-        """The results of a pass over a batch.
+    def plans(self, groups: int, *, counts_rows: bool) -> list[list[Plan]]:
+        """The results of a pass: by whether the metric leaves out what is not finite, and that of the quality.
 
         Args:
             groups: the number of groups of tasks, each with a pass of its own.
-            drops_non_finite: whether the running sums leave out what is not finite.
-            quality: whether those of the quality do, and whether they count rows; None: there are none.
+            counts_rows: whether the sums of the quality have the number of rows beside them.
         """
         reduction = self.reduction
         # Factors alone lead from these sums to the losses: no other tasks, ranks or order of tasks.
         reduces = groups == 1 and reduction.adds_up and not self.global_batch
-        drops, counts = quality or (True, False)
-        return Plan(
+        plan = Plan(
             reduction.without_keys() if reduces else None,
             self.mean_over,
             self.task_loss_reduction,
-            groups == 1,
-            drops_non_finite,
-            quality is not None,
-            drops,
-            counts,
+            tracks=groups == 1,
+            quality=self.quality,
+            quality_counts_rows=counts_rows,
         )
+        return [
+            [plan._replace(drops_non_finite=own, quality_drops_non_finite=of_quality) for of_quality in (False, True)]
+            for own in (False, True)
+        ]
 
     def _binary_tasks(self) -> list[str]:
         """The tasks whose logits predict the probability of a positive label."""

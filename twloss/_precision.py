@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import torch
 
-DEVICES_WITHOUT_FLOAT64 = {"mps"}
-"""Device types on which a running sum is a pair of float32; a test may add another."""
+SUM_DTYPES = {"mps": torch.float32}
+"""The dtype of sums by type of device, where it is not float64; running sums are then pairs. A test may add another."""
 
 
 def sum_dtype(device: torch.device) -> torch.dtype:
     """The widest floating dtype of a device."""
-    return torch.float32 if device.type in DEVICES_WITHOUT_FLOAT64 else torch.float64
+    return SUM_DTYPES.get(device.type, torch.float64)

@@ -30,6 +30,7 @@ OVERRIDDEN = {
     "_is_synced": "An update between sync() and unsync() would be lost without a word.",
     "_defaults": "reset() would bring the sums back to the device that they were made on.",
     "_device": "metric.device would stay what it was.",
+    "_modules": "A loss would ask nn.Module for its metrics by two calls of Python at each step.",
     "_forward_hooks": "In a graph of torch.fx a loss's hooks would run twice.",
     "_forward_pre_hooks": "As for those above.",
     "_forward_cache": "MetricCollection and Lightning read there what forward() gave.",
@@ -116,20 +117,6 @@ def is_batch_of_gradients(grad: Tensor) -> bool:
     return functorch.is_functorch_wrapped_tensor(grad) or functorch.is_legacy_batchedtensor(grad)
 
 
-def keep_where_nonzero(values: Tensor, weights: Tensor) -> Tensor:
-    """``values`` where ``weights != 0``, and exactly 0 elsewhere, NaN and infinity included; so too for the gradient.
-
-    A product would not do (0·NaN is NaN), and ``where(weights == 0, 0, values)`` takes several times as long. The
-    gradient of a threshold, an operator that has no public function, is this selection in one kernel, differentiable
-    any number of times, and keeps the values at weights of NaN. (That of hardshrink, which needs no ``abs``, does so at
-    some places of a vector and not at others.) The compiler fuses the plain form.
-    """
-    if torch.compiler.is_compiling():
-        return values.where(weights != 0, 0.0)
-    kept: Tensor = torch.ops.aten.threshold_backward(values, weights.abs(), 0.0)
-    return kept
-
-
 def scaled_sigmoid(scale: Tensor, values: Tensor, sign: float, threshold: float) -> Tensor:
     """``scale·σ(±values)`` to the last digits for any value, in one kernel; beyond the threshold, σ is 1.
 
@@ -140,8 +127,19 @@ def scaled_sigmoid(scale: Tensor, values: Tensor, sign: float, threshold: float)
 
 
 def weigh(values: Tensor, weights: Tensor | None) -> Tensor:
-    """``values * weights``, and exactly 0 where the weight is 0."""
-    return values if weights is None else keep_where_nonzero(values * weights, weights)
+    """``values * weights``, and exactly 0 where the weight is 0, NaN and infinity included; so too for the gradient.
+
+    A product would not do (0·NaN is NaN), and ``where(weights == 0, 0, values)`` takes several times as long. The
+    gradient of a threshold, an operator that has no public function, is this selection in one kernel, differentiable
+    any number of times, and keeps the values at weights of NaN. (That of hardshrink, which needs no ``abs``, does so at
+    some places of a vector and not at others.) The compiler fuses the plain form.
+    """
+    if weights is None:
+        return values
+    if torch.compiler.is_compiling():
+        return (values * weights).where(weights != 0, 0.0)
+    weighted: Tensor = torch.ops.aten.threshold_backward(values * weights, weights.abs(), 0.0)
+    return weighted
 
 
 def weigh_(values: Tensor, weights: Tensor | None) -> Tensor:

@@ -17,7 +17,7 @@ from torchmetrics import MeanMetric
 from tests.support.checkpointed import WRAPS, Block, once
 from tests.support.metrics import weights_of
 from tests.support.rank_pool import RankPool
-from twloss import GlobalLoss, MultiTaskLoss
+from twloss import GlobalLoss, Loss, MultiTaskLoss
 
 ROWS, TASKS = 8, ["a", "b"]
 
@@ -164,3 +164,31 @@ def test_an_addition_that_does_not_ask_counts_them_twice(reentrant: bool) -> Non
 
     once(block, reentrant)(torch.ones(4, requires_grad=True)).backward()
     assert total.item() == 8
+
+
+@pytest.mark.usefixtures("new_compiler")
+@pytest.mark.parametrize(("sizes", "graphs"), [([16, 5, 9, 16, 17], 1), ([5, 16, 48, 7], 1), ([32, 48, 64, 5], 2)])
+@pytest.mark.parametrize("by_row", [True, False])
+def test_no_number_of_rows_is_a_constant_of_the_graph(by_row: bool, sizes: list[int], graphs: int) -> None:
+    """Weights of rows too, and rows that could be seen sixteen abreast."""
+    loss, counter = MultiTaskLoss("bce_with_logits", ["a", "b"]), CompileCounterWithBackend("aot_eager")
+    compiled: Any = torch.compile(loss, fullgraph=True, backend=counter)
+    for rows in sizes:
+        logits, labels = torch.randn(rows, 2), torch.rand(rows, 2)
+        weights = torch.rand(rows) if by_row else torch.rand(rows, 2)
+        for each in (logits, labels, weights):
+            torch._dynamo.mark_dynamic(each, 0)
+        expected = MultiTaskLoss("bce_with_logits", ["a", "b"])(logits, labels, weights)["loss"]
+        assert compiled(logits, labels, weights)["loss"].item() == pytest.approx(expected.item(), rel=1e-6)
+    assert counter.frame_count <= graphs
+
+
+@pytest.mark.usefixtures("new_compiler")
+def test_a_row_of_weight_0_gets_no_gradient_whatever_comes_back() -> None:
+    compiled: Any = torch.compile(Loss("bce_with_logits"), fullgraph=True, backend="aot_eager")
+    for upstream in (math.inf, math.nan):
+        logits = torch.tensor([1.0, 2.0, 3.0], requires_grad=True)
+        compiled(logits, torch.tensor([1.0, 0.0, 1.0]), torch.tensor([1.0, 0.0, 2.0])).backward(torch.tensor(upstream))
+        assert logits.grad is not None
+        assert logits.grad[1].item() == 0.0
+        assert not logits.grad[[0, 2]].isfinite().any()

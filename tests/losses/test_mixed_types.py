@@ -505,3 +505,17 @@ def test_to_the_meta_device_and_back() -> None:
     total = math.fsum(w * each for w, each in zip((1, 2, 3), by_task)) / 3
     for found in (losses, loss.train_metric.compute()):
         assert list(numbers(found).values()) == pytest.approx([*by_task, total], rel=1e-6)
+
+
+def test_groups_whose_weights_are_a_number_and_sums() -> None:
+    """Classes of which no label can be missing, before binary tasks of which one is."""
+    types: dict[str, Any] = {"a": "cross_entropy", "b": "bce_with_logits", "c": "bce_with_logits"}
+    loss = MultiTaskLoss(types, list(types), ignore_index={"b": -1})
+    losses = loss(
+        {"a": torch.zeros(2, 3), "b": torch.zeros(2), "c": torch.zeros(2)},
+        {"a": torch.tensor([0, 1]), "b": torch.tensor([1.0, -1.0]), "c": torch.ones(2)},
+    )
+    expected = {"loss/a": math.log(3), "loss/b": math.log(2), "loss/c": math.log(2)}
+    expected["loss"] = math.fsum(expected.values()) / 3
+    assert numbers(losses) == pytest.approx(expected, rel=1e-6)
+    assert numbers(loss.train_metric.compute()) == pytest.approx(expected, rel=1e-6)

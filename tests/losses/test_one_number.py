@@ -161,6 +161,29 @@ def test_the_derivative_by_a_logit_is_that_of_the_definition(
         assert slope == pytest.approx(expected, rel=0, abs=absolute), (logit, label)
 
 
+CONFIDENT = [
+    (sign * x, y)
+    for x in (4.0, 8.0, 12.0, 16.0, 17.0, 25.0, 39.0, 40.0)
+    for sign in (1, -1)
+    for y in (0.0, 1.0, 0.3, 0.999)
+]
+
+
+@on_each_path
+def test_the_derivative_keeps_its_digits_however_confident_the_logit(
+    path: Callable[..., Found], pos_weight: float | None, dtype: torch.dtype
+) -> None:
+    """σ(x) - y has none left at x = 17 in float32: a confident positive would learn nothing."""
+    pos_weight = None if pos_weight is None else 9.1 * pos_weight
+    logits, labels = tensors_of(CONFIDENT, dtype)
+    rows = [*zip(logits[0].tolist(), labels[0].tolist())]
+    _, grad = path(loss_of(CONFIDENT, pos_weight, path), logits, labels)
+    for (logit, label), slope in zip(rows, () if grad is None else grad[0].tolist()):
+        negative, positive = 1 / (1 + math.exp(-logit)), 1 / (1 + math.exp(logit))
+        expected = math.fsum([(1 - label) * negative, -(pos_weight or 1.0) * label * positive])
+        assert slope == pytest.approx(expected, rel=TOLERANCE[dtype]), (logit, label)
+
+
 @pytest.mark.parametrize("pos_weight", POS_WEIGHTS)
 @on_each_dtype
 def test_the_second_derivative_at_every_logit_is_that_of_the_definition(

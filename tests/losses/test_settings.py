@@ -110,6 +110,12 @@ def test_a_tensor_that_was_set_may_change_afterwards() -> None:
     assert loss.task_weights == (1.0, 0.0, 2.5)
 
 
+@pytest.mark.parametrize("name", ["reduction", "task_loss_reduction", "pos_weight", "pos_weights", "task_weights"])
+def test_no_setting_of_a_single_loss_can_be_set_by_either_name(name: str) -> None:
+    with pytest.raises(AttributeError, match=rf"^{name}: .*\bnew\b"):
+        setattr(Loss("bce_with_logits"), name, None)
+
+
 def test_a_child_may_be_put_back_in_its_place_and_no_other_there() -> None:
     """As TorchRec's wrapper does with every child of every module."""
     loss = MultiTaskLoss("bce_with_logits", TASKS, quality=True)

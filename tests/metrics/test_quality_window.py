@@ -188,7 +188,7 @@ def test_merged_windows_are_aligned_newest_with_newest(ours: int, theirs: int) -
 
 def test_a_window_of_pairs_of_float32(monkeypatch: pytest.MonkeyPatch) -> None:
     """On a device without float64; the rows' own sums are then of float32."""
-    monkeypatch.setattr(_precision, "DEVICES_WITHOUT_FLOAT64", {"mps", "cpu"})
+    monkeypatch.setitem(_precision.SUM_DTYPES, "cpu", torch.float32)
     batches = [random_rows(6, seed, weighted=True, dtype=torch.float32) for seed in range(12)]
     metric = windowed(5)
     assert metric.totals.dtype == torch.float32
@@ -220,7 +220,7 @@ def test_after_millions_of_updates_the_oldest_place_is_still_the_next(
     updates: int, window: int, pairs: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A float32 counter stops at 2^24; that of a pair goes on, in its two parts."""
-    monkeypatch.setattr(_precision, "DEVICES_WITHOUT_FLOAT64", {"mps", "cpu"} if pairs else {"mps"})
+    monkeypatch.setitem(_precision.SUM_DTYPES, "cpu", torch.float32 if pairs else torch.float64)
     batches = [random_rows(6, seed, dtype=torch.float32) for seed in range(9)]
     metric = windowed_after(updates, window)
     assert metric.update_count == updates

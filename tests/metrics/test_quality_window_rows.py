@@ -111,7 +111,7 @@ def test_over_ranks_each_has_its_share(ranks: RankPool, rows: int) -> None:
 
 @pytest.mark.parametrize("rows", [7, 3_000])
 def test_of_pairs_of_float32(rows: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(_precision, "DEVICES_WITHOUT_FLOAT64", {"mps", "cpu"})
+    monkeypatch.setitem(_precision.SUM_DTYPES, "cpu", torch.float32)
     batches = uneven(30, 5, dtype=torch.float32)
     metric = windowed(rows)
     assert metric.totals.dtype == torch.float32

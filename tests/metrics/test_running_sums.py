@@ -31,7 +31,7 @@ CPU = torch.device("cpu")
 @pytest.fixture
 def pairs(monkeypatch: pytest.MonkeyPatch) -> None:
     """The CPU as a device without float64."""
-    monkeypatch.setattr(_precision, "DEVICES_WITHOUT_FLOAT64", {"mps", "cpu"})
+    monkeypatch.setitem(_precision.SUM_DTYPES, "cpu", torch.float32)
 
 
 def added(values: Tensor) -> tuple[SumsFormat, Tensor]:
@@ -112,7 +112,7 @@ def test_sums_move_between_the_formats(monkeypatch: pytest.MonkeyPatch) -> None:
     metric = GlobalLoss(["a"])
     metric.update(torch.tensor([1e8 + 1 / 3], dtype=torch.float64), 3)
     exact = metric.compute()["loss"].item()
-    monkeypatch.setattr(_precision, "DEVICES_WITHOUT_FLOAT64", {"cpu"})
+    monkeypatch.setitem(_precision.SUM_DTYPES, "cpu", torch.float32)
     metric.totals = metric._format.move(metric.totals, CPU)
     assert metric.totals.dtype == torch.float32
     assert metric.compute()["loss"].item() == pytest.approx(exact, rel=2**-46)
@@ -120,7 +120,7 @@ def test_sums_move_between_the_formats(monkeypatch: pytest.MonkeyPatch) -> None:
     metric.persistent(True)
     metric.update(torch.tensor([0.1]), 3)
     state = metric.state_dict()
-    monkeypatch.setattr(_precision, "DEVICES_WITHOUT_FLOAT64", set())
+    monkeypatch.delitem(_precision.SUM_DTYPES, "cpu")
     fresh = GlobalLoss(["a"])
     fresh.persistent(True)
     fresh.load_state_dict(state)
@@ -129,7 +129,7 @@ def test_sums_move_between_the_formats(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def sync_pairs(rank: int) -> tuple[float, float]:
-    _precision.DEVICES_WITHOUT_FLOAT64.add("cpu")
+    _precision.SUM_DTYPES["cpu"] = torch.float32
     try:
         loss = MultiTaskLoss("bce_with_logits", ["a"])
         loss.train_metric.update(torch.tensor([2.0**24 if rank else 1.0]), 1)
@@ -138,7 +138,7 @@ def sync_pairs(rank: int) -> tuple[float, float]:
         merged.merge_state(loss.train_metric)
         return loss.train_metric.compute()["loss"].item(), numbers_of_this_rank(merged)["loss"]
     finally:
-        _precision.DEVICES_WITHOUT_FLOAT64.discard("cpu")
+        _precision.SUM_DTYPES.pop("cpu", None)
 
 
 def test_pairs_are_summed_over_ranks_in_float64(two_ranks: RankPool) -> None:
@@ -179,7 +179,7 @@ class Kept:
     @contextmanager
     def on_its_device(self) -> Iterator[None]:
         """The CPU as the device whose format it is."""
-        with mock.patch.object(_precision, "DEVICES_WITHOUT_FLOAT64", {"mps", "cpu"} if self.is_pair else {"mps"}):
+        with mock.patch.dict(_precision.SUM_DTYPES, {"cpu": torch.float32} if self.is_pair else {}):
             yield
 
     def state(self, updates: Sequence[Update]) -> Tensor:

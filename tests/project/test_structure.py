@@ -5,12 +5,16 @@ from __future__ import annotations
 import ast
 import re
 from pathlib import Path
+from typing import Any
 
 import pytest
-from torch import nn
+import torch
+from torch import Tensor, nn
 from torchmetrics import Metric
 
 import twloss
+from benchmarks.calls import calls, trace_calls
+from benchmarks.workload import Setting
 from twloss import GlobalLoss, Loss, MultiTaskLoss, RankingQuality, ScalarView
 from twloss._torch import OVERRIDDEN
 
@@ -35,18 +39,11 @@ def lists_of_the_map() -> list[list[str]]:
 
 
 def imports_of(tree: ast.Module) -> set[str]:
-    """The package's own modules that run when this one is imported; those for types alone do not."""
-    for_types = {
-        id(node)
-        for block in ast.walk(tree)
-        if isinstance(block, ast.If) and ast.unparse(block.test) == "TYPE_CHECKING"
-        for node in ast.walk(block)
-    }
+    """The package's own modules that this one imports, those for types alone included."""
     return {
         f"{node.module.partition('.')[2].replace('.', '/')}.py"
         for node in ast.walk(tree)
         if isinstance(node, ast.ImportFrom) and node.module and node.module.startswith("twloss.")
-        if id(node) not in for_types
     }
 
 
@@ -59,6 +56,78 @@ def test_the_map_names_every_module_once() -> None:
 def test_each_module_imports_only_what_stands_above_it(module: str) -> None:
     _, by_import = lists_of_the_map()
     assert imports_of(tree_of(module)) <= set(by_import[: by_import.index(module)])
+
+
+BELOW = {"_torch.py", "_precision.py", "_arguments.py", "_constants.py"}
+FLOORS = ("_sums", "_rows", "_metrics")
+"""From the lowest."""
+
+
+def floor_of(module: str) -> int:
+    """Of a file in the folder of a floor; -1 of one below all, 3 of one above all."""
+    folder = module.partition("/")[0]
+    return -1 if module in BELOW else FLOORS.index(folder) if folder in FLOORS else len(FLOORS)
+
+
+@pytest.mark.parametrize("module", MODULES)
+def test_no_floor_imports_a_higher_one(module: str) -> None:
+    assert max((floor_of(each) for each in imports_of(tree_of(module))), default=-1) <= floor_of(module)
+
+
+def squared(logits: Tensor, labels: Tensor) -> Tensor:
+    return (logits - labels).square()
+
+
+def test_the_way_of_a_batch_is_that_which_a_batch_takes() -> None:
+    """Of tasks of two losses in mappings, over ranks, and then of its running sums to a result."""
+    loss = MultiTaskLoss({"like": "bce_with_logits", "price": squared}, ["like", "price"], global_batch=True)
+    logits, rows = torch.ones(4, requires_grad=True), {"like": torch.ones(4), "price": torch.ones(4)}
+    trace = trace_calls(lambda: (loss({**rows, "like": logits}, rows, rows), loss.train_metric.compute()))
+    visited = list(dict.fromkeys(call.file for call in trace))
+    way, _ = lists_of_the_map()
+    assert way == [file for file in visited if file not in BELOW]
+
+
+def test_no_call_wanders_further_than_its_goal() -> None:
+    """So many calls, files and changes of file, of which a forward has fourteen."""
+    assert [row for row in calls(Setting(torch.device("cpu"), quick=True)) if not row.is_met()] == []
+
+
+def nodes_of(*kinds: type[ast.AST], without: str = "") -> list[tuple[str, Any]]:
+    """The nodes of these kinds in all modules but one, with their modules."""
+    modules = [module for module in MODULES if module != without]
+    return [(module, node) for module in modules for node in ast.walk(tree_of(module)) if isinstance(node, kinds)]
+
+
+def test_one_file_alone_asks_which_loss_it_has() -> None:
+    """All that differs between losses is behind the methods and attributes of ``RowLoss``."""
+    losses = {"LossType", "BinaryCrossEntropy", "CrossEntropy", "CallableLoss"}
+    asked = []
+    for module, node in nodes_of(ast.Attribute, ast.Compare, ast.Call, without="_rows/row_loss.py"):
+        names = {each.id for each in ast.walk(node) if isinstance(each, ast.Name)} & losses
+        is_question = not isinstance(node, ast.Call) or ast.unparse(node.func) in ("isinstance", "issubclass")
+        asked += [(module, ast.unparse(node))] if names and is_question else []
+    assert asked == []
+
+
+def test_there_are_at_most_six_kinds_of_record() -> None:
+    records = {
+        node.name
+        for _, node in nodes_of(ast.ClassDef)
+        if any(ast.unparse(base) == "NamedTuple" for base in node.bases)
+        or any("dataclass" in ast.unparse(decorator) for decorator in node.decorator_list)
+    }
+    assert records == {"Batch", "BatchSums", "LossOptions", "Plan", "Reduction", "TaskSums"}
+
+
+@pytest.mark.parametrize("module", MODULES)
+def test_no_file_and_no_function_is_long(module: str) -> None:
+    """Docstrings count in a file, and not in a function."""
+    assert len((PACKAGE / module).read_text().splitlines()) <= 450
+    for node in ast.walk(tree_of(module)):
+        if isinstance(node, ast.FunctionDef) and ast.get_docstring(node):
+            assert node.end_lineno is not None
+            assert node.end_lineno - node.body[0].end_lineno <= 45, node.name  # type: ignore[operator]
 
 
 def test_every_module_is_private_and_the_api_is_the_package() -> None:

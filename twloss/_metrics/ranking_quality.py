@@ -6,13 +6,23 @@ ranks goes out. It takes one pass over the rows: everything that compute() gives
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
-from twloss._arguments import IgnoreIndex, NanStrategy, check_choice, check_ignore_index, check_tasks, label_name
+from twloss._arguments import (
+    IgnoreIndex,
+    NanStrategy,
+    check_choice,
+    check_ignore_index,
+    check_tasks,
+    label_name,
+    list_some,
+)
 from twloss._metrics.plot import plot_results
 from twloss._metrics.task_metric import TaskMetric
 from twloss._rows.batch import align
@@ -149,3 +159,40 @@ class RankingQuality(TaskMetric):
         ne = logloss / entropy.where(entropy > 0, torch.nan)
         values = (ne, 100.0 * (1.0 - ne), predicted / positives, ctr, logloss, weight)
         return torch.stack(values).flatten().unbind(0)
+
+
+def is_wanted(quality: bool | RankingQuality) -> bool:
+    """Whether a loss's argument asks for a metric of the quality of its predictions."""
+    if not isinstance(quality, (bool, RankingQuality)):
+        raise TypeError(f"quality: got {type(quality).__name__}, expected a bool or a RankingQuality")
+    return quality is not False
+
+
+def own_quality(
+    quality: bool | RankingQuality,
+    tasks: tuple[str, ...] | None,
+    ignore_index: IgnoreIndex,
+    process_group: dist.ProcessGroup | None,
+) -> RankingQuality:
+    """A metric of a loss's own, of its binary tasks: a copy of the one that it was given, if any.
+
+    Args:
+        quality: the loss's argument.
+        tasks: its binary tasks.
+        ignore_index: of these.
+        process_group: of the loss.
+    """
+    if not isinstance(quality, RankingQuality):
+        return RankingQuality(tasks, ignore_index=ignore_index, process_group=process_group)
+    if quality.tasks != tasks or label_name(quality.ignore_index) != label_name(ignore_index):
+        raise ValueError(
+            f"quality: got one with tasks={quality.tasks and list_some(quality.tasks)}, "
+            f"ignore_index={quality.ignore_index}, expected tasks={tasks and list_some(tasks)}, "
+            f"ignore_index={ignore_index}, as the loss's tasks with BCE_WITH_LOGITS have"
+        )
+    if quality.process_group not in (None, process_group):
+        raise ValueError("quality: got one with another process_group, expected that of the loss, or none")
+    own = copy.deepcopy(quality)
+    own.process_group = process_group
+    own.reset()
+    return own

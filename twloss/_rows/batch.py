@@ -38,6 +38,8 @@ def align(  # noqa: PLR0917 (a batch, and what it is of)
     tasks: tuple[str, ...] | None,
     row_loss: RowLoss,
     ignore_index: IgnoreIndex,
+    *,
+    has_other_tasks: bool = False,
 ) -> Batch:
     """Check the inputs, against each other too, and bring them to one shape and dtype.
 
@@ -50,25 +52,36 @@ def align(  # noqa: PLR0917 (a batch, and what it is of)
         tasks: the names of the columns; None: one task, and no mappings.
         row_loss: what the batch is for.
         ignore_index: the label that says "missing"; NaN is allowed.
+        has_other_tasks: whether mappings may have other tasks as well.
     """
     valid = None
     if tasks is not None and (
         isinstance(logits, Mapping) or isinstance(labels, Mapping) or isinstance(weights, Mapping)
     ):
         logits, labels, weights, valid = stack_inputs(
-            logits, labels, weights, tasks, has_classes=row_loss.has_classes, ignore_index=ignore_index
+            logits,
+            labels,
+            weights,
+            tasks,
+            has_classes=row_loss.has_classes,
+            ignore_index=ignore_index,
+            has_other_tasks=has_other_tasks,
         )
     logits, labels, weights = _check_tensors(logits, labels, weights)
-    row_loss.check_shapes(logits, labels, None if tasks is None else len(tasks))
+    columns, label_dtype = None if tasks is None else len(tasks), logits.dtype
+    is_elementwise = row_loss.has_classes is False and labels.shape == logits.shape
+    # What the check of an elementwise loss looks at, in the hot path called only to raise.
+    if not is_elementwise or (tasks is not None and labels.shape[1:] != (columns,)):
+        label_dtype = row_loss.check(logits, labels, columns)
     # A bfloat16 sum of 1025 ones is 1024.
     dtype = torch.float64 if logits.dtype == torch.float64 else torch.float32
-    label_dtype = row_loss.label_dtype(logits, labels)
     if ignore_index is not None and valid is None:
         valid = is_valid(labels, tasks, ignore_index)
     logits, labels = logits.to(dtype), labels.to(dtype if label_dtype.is_floating_point else label_dtype)
     batch = Batch(logits, labels, None if weights is None else weights.to(dtype), valid)
     if tasks is not None:
-        return align_rows(batch, labels.shape[:2], by_row=True)
+        is_aligned = valid is None and (weights is None or weights.shape == labels.shape[:2])
+        return batch if is_aligned else align_rows(batch, labels.shape[:2], by_row=True)
     if row_loss.has_classes is None:
         return batch
     logits, labels, weights, valid = align_rows(batch, labels.shape, by_row=False)
@@ -115,10 +128,8 @@ def _check_tensors(logits: Any, labels: Any, weights: Any) -> tuple[Tensor, Tens
 
 def _expand_weights(weights: Tensor, shape: torch.Size, *, by_row: bool) -> Tensor:
     """Weights in the shape of the rows."""
-    expected = f"one that broadcasts to the labels' {tuple(shape)}"
     if by_row:
         rows, tasks = shape
-        expected = f"({rows}, {tasks}), ({rows}, 1) or ({rows},)"
         weights = weights.unsqueeze(1) if weights.shape == (rows,) else weights
     if not by_row or weights.shape == (rows, 1):
         try:
@@ -126,4 +137,10 @@ def _expand_weights(weights: Tensor, shape: torch.Size, *, by_row: bool) -> Tens
             return weights.expand(shape).contiguous()
         except RuntimeError:
             pass
+    # Not before: in compiled code a text of a number of rows makes it a constant.
+    expected = (
+        f"({rows}, {tasks}), ({rows}, 1) or ({rows},)"
+        if by_row
+        else f"one that broadcasts to the labels' {tuple(shape)}"
+    )
     raise ValueError(f"weights: got shape {tuple(weights.shape)}, expected {expected}")

@@ -18,7 +18,13 @@ from twloss._torch import weigh
 
 
 def weigh_losses(
-    row_loss: RowLoss, batch: Batch, pos_weight: Tensor | None, *, has_rows: bool = True, is_traced: bool = False
+    row_loss: RowLoss,
+    batch: Batch,
+    pos_weight: Tensor | None,
+    *,
+    has_rows: bool = True,
+    is_traced: bool = False,
+    shape: torch.Size | None = None,
 ) -> tuple[Tensor, Batch]:
     """Weight times loss, of which the gradient by a weight is the row's loss, also at weight 0.
 
@@ -28,30 +34,37 @@ def weigh_losses(
         pos_weight: ``(tasks,)``, the factor of the positive term; of binary losses only.
         has_rows: False for a callable of one task, of which the result tells which of the labels' dimensions are rows.
         is_traced: whether a transform of torch.func, or forward-mode differentiation, runs this.
+        shape: of the rows, where it is known without ``has_rows``.
 
     Returns:
         Weight times loss ``(rows, tasks)``, and the batch with weights and valid of this shape.
     """
     logits, labels, weights, valid = batch
-    rows = _Rows(labels.shape[:2] if has_rows else _likely_rows(labels, weights))
+    rows = _Rows(labels.shape[:2] if has_rows else shape or _likely_rows(labels, weights))
     # May the derivative by a weight be asked for, of the gradient too? The compiler knows none of the second order.
     by_weight = is_traced or (weights is not None and weights.requires_grad and not torch.compiler.is_compiling())
     is_masked = weights is not None or valid is not None
+    given = _given_mask(row_loss, rows, batch, has_rows=has_rows)
     if is_masked:
         # Of several tasks, the weights of missing rows are 0 already.
         missing = None if has_rows else valid
+        counted = rows.counted(weights, missing)
+        is_late = by_weight or not has_rows
+        logits = rows.mask_gradient(logits, counted, weights, missing, row_loss, is_late=is_late)
+        labels = rows.mask_gradient(labels, counted, weights, missing, row_loss, is_late=is_late)
         if missing is None:
-            labels = row_loss.replace_masked(labels, rows.counted(weights, None), valid, logits)
+            labels = row_loss.replace_masked(labels, counted, valid, logits)
         else:
             column, mask = labels.reshape(-1, 1), missing.reshape(-1, 1)
             labels = row_loss.replace_masked(column, mask, mask, logits).view(labels.shape)
-        logits, labels = (
-            rows.mask_gradient(each, weights, missing, row_loss, is_late=by_weight or not has_rows)
-            for each in (logits, labels)
-        )
-    loss = row_loss.losses(logits, labels, pos_weight, _given_mask(row_loss, rows, batch, has_rows=has_rows))
+    loss = row_loss.losses(logits, labels, pos_weight, given)
     if not has_rows:
-        batch = _settle(rows, loss, batch, is_masked=is_masked)
+        found = labels.shape[: max(loss.ndim, min(labels.ndim, 1))]
+        if is_masked and found != rows.shape and torch.compiler.is_compiling():
+            # The mask is in the graph already. What is traced twice runs once: nothing uses the first result.
+            return weigh_losses(row_loss, batch, pos_weight, has_rows=False, is_traced=is_traced, shape=found)
+        rows.shape = found
+        batch = _in_columns(align_rows(batch, found, by_row=False))
         weights = batch.weights
     if loss.shape != rows.shape or loss.device != labels.device:
         raise ValueError(
@@ -83,12 +96,20 @@ class _Rows:
         return counted if valid is None else counted & all_valid(valid, len(self.shape))
 
     def mask_gradient(
-        self, values: Tensor, weights: Tensor | None, valid: Tensor | None, row_loss: RowLoss, *, is_late: bool
+        self,
+        values: Tensor,
+        counted: Tensor,
+        weights: Tensor | None,
+        valid: Tensor | None,
+        row_loss: RowLoss,
+        *,
+        is_late: bool,
     ) -> Tensor:
         """The values, whose gradient is exactly 0 where a row does not count, whatever comes back to it.
 
         Args:
             values: the logits or the labels.
+            counted: as ``counted`` returns it.
             weights: of the batch, and so the next.
             valid: see there.
             row_loss: the loss.
@@ -99,7 +120,7 @@ class _Rows:
         if is_late and not torch.compiler.is_compiling():
             inputs = values, weights, valid, self, row_loss.is_row_by_row
             return _MaskedGradient.apply(*inputs)  # type: ignore[no-untyped-call, no-any-return]
-        return values.where(_like(self.counted(weights, valid), values), values.detach())
+        return values.where(_like(counted, values), values.detach())
 
 
 def _likely_rows(labels: Tensor, weights: Tensor | None) -> torch.Size:
@@ -126,25 +147,15 @@ def _given_mask(row_loss: RowLoss, rows: _Rows, batch: Batch, *, has_rows: bool)
     return counted if weights is None else counted & _like(rows.counted(weights, None), labels)
 
 
-def _settle(rows: _Rows, loss: Tensor, batch: Batch, *, is_masked: bool) -> Batch:
-    """The batch of one task, with weights and valid ``(rows, 1)``, now that the rows are known."""
-    shape = batch.labels.shape[: max(loss.ndim, min(batch.labels.ndim, 1))]
-    if is_masked and torch.compiler.is_compiling() and shape != rows.shape:
-        raise ValueError(
-            f"loss_type: the callable gave a loss of shape {tuple(loss.shape)}, expected {tuple(rows.shape)} in "
-            "compiled code, as the weights or the labels have it"
-        )
-    rows.shape = shape
-    weights, valid = align_rows(batch, shape, by_row=False)[2:]
-    return batch._replace(
-        weights=None if weights is None else weights.reshape(-1, 1),
-        valid=None if valid is None else valid.reshape(-1, 1),
-    )
+def _in_columns(batch: Batch) -> Batch:
+    """The batch of one task, with weights and valid ``(rows, 1)``."""
+    weights, valid = (None if each is None else each.reshape(-1, 1) for each in batch[2:])
+    return batch._replace(weights=weights, valid=valid)
 
 
 def _like(counted: Tensor, values: Tensor) -> Tensor:
     """A mask of rows that broadcasts to values of further dimensions."""
-    return counted.view(*counted.shape, *(1,) * (values.ndim - counted.ndim))
+    return counted.view((*counted.shape, *(1,) * (values.ndim - counted.ndim)))
 
 
 class _MaskedGradient(torch.autograd.Function):

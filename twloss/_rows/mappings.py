@@ -30,6 +30,7 @@ def stack_inputs(
     *,
     has_classes: bool | None,
     ignore_index: IgnoreIndex,
+    has_other_tasks: bool,
 ) -> tuple[Any, Any, Any, Tensor | None]:
     """Stack the inputs that are mappings.
 
@@ -40,32 +41,34 @@ def stack_inputs(
         tasks: see there.
         has_classes: as ``RowLoss`` has it.
         ignore_index: the label that says "missing".
+        has_other_tasks: whether mappings may have other tasks as well, and have been checked.
 
     Returns:
         Logits, labels and weights as tensors, what was one unchecked; and ``(rows, tasks)`` bool, False where a task
         has no such row or its label is missing, or None where that was not looked at.
     """
     inputs: dict[str, Any] = {"logits": logits, "labels": labels, "weights": weights}
-    of_classes = {"logits": has_classes, "labels": False if has_classes else has_classes, "weights": False}
-    columns = {
-        name: _columns(name, values, tasks, of_classes[name])
-        for name, values in inputs.items()
-        if isinstance(values, Mapping)
-    }
+    for name in () if has_other_tasks else inputs:
+        if isinstance(inputs[name], Mapping):
+            check_task_names(name, inputs[name], tasks)
+    of_labels = False if has_classes else has_classes
+    columns: dict[str, list[Tensor]] = {}
+    for name, dimension in (("logits", has_classes), ("labels", of_labels), ("weights", False)):
+        if isinstance(inputs[name], Mapping):
+            columns[name] = _columns(name, inputs[name], tasks, dimension)
     is_ragged = _is_ragged(inputs, columns, tasks)
     for name, each in columns.items():
-        same = _of_one_dtype(name, each)
-        inputs[name] = _stack(_with_as_many_classes(same) if name == "logits" and has_classes else same)
+        inputs[name] = _stack(name, each, with_classes=name == "logits" and has_classes is True)
     valid = None
-    if "labels" in columns:
+    if "labels" in columns and (is_ragged or ignore_index is not None):
         valid = _are_valid(columns["labels"], inputs["labels"], tasks, ignore_index, is_ragged=is_ragged)
     return inputs["logits"], inputs["labels"], inputs["weights"], valid
 
 
-def split_by_task(name: str, values: TaskTensors, tasks: tuple[str, ...]) -> Mapping[str, Tensor]:
+def by_task(name: str, values: TaskTensors, tasks: tuple[str, ...]) -> Mapping[str, Tensor]:
     """A tensor's columns under their tasks' names, for tasks that are computed apart; a mapping as it is."""
     if isinstance(values, Mapping):
-        _check_task_names(name, values, tasks)
+        check_task_names(name, values, tasks)
         return values
     check_dense(name, values)
     if name == "weights" and (values.ndim == 1 or values.shape[1:] == (1,)):
@@ -73,6 +76,16 @@ def split_by_task(name: str, values: TaskTensors, tasks: tuple[str, ...]) -> Map
     if values.ndim < 2 or values.shape[1] != len(tasks):
         raise ValueError(f"{name}: got shape {tuple(values.shape)}, expected (rows, {len(tasks)})")
     return dict(zip(tasks, values.unbind(1)))
+
+
+def check_task_names(name: str, values: Mapping[str, Tensor], tasks: tuple[str, ...]) -> None:
+    """Raise unless a mapping has the tasks' names, and no others."""
+    is_right = len(values) == len(tasks)
+    for task in tasks:
+        is_right = is_right and task in values
+    if not is_right:
+        advice = "; a task that has no rows in this batch is given tensors of 0 rows"
+        check_names(name, values, tasks, if_missing=advice)
 
 
 def is_valid(labels: Tensor, tasks: tuple[str, ...] | None, ignore_index: IgnoreIndex) -> Tensor:
@@ -117,11 +130,11 @@ def _are_valid(
         # Each in its own: once widened, a -999 of bfloat16 is -1000.
         own = [label_of(ignore_index, task) for task in tasks]
         differ = [all_valid(_differ(column, label), 1) for column, label in zip(columns, own)]
-        return _stack(differ, is_mask=True)
+        return _stack("mask", differ)
     there = None
     if is_ragged:
         yes = torch.ones(labels.shape[0], dtype=torch.bool, device=labels.device)
-        there = _stack([yes[: column.shape[0]] for column in columns], is_mask=True)
+        there = _stack("mask", [yes[: column.shape[0]] for column in columns])
     if ignore_index is None:
         return there
     valid = all_valid(is_valid(labels, tasks, ignore_index), 2)
@@ -129,11 +142,18 @@ def _are_valid(
 
 
 def _columns(name: str, values: Mapping[str, Tensor], tasks: tuple[str, ...], has_classes: bool | None) -> list[Tensor]:
-    """The tasks' own tensors, ``(rows,)`` or ``(rows, classes)``; of different numbers of rows."""
-    _check_task_names(name, values, tasks)
-    columns = [_column(f"{name}[{task!r}]", values[task], has_classes) for task in tasks]
-    first = columns[0]
-    for task, column in zip(tasks, columns):
+    """The tasks' own tensors, ``(rows,)`` or ``(rows, …)``; of different numbers of rows."""
+    columns: list[Tensor] = []
+    for task in tasks:
+        column = values[task]
+        # What _column() and check_dense() look at, called only for anything else.
+        is_plain = type(column) is Tensor and column.layout == torch.strided and not column.is_nested
+        if not is_plain or column.is_complex() or has_classes or column.ndim != 1:
+            column = _column(f"{name}[{task!r}]", column, has_classes)
+        if name == "logits" and column.dtype not in FLOATS:
+            refuse_dtype(f"logits[{task!r}]", column)
+        columns.append(column)
+        first = columns[0]
         if column.device != first.device:
             devices = {tasks[0]: str(first.device), task: str(column.device)}
             raise ValueError(f"{name}: got {devices}, expected the same device for every task")
@@ -142,8 +162,6 @@ def _columns(name: str, values: Mapping[str, Tensor], tasks: tuple[str, ...], ha
             raise ValueError(
                 f"{name}: got shapes {shapes}, expected one number of classes for the tasks of one callable"
             )
-        if name == "logits" and column.dtype not in FLOATS:
-            refuse_dtype(f"logits[{task!r}]", column)
     return columns
 
 
@@ -163,42 +181,54 @@ def _column(name: str, values: Tensor, has_classes: bool | None) -> Tensor:
     return values
 
 
-def _check_task_names(name: str, values: Mapping[str, Tensor], tasks: tuple[str, ...]) -> None:
-    check_names(name, values, tasks, if_missing="; a task that has no rows in this batch is given tensors of 0 rows")
-
-
 def _is_ragged(inputs: dict[str, Any], columns: dict[str, list[Tensor]], tasks: tuple[str, ...]) -> bool:
     """Whether tasks differ in their numbers of rows; each has as many labels and weights as logits."""
-    rows = {name: [column.shape[0] for column in each] for name, each in columns.items()}
-    for name, each in rows.items():
-        for task, count, expected in zip(tasks, each, rows.get("logits", ())):
-            if count != expected:
-                raise ValueError(f"{name}[{task!r}]: got {count} rows, expected {expected} as in logits[{task!r}]")
-    uneven = [name for name, each in rows.items() if any(count != each[0] for count in each)]
+    uneven = None
+    expected = list(map(len, columns.get("logits", ())))
+    for name, each in columns.items():
+        rows = list(map(len, each))
+        if expected and rows != expected:
+            task, count, of_logits = next(found for found in zip(tasks, rows, expected) if found[1] != found[2])
+            raise ValueError(f"{name}[{task!r}]: got {count} rows, expected {of_logits} as in logits[{task!r}]")
+        if uneven is None and rows.count(rows[0]) < len(rows):
+            uneven = name
+    if uneven is None:
+        return False
     tensors = [name for name, values in inputs.items() if values is not None and name not in columns]
-    if uneven and tensors:
-        first, *others = zip(tasks, rows[uneven[0]])
+    if tensors:
+        first, *others = zip(tasks, map(len, columns[uneven]))
         found = dict([first, next(other for other in others if other[1] != first[1])])
         raise ValueError(
-            f"{uneven[0]}: got {found} rows, expected the same number for every task, as {tensors[0]} is no mapping"
+            f"{uneven}: got {found} rows, expected the same number for every task, as {tensors[0]} is no mapping"
         )
-    return bool(uneven)
+    return True
 
 
-def _stack(columns: list[Tensor], *, is_mask: bool = False) -> Tensor:
-    """``(rows, tasks, …)``, padded with False in a mask, else with the task's first row, or another's if it has none.
+def _stack(name: str, columns: list[Tensor], *, with_classes: bool = False) -> Tensor:
+    """``(rows, tasks, …)``, padded with the task's first row, or another's if it has none; the name "mask": with False.
 
     So a callable sees real rows there too, and no logit that it can't take.
     """
-    longest = max(column.shape[0] for column in columns)
-    fullest = next(column for column in columns if column.shape[0] == longest)
-    no = fullest.new_zeros(1) if is_mask else None
-    parts = []
+    if len(columns) == 1:
+        return columns[0].unsqueeze(1)
     for column in columns:
-        parts.append(column)
-        if missing := longest - column.shape[0]:
-            row = (column if column.shape[0] else fullest)[:1].detach() if no is None else no
-            parts.append(row.expand(missing, *row.shape[1:]))
+        if column.dtype != columns[0].dtype:
+            columns = _of_one_dtype(name, columns)
+            break
+    if with_classes:
+        columns = _with_as_many_classes(columns)
+    rows = list(map(len, columns))
+    longest = max(rows)
+    fullest = columns[rows.index(longest)]
+    parts = columns
+    if min(rows) < longest:
+        no = fullest.new_zeros(1) if name == "mask" else None
+        parts = []
+        for column in columns:
+            parts.append(column)
+            if missing := longest - column.shape[0]:
+                row = (column if column.shape[0] else fullest)[:1].detach() if no is None else no
+                parts.append(row.expand(missing, *row.shape[1:]))
     # One kernel, and one in backward: that of torch.stack would leave a copy to each of the heads.
     return torch.cat(parts).view(len(columns), longest, *fullest.shape[1:]).transpose(0, 1)
 
@@ -218,8 +248,6 @@ def _with_as_many_classes(columns: list[Tensor]) -> list[Tensor]:
 def _of_one_dtype(name: str, columns: list[Tensor]) -> list[Tensor]:
     """Columns whose dtypes differ, in one that holds their values: torch.stack would round 2^24 + 1 to float32."""
     dtypes = {column.dtype for column in columns}
-    if len(dtypes) == 1:
-        return columns
     if not any(dtype.is_floating_point for dtype in dtypes):
         wide = torch.int64
     elif name == "logits":

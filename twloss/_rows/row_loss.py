@@ -69,15 +69,18 @@ class RowLoss:
     def check_ignore_index(self, ignore_index: IgnoreIndex) -> None:
         """Raise unless a label can be equal to it."""
 
-    def check_shapes(self, logits: Tensor, labels: Tensor, tasks: int | None) -> None:
-        """Raise unless logits and labels fit each other and the number of tasks; None: one task, of any shape."""
+    def check(self, logits: Tensor, labels: Tensor, tasks: int | None) -> torch.dtype:
+        """The dtype in which labels are computed with, after checks of the shapes.
+
+        Args:
+            logits: as they came, or stacked.
+            labels: as they came, or stacked.
+            tasks: the number of columns; None: one task, of any shape.
+        """
         if tasks is not None and (labels.ndim != 2 or labels.shape[1] != tasks):
             raise ValueError(f"labels: got shape {tuple(labels.shape)}, expected (rows, {tasks})")
         if labels.shape != logits.shape:
             raise _wrong_shapes(logits, labels, "the labels' shape")
-
-    def label_dtype(self, logits: Tensor, labels: Tensor) -> torch.dtype:
-        """The dtype in which labels are computed with."""
         return logits.dtype
 
     def replace_masked(self, labels: Tensor, counted: Tensor, valid: Tensor | None, logits: Tensor) -> Tensor:
@@ -144,8 +147,8 @@ class CrossEntropy(RowLoss):
                     f"ignore_index: got {label} with CROSS_ENTROPY, expected an integer, as class indices are"
                 )
 
-    def check_shapes(self, logits: Tensor, labels: Tensor, tasks: int | None) -> None:
-        """Raise unless there is an index for each row of classes."""
+    def check(self, logits: Tensor, labels: Tensor, tasks: int | None) -> torch.dtype:
+        """That of class indices, of which each row of classes has one."""
         if tasks is None and labels.ndim != 1:
             # torch's own (rows, classes, positions) would be taken for (rows, positions, classes).
             raise _wrong_shapes(logits, labels, "(rows, classes) with labels (rows,)")
@@ -157,9 +160,6 @@ class CrossEntropy(RowLoss):
             raise ValueError(f"logits: got shape {tuple(logits.shape)}, expected at least one class")
         if labels.is_floating_point():
             raise TypeError(f"labels: got {labels.dtype}, expected class indices of an integer dtype")
-
-    def label_dtype(self, logits: Tensor, labels: Tensor) -> torch.dtype:
-        """That of class indices."""
         return torch.int64
 
     def replace_masked(self, labels: Tensor, counted: Tensor, valid: Tensor | None, logits: Tensor) -> Tensor:
@@ -187,16 +187,13 @@ class CallableLoss(RowLoss):
         self.name = f"{getattr(function, '__qualname__', type(function).__qualname__)}()"
         self.takes_valid = takes_keyword(function, "valid")
 
-    def check_shapes(self, logits: Tensor, labels: Tensor, tasks: int | None) -> None:
-        """Raise unless both have the same rows, and tasks."""
+    def check(self, logits: Tensor, labels: Tensor, tasks: int | None) -> torch.dtype:
+        """That of the logits; integers stay integers where they can only be indices into a further dimension."""
         if tasks is not None and (labels.ndim < 2 or labels.shape[1] != tasks):
             raise ValueError(f"labels: got shape {tuple(labels.shape)}, expected (rows, {tasks}, …)")
         rows = 1 if tasks is None else 2
         if labels.shape[:rows] != logits.shape[:rows]:
             raise _wrong_shapes(logits, labels, "the labels' rows and tasks" if tasks else "the labels' rows")
-
-    def label_dtype(self, logits: Tensor, labels: Tensor) -> torch.dtype:
-        """That of the logits; integers stay integers where they can only be indices into a further dimension."""
         return torch.int64 if labels.ndim < logits.ndim and not labels.is_floating_point() else logits.dtype
 
     def replace_masked(self, labels: Tensor, counted: Tensor, valid: Tensor | None, logits: Tensor) -> Tensor:
@@ -209,7 +206,7 @@ class CallableLoss(RowLoss):
         rows = valid.view(*(valid.shape or (1,)), *(1,) * (labels.ndim - valid.ndim))
         columns = labels.view(labels.shape or (1,))
         first = rows.byte().argmax(0, keepdim=True)
-        real = columns.gather(0, first.expand(1, *columns.shape[1:]))
+        real = columns.detach().gather(0, first.expand(1, *columns.shape[1:]))
         real = real.where(rows.any(0), 0.5 if labels.is_floating_point() else 0)
         return columns.where(rows, real).view(labels.shape)
 

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from twloss._arguments import MeanOver, RowReduction
 from twloss._constants import TaskConstants
-from twloss._precision import sum_dtype
+from twloss._precision import SUM_DTYPES
 from twloss._rows.batch import Batch
 from twloss._rows.binary_cross_entropy import fused_bce, values_of_bce
 from twloss._rows.differentiable import weigh_losses
@@ -79,14 +79,17 @@ def sum_batch(  # noqa: PLR0917 (a plan, a batch, and its tasks)
     """
     logits, labels, weights, _ = batch
     is_traced = is_transformed(logits, labels, weights)
+    factors = None if plan.reduction is None else task_weights.like(logits)
     by_logits_alone = not (is_traced or labels.requires_grad or (weights is not None and weights.requires_grad))
     if not (row_loss.has_closed_form and by_logits_alone):
         rows, batch = weigh_losses(row_loss, batch, pos_weights.like(logits), has_rows=has_rows, is_traced=is_traced)
         plan = plan if row_loss.is_binary else plan._replace(quality=False)
-        return _sum_differentiable(plan, rows, batch, task_weights.like(logits), is_traced=is_traced)
-    abreast = _rows_abreast(len(logits), fused=fused)
+        return _sum_differentiable(plan, rows, batch, factors, is_traced=is_traced)
+    is_small = len(logits) < _MANY_ROWS and not (fused or torch.compiler.is_compiling())
+    # A sum of its own over what was abreast would cost a small batch more than it saves.
+    abreast = 1 if is_small else _rows_abreast(len(logits))
     pos_weight = pos_weights.like(logits, repeats=abreast)
-    inputs = (*batch, pos_weight, task_weights.like(logits), tasks)
+    inputs = (*batch, pos_weight, factors, tasks)
     # For sizes of 0 and 1 torch would compile it anew.
     run = _run_compiled if fused and len(logits) > 1 and runs_compiled(logits) else _run
     if torch.is_grad_enabled() and logits.requires_grad:
@@ -97,19 +100,18 @@ def sum_batch(  # noqa: PLR0917 (a plan, a batch, and its tasks)
             return BatchSums(losses, loss, *others)
         return sums._replace(losses=losses, loss=loss)  # type: ignore[no-any-return]
     with torch.no_grad():
-        return run(plan, row_loss, False, *_abreast(abreast, *inputs))[0]
+        return run(plan, row_loss, False, *(inputs if is_small else _abreast(abreast, *inputs)))[0]
 
 
-def _rows_abreast(rows: int, *, fused: bool) -> int:
+def _rows_abreast(rows: int) -> int:
     """How many rows are seen as one."""
     if torch.compiler.is_compiling():
-        return _MOST_ABREAST if rows % _MOST_ABREAST == 0 else 1  # the only guard on a number of rows
-    if rows < _MANY_ROWS and not fused:
-        return 1  # a sum of its own over what was abreast would cost more than it saves
+        # The only guard on a number of rows: of 16, one row would be left, and a size of 1 is compiled as a constant.
+        return _MOST_ABREAST if rows % (2 * _MOST_ABREAST) == 0 else 1
     return min(math.gcd(rows, _MOST_ABREAST), max(rows // 2, 1))
 
 
-def _abreast(abreast: int, *inputs: Any) -> list[Any]:
+def _abreast(abreast: int, *inputs: Any) -> Sequence[Any]:
     """The inputs of ``_run`` with so many rows seen as one."""
     *batch, pos_weight, task_weights, tasks = inputs
     columns = abreast * tasks
@@ -146,7 +148,7 @@ def _run(  # noqa: PLR0917 (the compiled one takes no keywords)
     if plan.quality and row_loss.is_binary:
         # Without pos_weights the log loss is the loss.
         log_loss = loss_sum if pos_weight is None else None
-        quality = _pack_quality(plan, logits, labels, weights, tasks, log_loss, plain, sigmoid)
+        quality = sum_quality(logits, labels, weights, tasks, log_loss, plain, sigmoid)
     sums = TaskSums(loss_sum, weight)
     return _reduce(plan, sums, loss_sum, quality, task_weights, logits.dtype), slopes
 
@@ -160,7 +162,7 @@ def _sum_differentiable(
     loss_sum = None if is_traced else sum_rows(rows.detach(), tasks)
     quality = None
     if plan.quality and loss_sum is not None:
-        quality = _pack_quality(plan, batch.logits, batch.labels, batch.weights, tasks)
+        quality = sum_quality(batch.logits, batch.labels, batch.weights, tasks)
     return _reduce(plan, TaskSums(rows.sum(0), weight), loss_sum, quality, task_weights, rows.dtype)
 
 
@@ -168,7 +170,7 @@ def _reduce(  # noqa: PLR0917
     plan: Plan,
     sums: TaskSums,
     loss_sum: Tensor | None,
-    quality: Tensor | None,
+    quality: Sequence[Tensor | float] | None,
     task_weights: Tensor | None,
     dtype: torch.dtype,
 ) -> BatchSums:
@@ -179,22 +181,30 @@ def _reduce(  # noqa: PLR0917
         sums: to train on.
         loss_sum: the same, detached and in the widest dtype; None where a transform runs the forward, which may then
             run any number of times and counts as none.
-        quality: the sums of the quality, packed.
+        quality: what ``sum_quality`` returns.
         task_weights: ``(tasks,)``
         dtype: of the losses.
     """
     tracked = loss_sum
     if plan.tracks and loss_sum is not None:
         tracked = pack_update((loss_sum, sums.weight), drops_non_finite=plan.drops_non_finite)
+    packed = None
+    if quality is not None:
+        *of_quality, count = quality
+        rows = None
+        if plan.quality_counts_rows:
+            assert not isinstance(count, Tensor)
+            rows = count
+        packed = pack_update(of_quality, drops_non_finite=plan.quality_drops_non_finite, rows=rows)
     if plan.reduction is None:
-        return BatchSums(sums.loss_sum.to(dtype), None, sums.weight, tracked, quality)
+        return BatchSums(sums.loss_sum.to(dtype), None, sums.weight, tracked, packed)
     losses, loss = plan.reduction.values(sums, task_weights, dtype, is_final=False)
-    return BatchSums(losses, loss, sums.weight, tracked, quality)
+    return BatchSums(losses, loss, sums.weight, tracked, packed)
 
 
 def sum_rows(values: Tensor, tasks: int) -> Tensor:
     """The sum over rows ``(tasks,)`` of ``(rows, tasks)``, in the widest dtype; several rows may be seen as one."""
-    total = values.sum(0, dtype=sum_dtype(values.device))
+    total = values.sum(0, dtype=SUM_DTYPES.get(values.device.type, torch.float64))
     return total if total.numel() == tasks else total.view(-1, tasks).sum(0)
 
 
@@ -247,13 +257,6 @@ def sum_quality(  # noqa: PLR0917 (a batch, and what is known of it)
     return log_loss, weight, sum_rows(positives, tasks), sum_rows(predicted, tasks), rows
 
 
-def _pack_quality(plan: Plan, *inputs: Any) -> Tensor:
-    *sums, rows = sum_quality(*inputs)
-    assert not isinstance(rows, Tensor)
-    counted = rows if plan.quality_counts_rows else None
-    return pack_update(sums, drops_non_finite=plan.quality_drops_non_finite, rows=counted)
-
-
 @functools.cache
 def _compiled(
     plan: Plan, row_loss: RowLoss, with_slopes: bool, _: tuple[torch.dtype | bool, ...]
@@ -292,7 +295,8 @@ class _ClosedForm(torch.autograd.Function):
     def forward(
         ctx: Any, run: Callable[..., Any], plan: Plan, row_loss: RowLoss, abreast: int, *inputs: Any
     ) -> tuple[Tensor, Tensor | None, BatchSums]:
-        sums, slopes = run(plan, row_loss, True, *_abreast(abreast, *inputs))
+        seen = _abreast(abreast, *inputs) if abreast > 1 or run is not _run else inputs
+        sums, slopes = run(plan, row_loss, True, *seen)
         *tensors, ctx.tasks = inputs
         ctx.save_for_backward(*tensors)
         ctx.run, ctx.plan, ctx.row_loss, ctx.abreast = run, plan, row_loss, abreast
@@ -326,6 +330,9 @@ def _gradient(ctx: Any, grad_losses: Tensor | None, grad_loss: Tensor | None) ->
         # With no second reference to it, the gradient of a leaf is this tensor and no copy.
         ctx.slopes = None
         gradient = slopes * factor if is_batch else slopes.mul_(factor)
+        if torch.compiler.is_compiling() and weights is not None:
+            # 0 whatever comes back: in a user's compiled backward it costs no kernel.
+            return gradient.view_as(logits).where(weights != 0, 0.0)
     else:
         seen_logits, seen_labels, seen_weights, _, seen_pos_weight, *_ = inputs
         gradient = ctx.row_loss.gradient(seen_logits, seen_labels, seen_pos_weight, factor.to(logits.dtype))

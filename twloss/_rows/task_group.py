@@ -7,7 +7,6 @@ come back as those of all tasks, in the tasks' order.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -16,9 +15,10 @@ from twloss._arguments import IgnoreIndex, labels_of
 from twloss._constants import TaskConstants
 from twloss._precision import sum_dtype
 from twloss._rows.batch import align
-from twloss._rows.mappings import TaskTensors, split_by_task
+from twloss._rows.mappings import TaskTensors, by_task
 from twloss._rows.row_loss import LossFunction, LossType, identity_of, row_loss_of
 from twloss._rows.row_pass import Plan, sum_batch
+from twloss._sums.running_sums import pack_update
 from twloss._sums.sums import BatchSums
 
 Inputs = tuple[TaskTensors, TaskTensors, TaskTensors | None]
@@ -32,6 +32,7 @@ class TaskGroup:
         tasks: their names; None: the one task of a ``Loss``, which has no name.
         pos_weights: the factors of their positive terms; None: 1.
         ignore_index: of these tasks, or of more.
+        has_others: whether the loss has other groups.
     """
 
     def __init__(
@@ -40,7 +41,10 @@ class TaskGroup:
         tasks: tuple[str, ...] | None,
         pos_weights: tuple[float, ...] | None,
         ignore_index: IgnoreIndex,
+        *,
+        has_others: bool = False,
     ) -> None:
+        self.has_others = has_others
         self.loss_type = loss_type
         self.row_loss = row_loss_of(loss_type)
         self.tasks = tasks
@@ -50,7 +54,7 @@ class TaskGroup:
 
     def sums(self, inputs: Inputs, plan: Plan, task_weights: TaskConstants, *, fused: bool) -> BatchSums:
         """The sums of a batch of these tasks."""
-        batch = align(*inputs, self.tasks, self.row_loss, self.ignore_index)
+        batch = align(*inputs, self.tasks, self.row_loss, self.ignore_index, has_other_tasks=self.has_others)
         size = 1 if self.tasks is None else len(self.tasks)
         has_rows = self.tasks is not None or self.row_loss.has_classes is not None
         return sum_batch(
@@ -76,7 +80,7 @@ def group_tasks(
         each = loss_type[names[0]]
         # Numbers are there for the binary losses alone; the others' is 1.
         own = tuple(numbers[task] for task in names) if numbers and row_loss_of(each).is_binary else None
-        groups.append(TaskGroup(each, tuple(names), own, ignore_index))
+        groups.append(TaskGroup(each, tuple(names), own, ignore_index, has_others=len(members) > 1))
     return tuple(groups)
 
 
@@ -88,35 +92,36 @@ def order_of_groups(groups: Sequence[TaskGroup], tasks: tuple[str, ...] | None) 
     return TaskConstants(order, dtype=torch.int64)
 
 
-def split_inputs(groups: Sequence[TaskGroup], tasks: tuple[str, ...], inputs: Inputs) -> list[Inputs]:
-    """Logits, labels and weights of each of the groups."""
-    named = zip(("logits", "labels", "weights"), inputs)
-    columns = [None if values is None else split_by_task(name, values, tasks) for name, values in named]
-    parts: list[Any] = []
-    for group in groups:
-        parts.append([None if each is None else {task: each[task] for task in group.tasks or ()} for each in columns])
-    return parts
-
-
-def join(sums: Sequence[BatchSums], order: TaskConstants) -> BatchSums:
-    """The sums of several groups of tasks, not reduced, as those of all."""
-    loss_sums = [each.losses for each in sums]
-    if any(each.device != loss_sums[0].device for each in loss_sums):
-        devices = list(dict.fromkeys([str(each.device) for each in loss_sums]))
-        raise ValueError(f"logits: got {devices}, expected the same device for every task")
-    weight = sums[0].weight
-    if any(isinstance(each.weight, Tensor) or each.weight != weight for each in sums):
-        dtype = sum_dtype(loss_sums[0].device)
-        weight = _in_order([torch.zeros_like(each.losses, dtype=dtype) + each.weight for each in sums], order)
-    tracked = [each.tracked for each in sums if each.tracked is not None]
-    quality = [each.quality for each in sums if each.quality is not None]  # no next(), which torch 2.6 can't compile
-    return BatchSums(
-        _in_order(loss_sums, order),
-        None,
-        weight,
-        _in_order(tracked, order) if len(tracked) == len(sums) else None,
-        quality[0] if quality else None,
+def inputs_by_task(tasks: tuple[str, ...], inputs: Inputs) -> Inputs:
+    """Logits, labels and weights as mappings, of which each group takes its own tasks."""
+    logits, labels, weights = inputs
+    return (
+        by_task("logits", logits, tasks),
+        by_task("labels", labels, tasks),
+        None if weights is None else by_task("weights", weights, tasks),
     )
+
+
+def join(sums: Sequence[BatchSums], order: TaskConstants, plan: Plan) -> BatchSums:
+    """The sums of several groups of tasks, neither reduced nor packed, as those of all, packed."""
+    loss_sums, tracked, quality = [], [], None
+    weight, is_shared = sums[0].weight, True
+    for each in sums:
+        loss_sums.append(each.losses)
+        is_shared = is_shared and not isinstance(each.weight, Tensor) and each.weight == weight
+        if each.tracked is not None:
+            tracked.append(each.tracked)
+        quality = each.quality if quality is None else quality
+        if each.losses.device != loss_sums[0].device:
+            devices = [str(each.losses.device) for each in sums]
+            raise ValueError(f"logits: got {devices}, expected the same device for every task")
+    if not is_shared:
+        wide = sum_dtype(loss_sums[0].device)
+        weight = _in_order([torch.zeros_like(each.losses, dtype=wide) + each.weight for each in sums], order)
+    packed = None
+    if len(tracked) == len(sums):
+        packed = pack_update((_in_order(tracked, order), weight), drops_non_finite=plan.drops_non_finite)
+    return BatchSums(_in_order(loss_sums, order), None, weight, packed, quality)
 
 
 def _in_order(parts: Sequence[Tensor], order: TaskConstants) -> Tensor:

@@ -117,10 +117,14 @@ class Reduction:
         Returns:
             The tasks' losses ``(tasks,)`` and the global one, 0-dim.
         """
-        if not (isinstance(sums.weight, Tensor) or sums.weight):
-            sums = TaskSums(sums.loss_sum, torch.zeros_like(sums.loss_sum))
-        present = sums.weight != 0 if isinstance(sums.weight, Tensor) else None
-        losses = self._over_rows(sums, present).to(dtype)
+        losses, weight = sums
+        if not (isinstance(weight, Tensor) or weight):
+            weight = torch.zeros_like(losses)
+        present = None
+        if isinstance(weight, Tensor):
+            present = weight != 0
+            losses, weight = losses.where(present, 0.0), weight.to(losses.dtype).where(present, 1.0)
+        losses = (losses if self.over_rows == "sum" else losses / weight).to(dtype)
         is_one = len(self.keys) == 1
         loss = losses.view(()) if is_one else self._over_tasks(losses, present, task_weights).to(losses)
         if is_final and present is not None:
@@ -164,15 +168,6 @@ class Reduction:
             grad = grad_loss / (count * divisor)
             grad = grad if grad_losses is None else grad + grad_losses / divisor
         return grad if present is None else grad.where(present, 0.0)
-
-    def _over_rows(self, sums: TaskSums, present: Tensor | None) -> Tensor:
-        """The tasks' losses ``(tasks,)``, 0 without data."""
-        loss_sum, weight = sums
-        if present is None:
-            return loss_sum if self.over_rows == "sum" else loss_sum / weight
-        loss_sum = loss_sum.where(present, 0.0)
-        assert isinstance(weight, Tensor)
-        return loss_sum if self.over_rows == "sum" else loss_sum / weight.to(loss_sum.dtype).where(present, 1.0)
 
     def _over_tasks(self, losses: Tensor, present: Tensor | None, task_weights: Tensor | None) -> Tensor:
         """The global loss, 0-dim, of the tasks with data; 0 where there is none. ``present`` None: all."""

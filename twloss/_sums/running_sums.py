@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 from torch.utils.module_tracker import ModuleTracker
 
-from twloss._precision import sum_dtype
+from twloss._precision import SUM_DTYPES, sum_dtype
 from twloss._torch import plain_tensors
 
 # A window of rows ends, on the old side, within a thousandth of itself or one update, whichever is more.
@@ -212,9 +212,12 @@ def pack_update(sums: Sequence[Tensor | float], *, drops_non_finite: bool, rows:
     """
     like = sums[0]
     assert isinstance(like, Tensor)
-    one = torch.ones_like(like, dtype=sum_dtype(like.device))
-    wide = [each.detach().to(one) if isinstance(each, Tensor) else torch.full_like(one, each) for each in sums]
-    packed = torch.stack((*wide, one, *(() if rows is None else (torch.full_like(one, rows),)), one))
+    one = torch.ones_like(like, dtype=SUM_DTYPES.get(like.device.type, torch.float64))
+    wide = []
+    for each in sums:
+        wide.append(each.detach().to(one) if isinstance(each, Tensor) else torch.full_like(one, each))
+    counters = (one, one) if rows is None else (one, torch.full_like(one, rows), one)
+    packed = torch.stack((*wide, *counters))
     if drops_non_finite:
         # What is not finite less itself is NaN, which any() takes for true. What counts for the ring buffer stays.
         packed[: len(wide) + 1].masked_fill_((packed - packed).any(0), 0.0)
