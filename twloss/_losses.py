@@ -324,10 +324,10 @@ class MultiTaskLoss(_TaskLosses):
     reduction over the tasks with data.
 
     Args:
-        loss_type: a ``LossType``, its name, or a callable ``(logits, labels) -> loss`` that gives the unreduced loss in
-            the labels' shape ``(rows, tasks)``, or in that without their last dimension where it is one of classes.
-            Also a mapping task -> one of these; tasks with the same one are computed in one call. A module is trained
-            with the loss, as its submodule.
+        loss_type: a ``LossType``, its name, or a callable ``(logits, labels) -> loss``, which gets logits and labels
+            ``(rows, tasks, …)`` of any further dimensions and returns the loss of each row, ``(rows, tasks)``. Also a
+            mapping task -> one of these; tasks with the same one are computed in one call. A module is trained with the
+            loss, as its submodule.
         tasks: the tasks' names, in the order of the columns.
         task_loss_reduction: "mean" or "sum", over rows.
         global_reduction: "mean", "sum", "min", "max", "median", or a callable ``(tasks,) -> 0-dim``, which may be a
@@ -346,8 +346,8 @@ class MultiTaskLoss(_TaskLosses):
         process_group: the ranks to sum over; None: all.
         quality: True, or a ``RankingQuality`` to be copied, for running sums of the quality of the predictions, without
             the pos_weights, from the logits at hand; of the tasks with BCE_WITH_LOGITS, which a given one has to have.
-        fused: have torch.compile make one function of the pass over the rows, of the tasks with BCE_WITH_LOGITS: faster
-            where batches are large. It needs a C++ compiler for tensors on a CPU, and Triton for those on a GPU.
+        fused: compile the pass over the rows of the tasks with BCE_WITH_LOGITS into one kernel with ``torch.compile``:
+            faster where batches are large. It needs a C++ compiler for tensors on a CPU, and Triton for those on a GPU.
 
     Attributes:
         train_metric: the ``GlobalLoss`` that forward feeds in training mode.

@@ -31,6 +31,7 @@ from twloss._torch import is_batch_of_gradients, is_transformed, runs_compiled, 
 # As many rows are seen as one, so that what is summed over rows has full vectors of columns, also of few tasks.
 _MOST_ABREAST = 16
 _MANY_ROWS = 16_384
+_MANY_ROWS_WITH_VECTORS = 512  # a kernel takes a call for each row where an operand is a vector as short as the tasks
 
 
 class Plan(NamedTuple):
@@ -85,8 +86,9 @@ def sum_batch(  # noqa: PLR0917 (a plan, a batch, and its tasks)
         rows, batch = weigh_losses(row_loss, batch, pos_weights.like(logits), has_rows=has_rows, is_traced=is_traced)
         plan = plan if row_loss.is_binary else plan._replace(quality=False)
         return _sum_differentiable(plan, rows, batch, factors, is_traced=is_traced)
-    is_small = len(logits) < _MANY_ROWS and not (fused or torch.compiler.is_compiling())
-    # A sum of its own over what was abreast would cost a small batch more than it saves.
+    # A sum of its own over what was abreast costs a small batch more than it saves.
+    is_small = len(logits) < (_MANY_ROWS if pos_weights.numbers is None else _MANY_ROWS_WITH_VECTORS)
+    is_small = is_small and not (fused or torch.compiler.is_compiling())
     abreast = 1 if is_small else _rows_abreast(len(logits))
     pos_weight = pos_weights.like(logits, repeats=abreast)
     inputs = (*batch, pos_weight, factors, tasks)
