@@ -1,4 +1,4 @@
-"""Every private name of torch and torchmetrics in use, with the reason and what is lost without it.
+"""Every private name of torch and torchmetrics in use, with the reason and what is lost without it; workarounds too.
 
 Nothing private of theirs is called anywhere else. ``OVERRIDDEN`` lists those that our metrics override or read instead
 of calling: what a subclass has to reach.
@@ -51,15 +51,20 @@ def hidden_from_jit(cls: Kind) -> Kind:
     return cls
 
 
+def split_last(values: Sequence[Any]) -> tuple[Sequence[Any], Any]:
+    """All values but the last, and the last; torch 2.6 to 2.8 can't compile a slice of a NamedTuple."""
+    return tuple(values)[:-1], values[-1]
+
+
 def is_transformed(*inputs: object) -> bool:
     """Whether torch.func transforms this call, or forward-mode automatic differentiation goes through an input.
 
     There is no public way to ask for the transforms; without it they fail at the first update in place of a tensor from
-    outside. The compiler can't trace the question about forward mode.
+    outside. The compiler can't trace the question about forward mode, and outside of its levels there is none.
     """
     if torch._C._are_functorch_transforms_active():
         return True
-    if torch.compiler.is_compiling():
+    if torch.compiler.is_compiling() or forward_ad._current_level < 0:
         return False
     for values in inputs:  # noqa: SIM110 (a generator is entered anew at each input)
         if isinstance(values, Tensor) and forward_ad.unpack_dual(values).tangent is not None:

@@ -19,7 +19,7 @@ from torch import Tensor
 from torch.utils.module_tracker import ModuleTracker
 
 from twloss._precision import SUM_DTYPES, sum_dtype
-from twloss._torch import plain_tensors
+from twloss._torch import plain_tensors, split_last
 
 # A window of rows ends, on the old side, within a thousandth of itself or one update, whichever is more.
 _MOST_PLACES = 1000
@@ -101,8 +101,7 @@ class SumsFormat:
 
     def pack(self, sums: Sequence[Tensor | float], *, drops_non_finite: bool) -> Tensor:
         """``pack_update`` of a batch's sums; the batch's number of rows, which a window of rows needs, may follow."""
-        # Of a NamedTuple, torch 2.6 to 2.8 can't compile a slice.
-        own, rows = (sums, None) if len(sums) == self.sums else (sums[:-1], sums[-1])
+        own, rows = (sums, None) if len(sums) == self.sums else split_last(sums)
         if len(own) != self.sums or isinstance(rows, Tensor) or (rows is None and self.window_rows is not None):
             rows_too = "" if self.window_rows is None else ", and the number of rows below them"
             raise ValueError(f"_sum_batch: got {len(sums)} sums, expected {self.sums}{rows_too}")
