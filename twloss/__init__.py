@@ -1,39 +1,39 @@
 """Exact losses for multi-task models: the same numbers whatever the split of the rows over ranks and steps.
 
-``MultiTaskLoss`` and ``Loss`` are attached to a model as submodules and return what is trained on. They keep running
+``MultiTaskLoss`` and ``Loss`` are attached to a model as submodules and return the loss to train on. They keep running
 sums of each task's loss, from which ``train_metric`` and ``eval_metric``, torchmetrics ``Metric``s, compute the loss of
-all rows of all steps and ranks as one process would: sums travel, and division comes last.
+all rows of all steps and ranks as one process would: sums travel between ranks, and division comes last.
 
-The code stands on three floors: ``_rows`` has the data of a batch's size, ``_sums`` that of the tasks' size,
-``_metrics`` the state that outlives a batch. A batch visits the files in this order (on the right, the shape that goes
-out)::
+The code stands on three floors: ``_rows`` handles tensors with a row for each example, ``_sums`` a few numbers for each
+task, ``_metrics`` the sums that outlive a batch. A batch first visits the files in this order, and from
+``task_metric.py`` on at compute(); on the right, the shape that goes out::
 
     _losses.py                     Loss, MultiTaskLoss: forward; what can be set afterwards (task_weights)
-    _fx.py                         where torch.fx traces the model, the call is recorded instead
-    _rows/task_group.py            the tasks that share a loss: their sums, joined with those of other groups
-    _rows/mappings.py              mappings task -> tensor, stacked                                 (rows, tasks)
+    _fx.py                         where torch.fx traces the model, a call is recorded and not run
+    _rows/task_group.py            TaskGroup: the tasks that share a loss; joins the groups' sums
+    _rows/mappings.py              stacks mappings task -> tensor                                   (rows, tasks)
     _rows/batch.py                 tensors -> one aligned Batch: shapes, dtypes, weights            (rows, tasks)
-    _rows/row_pass.py              the one pass: Batch -> BatchSums, those of the quality too       (tasks,)
+    _rows/row_pass.py              the one pass: Batch -> BatchSums, and sums for RankingQuality    (tasks,)
     _rows/binary_cross_entropy.py  the formulas of binary cross-entropy                             (rows, tasks)
     _rows/row_loss.py              LossType, and a RowLoss class for each: its needs, its formula   (rows, tasks)
     _rows/differentiable.py        weight times loss by plain operations, for autograd              (rows, tasks)
-    _sums/running_sums.py          a batch's sums, packed with their counters                       (rows, tasks)
-    _sums/ranks.py                 the envelope (sums, hashes of names) and its all-reduce          (tasks,)
+    _sums/running_sums.py          packs a batch's sums with their counters               (sums + counters, tasks)
+    _sums/ranks.py                 the envelope (sums, hashes of names) and its all-reduce          (sums, tasks)
     _sums/reduction.py             the reductions: sums -> {"loss/<task>": …, "loss": …}            ()
-    _metrics/kept_metric.py        the packed sums, added to those of all steps
-    _metrics/task_metric.py        compute(): the running sums of all ranks -> a result by key      ()
-    _metrics/global_loss.py        GlobalLoss: its result is the Reduction of a loss's sums         ()
+    _metrics/kept_metric.py        adds the packed sums to those of all steps
+    _metrics/task_metric.py        compute(): the running sums of all ranks -> {key: value}         ()
+    _metrics/global_loss.py        GlobalLoss: what Reduction makes of a loss's running sums        ()
     _sums/pending.py               PendingResult: what an asynchronous compute() returns
 
 Each file imports only what stands above it::
 
     _torch.py                      private names of torch and torchmetrics, and workarounds for their versions
     _precision.py                  the dtype of a sum; devices without float64
-    _arguments.py                  the values that each setting may have; checks; warnings about reductions
-    _constants.py                  one number a task, kept as tensors (of settings that _losses.py reads and sets)
+    _arguments.py                  checks of single arguments, the names that they may have (Literals), warnings
+    _constants.py                  TaskConstants: one number a task, as tensors; _losses.py sets them
     _sums/sums.py                  TaskSums, BatchSums: the records that are passed between files
     _sums/pending.py
-    _sums/running_sums.py          RunningSums: their algebra, the number format of a metric's state, what a rank sends
+    _sums/running_sums.py          RunningSums (read, add, merge) and the number format of a metric's state
     _sums/ranks.py
     _sums/reduction.py
     _rows/mappings.py
@@ -43,19 +43,19 @@ Each file imports only what stands above it::
     _rows/differentiable.py
     _rows/row_pass.py
     _rows/task_group.py
-    _metrics/checkpoint.py         the bytes of running sums in a state_dict, of one rank or of all
-    _metrics/kept_metric.py        a metric's state in a model's life: casts, copies, threads, ranks, checkpoints
+    _metrics/checkpoint.py         the format of running sums in a state_dict: bytes of one rank or of all
+    _metrics/kept_metric.py        KeptMetric: a metric's state in a model's life: casts, copies, threads, merges
     _metrics/plot.py               pictures of results
     _metrics/scalar_view.py        ScalarView: one key of a metric as a metric
-    _metrics/task_metric.py        TaskMetric: the base of every metric (each a file of its own); keys, the NaN rule
+    _metrics/task_metric.py        TaskMetric: the base of every metric (each a file of its own); keys, nan_strategy
     _metrics/global_loss.py
     _metrics/ranking_quality.py    RankingQuality: normalised entropy, calibration, … as ratios of sums
-    _options.py                    LossOptions: the settings of a loss, checked once
+    _options.py                    LossOptions: the settings of a loss, checked against each other, once
     _fx.py
     _losses.py
     _the_algorithm_ml.py           build_loss, …: the signatures of Twitter's the-algorithm-ml
 
-Beside them, ``demo`` is what ``python -m twloss`` runs.
+Beside them, ``demo`` is the folder that ``python -m twloss`` runs.
 """
 
 from twloss._losses import Loss, MultiTaskLoss

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import math
+import pickle
 from typing import Any
 
 import pytest
@@ -18,6 +19,7 @@ from tests.support.cases import Settings
 from tests.support.definition import LOSS_TOLERANCE, expect_the_definition
 from tests.support.pairwise import pairwise
 from twloss import Loss, LossType, MultiTaskLoss, RankingQuality
+from twloss._rows import row_pass
 
 TASKS = ["like", "reply", "retweet"]
 ROWS = 37
@@ -321,3 +323,12 @@ def test_copies_are_fused_and_count_by_themselves() -> None:
     assert (twin.fused, twin.train_metric.update_count, loss.train_metric.update_count) == (True, 2, 1)
     with pytest.raises(AttributeError, match="fused: got a change of it"):
         loss.fused = False
+
+
+def test_a_copy_is_not_compiled_again() -> None:
+    loss = MultiTaskLoss("bce_with_logits", ["a", "b"], fused=True)
+    passes = []
+    for each in (loss, copy.deepcopy(loss), pickle.loads(pickle.dumps(loss))):
+        each(torch.zeros(4, 2, requires_grad=True), torch.ones(4, 2))["loss"].backward()
+        passes.append(row_pass._compiled.cache_info().misses)
+    assert passes[0] == passes[-1]

@@ -66,6 +66,10 @@ class RowLoss:
     takes_valid = False
     """Whether ``losses`` takes the mask of the rows that count."""
 
+    def __reduce__(self) -> tuple[Any, ...]:
+        # A copy of a loss has the same one, and so finds what was compiled for it.
+        return row_loss_of, (LossType(self.name),)
+
     def check_ignore_index(self, ignore_index: IgnoreIndex) -> None:
         """Raise unless a label can be equal to it."""
 
@@ -186,6 +190,9 @@ class CallableLoss(RowLoss):
         self.function = function
         self.name = f"{getattr(function, '__qualname__', type(function).__qualname__)}()"
         self.takes_valid = takes_keyword(function, "valid")
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return CallableLoss, (self.function,)
 
     def check(self, logits: Tensor, labels: Tensor, tasks: int | None) -> torch.dtype:
         """That of the logits; integers stay integers where they can only be indices into a further dimension."""

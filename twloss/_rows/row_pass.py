@@ -326,7 +326,9 @@ def _gradient(ctx: Any, grad_losses: Tensor | None, grad_loss: Tensor | None) ->
         return gradient
     is_batch = is_batch_of_gradients(grad)
     factor = grad if grad.ndim == 0 else grad.repeat(ctx.abreast)
-    inputs = _abreast(ctx.abreast, logits, labels, weights, valid, pos_weight, task_weights, ctx.tasks)
+    inputs: Sequence[Any] = logits, labels, weights, valid, pos_weight, task_weights, ctx.tasks
+    if ctx.abreast > 1 or ctx.makes_slopes:
+        inputs = _abreast(ctx.abreast, *inputs)
     if ctx.makes_slopes:
         slopes = ctx.run(ctx.plan, ctx.row_loss, True, *inputs)[1] if ctx.slopes is None else ctx.slopes
         # With no second reference to it, the gradient of a leaf is this tensor and no copy.
