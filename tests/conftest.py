@@ -17,6 +17,7 @@ from tests.support import compiler, tiers
 from tests.support.progress import Progress
 from tests.support.rank_pool import RankPool
 from twloss._rows import row_pass, task_group
+from twloss._rows.row_pass import Plan
 from twloss._sums.sums import BatchSums
 
 
@@ -88,8 +89,8 @@ def eager_and_fused(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPa
         return
     original = row_pass.sum_batch
 
-    def sum_batch(*args: Any, **kwargs: Any) -> BatchSums:
-        return original(*args, **{**kwargs, "fused": True})
+    def sum_batch(plan: Plan, *args: Any, **kwargs: Any) -> BatchSums:
+        return original(plan._replace(fused=True), *args, **kwargs)
 
     monkeypatch.setattr(task_group, "sum_batch", sum_batch)
 

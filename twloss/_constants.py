@@ -34,7 +34,7 @@ class TaskConstants:
         self.place(torch.get_default_device())
 
     def place(self, device: torch.device) -> None:
-        """Have the tensors at hand: a compiled forward that had to make them would be compiled again."""
+        """Create the tensors on a device ahead of time; creating one inside a compiled forward would recompile it."""
         self._tensors: dict[tuple[torch.device, torch.dtype, int], Tensor] = {}
         for dtype in {self.dtype or torch.float32, self.dtype or sum_dtype(device)}:
             self._make((device, dtype, 1))
@@ -60,4 +60,11 @@ class TaskConstants:
         numbers = self._compiled_default if self.numbers is None else self.numbers
         if numbers is not None:
             with plain_tensors():
-                self._tensors[key] = tensor_of(numbers * repeats, dtype, device)
+                if repeats == 1:
+                    self._tensors[key] = tensor_of(numbers, dtype, device)
+                    return
+                once = device, dtype, 1
+                if once not in self._tensors:
+                    self._make(once)
+                # On the device: numbers from Python would make a GPU's host wait.
+                self._tensors[key] = self._tensors[once].repeat(repeats)

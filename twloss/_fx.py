@@ -1,4 +1,4 @@
-"""A loss in a graph of torch.fx: what stands for its result when a model is traced."""
+"""A loss in a graph of torch.fx: its call is recorded when a model is traced."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from twloss._torch import has_forward_hooks
 
 
 def find_proxy(*inputs: object) -> Proxy | None:
-    """What stands for a tensor among the inputs, or in one that is a mapping, where torch.fx traces the model."""
+    """The first torch.fx Proxy among the inputs or in one that is a mapping, or None."""
     for each in inputs:
         if isinstance(each, Proxy):
             return each
@@ -24,7 +24,7 @@ def find_proxy(*inputs: object) -> Proxy | None:
 
 
 def _record_call(proxy: Proxy, module: nn.Module, method: str | None, *args: object, **kwargs: object) -> Any:
-    """What stands for the result of a module, or of a method of it, when the graph that is being traced runs."""
+    """Record a call of a module, or of its method, in the traced graph."""
     tracer: Any = proxy.tracer
     path = tracer.path_of_module(module)
     if not path:
@@ -36,12 +36,12 @@ def _record_call(proxy: Proxy, module: nn.Module, method: str | None, *args: obj
 
 
 def record_losses(proxy: Proxy, module: nn.Module, keys: tuple[str, ...], *inputs: Any) -> dict[str, Any]:
-    """What stands for the losses of a module when the graph runs.
+    """Record a loss's forward in the traced graph, and return proxies by key.
 
     Args:
         proxy: one of the inputs, or in one of them.
         module: the loss.
-        keys: of its losses; one without a "/": those of one task, whose forward returns no dict.
+        keys: of its losses; a single one is that of a ``Loss``, whose forward returns no dict.
         inputs: logits, labels, weights and normalizer.
     """
     # What a subclass's own forward, or a hook, does is in the graph already, and must not be done twice.

@@ -79,7 +79,7 @@ class _TaskLosses(nn.Module):
         for name, module in (*modules, ("global_reduction", options.global_reduction)):
             if isinstance(module, nn.Module):
                 self.add_module(name, module)
-        self._options = options  # and now the names of settings are taken
+        self._options = options  # from here on, __setattr__ refuses the settings' names
         for name in _METRICS:
             metric = GlobalLoss(
                 options.tasks,
@@ -123,10 +123,10 @@ class _TaskLosses(nn.Module):
         if normalizer is not None:
             plan = plan._replace(reduction=None)
         if len(groups) == 1:
-            sums = groups[0].sums(inputs, plan, self._task_weights, fused=options.fused)
+            sums = groups[0].sums(inputs, plan, self._task_weights)
         else:
             inputs = inputs_by_task(options.tasks, inputs)
-            parts = [group.sums(inputs, plan, self._task_weights, fused=options.fused) for group in groups]
+            parts = [group.sums(inputs, plan, self._task_weights) for group in groups]
             sums = join(parts, self._order, plan)
         if sums.loss is None:
             losses = self._reduce(TaskSums(sums.losses, sums.weight), normalizer)
@@ -137,7 +137,7 @@ class _TaskLosses(nn.Module):
         return losses
 
     def _mode(self) -> tuple[GlobalLoss, RankingQuality | None, Plan]:
-        """The metrics of training or of evaluation, and what a pass is to give them."""
+        """The metrics of the current mode and the plan of a pass that feeds them."""
         modules: Any = self._modules
         metric = modules["train_metric" if self.training else "eval_metric"]
         if not self._options.quality:
@@ -152,7 +152,7 @@ class _TaskLosses(nn.Module):
             total = sum_over_ranks_with_gradient(local, self.train_metric._names, options.process_group)
             if options.gradient_reduction == "sum":
                 # Each rank has the whole gradient of the reduction's own parameters too.
-                factor /= world_size(options.process_group)
+                factor = 1.0 / world_size(options.process_group)
         if normalizer is not None:
             total = TaskSums(total.loss_sum, self._check_normalizer(normalizer, local.loss_sum))
         dtype, task_weights = local.loss_sum.dtype, self._task_weights.like(local.loss_sum)
@@ -191,7 +191,7 @@ class _TaskLosses(nn.Module):
         super().__setattr__(name, value)
 
     def _read_only(self) -> Iterable[str]:
-        """What is set when a loss is made: its settings, and the modules that it has."""
+        """The names that can't be set after construction: settings and submodules."""
         names = {*vars(self._options), *self._options.settings, *self._modules, *_METRICS, *_QUALITY}
         return names if self._options.tasks is not None else {*names, "task_weights"}
 
@@ -216,8 +216,9 @@ class _TaskLosses(nn.Module):
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> _TaskLosses:
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        device = fn(torch.empty(0, device=self.train_metric.device)).device
         for constants in (self._order, self._task_weights, *(group.pos_weights for group in self._groups)):
-            constants.place(fn(torch.empty(0, device=self.train_metric.device)).device)
+            constants.place(device)
         return self
 
 
@@ -228,8 +229,8 @@ def _keep(sums: BatchSums, metric: GlobalLoss, quality: RankingQuality | None) -
     metric._prepare_for(tracked)
     if quality is not None and sums.quality is not None:
         quality._prepare_for(tracked)
-        quality._put(sums.quality)
-    metric._put(tracked)
+        quality._add_packed(sums.quality)
+    metric._add_packed(tracked)
 
 
 @hidden_from_jit

@@ -86,7 +86,7 @@ class LossOptions:
 
     @property
     def settings(self) -> dict[str, Any]:
-        """All settings by their public names, which those of one task have others of."""
+        """All settings, by their public names; ``Loss`` names two differently."""
         return {self._public(name): value for name, value in vars(self).items()}
 
     @property
@@ -100,7 +100,7 @@ class LossOptions:
         return Reduction.of(self.tasks, self.task_loss_reduction, self.global_reduction)
 
     def describe(self) -> dict[str, Any]:
-        """What the sums are of, in JSON's types: a checkpoint of something else is refused."""
+        """The settings that define the sums, in JSON types. Checkpoints compare them."""
         types = self.loss_type
         return {
             "loss_type": [row_loss_of(each).name for each in types.values()]
@@ -112,7 +112,7 @@ class LossOptions:
         }
 
     def plans(self, groups: int, *, counts_rows: bool) -> list[list[Plan]]:
-        """The results of a pass: by whether the metric leaves out what is not finite, and that of the quality.
+        """The plans of a pass, indexed by whether the loss metric and the quality metric drop non-finite sums.
 
         Args:
             groups: the number of groups of tasks, each with a pass of its own.
@@ -128,6 +128,7 @@ class LossOptions:
             tracks=groups == 1,
             quality=self.quality,
             quality_counts_rows=counts_rows,
+            fused=self.fused,
         )
         return [
             [plan._replace(drops_non_finite=own, quality_drops_non_finite=of_quality) for of_quality in (False, True)]
@@ -161,9 +162,9 @@ class LossOptions:
         of_task = dict(zip(tasks, numbers))
         resolved = {**dict.fromkeys(tasks, 1.0), **{task: of_task[task] for task in binary}}
         is_one = isinstance(given, Real) or (isinstance(given, Tensor) and given.ndim == 0)
-        if not is_one and (others := [task for task in tasks if of_task[task] != resolved[task]]):
+        if not is_one and (unweighted := [task for task in tasks if of_task[task] != resolved[task]]):
             raise ValueError(
-                f"{name}: got numbers for {list_some(others)}, expected them for tasks with BCE_WITH_LOGITS only: "
+                f"{name}: got numbers for {list_some(unweighted)}, expected them for tasks with BCE_WITH_LOGITS only: "
                 f"{list_some(binary)}"
             )
         if min(resolved.values()) < 0:

@@ -122,12 +122,12 @@ def is_batch_of_gradients(grad: Tensor) -> bool:
     return functorch.is_functorch_wrapped_tensor(grad) or functorch.is_legacy_batchedtensor(grad)
 
 
-def scaled_sigmoid(scale: Tensor, values: Tensor, sign: float, threshold: float) -> Tensor:
-    """``scale·σ(±values)`` to the last digits for any value, in one kernel; beyond the threshold, σ is 1.
+def scaled_sigmoid(scale: Tensor, values: Tensor, beta: float, threshold: float) -> Tensor:
+    """``scale·σ(beta·values)`` to the last digits for any value, in one kernel; beyond the threshold, σ is 1.
 
     It is the gradient of softplus, an operator that has no public function; ``sigmoid`` takes three kernels.
     """
-    result: Tensor = torch.ops.aten.softplus_backward(scale, values, sign, threshold)
+    result: Tensor = torch.ops.aten.softplus_backward(scale, values, beta, threshold)
     return result
 
 

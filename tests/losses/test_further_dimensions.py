@@ -197,3 +197,11 @@ def test_one_number_of_one_task() -> None:
         Loss(squared, ignore_index=-1.0)(logit, torch.tensor(label)).backward()
         assert logit.grad is not None
         assert logit.grad.item() == expected
+
+
+@pytest.mark.parametrize("shape", [(3,), (4, 2), (4, 1, 1)])
+def test_weights_that_fit_no_rows_are_refused(shape: tuple[int, ...]) -> None:
+    loss = Loss(squared)
+    with pytest.raises(ValueError, match=r"^weights: got shape .*expected one that broadcasts to the labels' \(4,\)"):
+        loss(torch.zeros(4), torch.zeros(4), torch.ones(shape))
+    assert loss.train_metric.update_count == 0

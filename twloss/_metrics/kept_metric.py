@@ -109,7 +109,7 @@ class KeptMetric(Metric):
             # FSDP moves no module without parameters; the first update then brings the sums to the inputs' device.
             self._move(like.device)
 
-    def _put(self, packed: Tensor, *, in_place: bool = True) -> None:
+    def _add_packed(self, packed: Tensor, *, in_place: bool = True) -> None:
         """Add a batch's packed sums ``(rows, tasks)``, outside of any transform."""
         if packed.is_meta:
             return
@@ -272,7 +272,8 @@ class KeptMetric(Metric):
             return
         if self.totals.is_meta or device.type == "meta":
             self._restarts += 1
-        self.totals = self._format.move(self.totals, device)
+        with LOCK:
+            self.totals = self._format.move(self.totals, device)
         self._defaults["totals"] = torch.zeros_like(self.totals)
         self._device = device
         self._names.hashes.place(device)

@@ -34,7 +34,7 @@ class ScalarView(Metric):
     Args:
         owner: the metric to read.
         key: the key of its result.
-        higher_is_better: what the key's values are; ``MetricTracker.best_metric()`` asks.
+        higher_is_better: whether higher values are better (None: neither); ``MetricTracker.best_metric()`` reads it.
     """
 
     # A view has no state that could be kept or merged: Running and merge_state() refuse it when they see this.

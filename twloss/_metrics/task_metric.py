@@ -151,14 +151,14 @@ class TaskMetric(KeptMetric):
             of_horizons = of_batch.expand(len(self._horizons), -1, -1)
             results = dict(zip(self._all_keys, [value for each in of_horizons for value in results_of(each)]))
         if not is_transformed(*sums):
-            self._put(packed, in_place=False)
+            self._add_packed(packed, in_place=False)
             self._forward_cache: Any = results
         return results
 
     def _add(self, sums: Sequence[Tensor | float]) -> None:
         """Add a batch's sums, which need not be detached. Within a transform of torch.func nothing is added."""
         if not is_transformed(*sums):
-            self._put(self._pack(sums))
+            self._add_packed(self._pack(sums))
 
     def _pack(self, sums: Sequence[Tensor | float]) -> Tensor:
         """A batch's sums ``(tasks,)`` with their counters, ``(rows, tasks)``, where the running sums are."""

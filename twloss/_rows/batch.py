@@ -19,7 +19,7 @@ from twloss._rows.row_loss import RowLoss
 
 
 class Batch(NamedTuple):
-    """Aligned inputs, ``(rows, tasks)``; those of one task for a callable are as they came, see ``align_rows``."""
+    """Aligned inputs, ``(rows, tasks)``; of one task for a callable as they came, since its result tells the rows."""
 
     logits: Tensor
     """``(rows, tasks, …)``, float32 or float64."""
@@ -31,7 +31,7 @@ class Batch(NamedTuple):
     """``(rows, tasks)`` bool, False where the label is missing; None: no label can be missing."""
 
 
-def align(  # noqa: PLR0917 (a batch, and what it is of)
+def align(  # noqa: PLR0917 (a batch and its columns)
     logits: TaskTensors,
     labels: TaskTensors,
     weights: TaskTensors | None,
@@ -50,7 +50,7 @@ def align(  # noqa: PLR0917 (a batch, and what it is of)
         labels: ``(rows, tasks)``, any real dtype; of one task any shape; for a callable also ``(rows, tasks, …)``.
         weights: ``(rows, tasks)``, ``(rows, 1)`` or ``(rows,)``; of one task what broadcasts to its rows.
         tasks: the names of the columns; None: one task, and no mappings.
-        row_loss: what the batch is for.
+        row_loss: the loss that will be computed.
         ignore_index: the label that says "missing"; NaN is allowed.
         has_other_tasks: whether mappings may have other tasks as well.
     """

@@ -41,7 +41,7 @@ def weigh_losses(
     """
     logits, labels, weights, valid = batch
     rows = _Rows(labels.shape[:2] if has_rows else shape or _likely_rows(labels, weights))
-    # May the derivative by a weight be asked for, of the gradient too? The compiler knows none of the second order.
+    # The derivative by a weight may be requested, also of the gradient. torch.compile supports no second order.
     by_weight = is_traced or (weights is not None and weights.requires_grad and not torch.compiler.is_compiling())
     is_masked = weights is not None or valid is not None
     given = _given_mask(row_loss, rows, batch, has_rows=has_rows)
@@ -82,13 +82,13 @@ def weigh_losses(
 
 
 class _Rows:
-    """Which of the labels' dimensions are rows, in ``shape``, which a callable's result may correct."""
+    """The shape of the rows, a prefix of the labels' shape. A callable's result may correct it."""
 
     def __init__(self, shape: torch.Size) -> None:
         self.shape = shape
 
     def counted(self, weights: Tensor | None, valid: Tensor | None) -> Tensor:
-        """Where a row has a weight and all its labels."""
+        """A mask of the rows with a weight and all labels."""
         if weights is None:
             assert valid is not None
             return all_valid(valid, len(self.shape))
@@ -125,12 +125,15 @@ class _Rows:
 
 def _likely_rows(labels: Tensor, weights: Tensor | None) -> torch.Size:
     """The fewest of the labels' first dimensions that weights fit; all, where no weights tell."""
-    if weights is None or weights.numel() == 1:
+    if weights is None or (weights.numel() == 1 and weights.ndim <= labels.ndim):
         return labels.shape
-    for size in range(max(weights.ndim, 1), labels.ndim):
-        if all(found in (1, rows) for found, rows in zip(weights.shape[::-1], labels.shape[:size][::-1])):
-            return labels.shape[:size]
-    return labels.shape
+    for size in range(max(weights.ndim, 1), labels.ndim + 1):
+        shape = labels.shape[:size]
+        if all(found in (1, rows) for found, rows in zip(weights.shape[::-1], shape[::-1])):
+            return shape
+    raise ValueError(
+        f"weights: got shape {tuple(weights.shape)}, expected one that broadcasts to the labels' {tuple(labels.shape)}"
+    )
 
 
 def _given_mask(row_loss: RowLoss, rows: _Rows, batch: Batch, *, has_rows: bool) -> Tensor | None:
@@ -162,7 +165,8 @@ class _MaskedGradient(torch.autograd.Function):
     """The values, whose gradient is exactly 0 where a row does not count, but not its derivative.
 
     The gradient by a logit is w·l'(x): 0 at w = 0, with the derivative l'(x) by w, from which weights that start at 0
-    are learned. So where each row is known to be by itself, only what is not finite is masked; else all is, in value.
+    are learned. Where rows are independent, only non-finite values are masked. Otherwise the value is masked and the
+    derivative kept.
     """
 
     generate_vmap_rule = True

@@ -35,10 +35,10 @@ def stack_inputs(
     """Stack the inputs that are mappings.
 
     Args:
-        logits: as for ``align``, and so the next three.
-        labels: see there.
-        weights: see there.
-        tasks: see there.
+        logits: a tensor, or a mapping task -> ``(rows,)``, ``(rows, 1)`` or ``(rows, …)``.
+        labels: as the logits.
+        weights: a tensor, or a mapping task -> ``(rows,)`` or ``(rows, 1)``; None: 1.
+        tasks: the names of the columns.
         has_classes: as ``RowLoss`` has it.
         ignore_index: the label that says "missing".
         has_other_tasks: whether mappings may have other tasks as well, and have been checked.
@@ -89,7 +89,7 @@ def check_task_names(name: str, values: Mapping[str, Tensor], tasks: tuple[str, 
 
 
 def is_valid(labels: Tensor, tasks: tuple[str, ...] | None, ignore_index: IgnoreIndex) -> Tensor:
-    """Where labels are not the one that says "missing", each by itself, whatever their shape.
+    """A mask of the labels that differ from ``ignore_index``, of the labels' shape.
 
     Where tasks differ in it, the labels are ``(rows, tasks, …)``.
     """
@@ -107,7 +107,7 @@ def is_valid(labels: Tensor, tasks: tuple[str, ...] | None, ignore_index: Ignore
 
 
 def all_valid(valid: Tensor, dimensions: int) -> Tensor:
-    """Where all the labels of a row are valid; rows are the first so many dimensions."""
+    """A mask of the rows whose labels are all valid; rows are the first so many dimensions."""
     return valid if valid.ndim <= dimensions else valid.flatten(dimensions).all(-1)
 
 
@@ -125,7 +125,7 @@ def _differ(labels: Tensor, ignore_index: float | None) -> Tensor:
 def _are_valid(
     columns: list[Tensor], labels: Tensor, tasks: tuple[str, ...], ignore_index: IgnoreIndex, *, is_ragged: bool
 ) -> Tensor | None:
-    """Where all of the tasks' own labels are valid, False too where a task has no row; None: all are."""
+    """A mask of the valid rows, False also for padding; None if all are valid."""
     if ignore_index is not None and any(column.dtype != columns[0].dtype for column in columns):
         # Each in its own: once widened, a -999 of bfloat16 is -1000.
         own = [label_of(ignore_index, task) for task in tasks]

@@ -60,7 +60,7 @@ class RowLoss:
     is_binary = False
     """Whether σ of a logit predicts a label in [0, 1], which pos_weights and the quality of predictions are about."""
     has_closed_form = False
-    """Whether ``values``, ``gradient`` and ``fused`` are there."""
+    """True if ``values``, ``gradient`` and ``fused`` are implemented."""
     is_row_by_row = True
     """Whether no row's loss depends on another row."""
     takes_valid = False
@@ -74,7 +74,7 @@ class RowLoss:
         """Raise unless a label can be equal to it."""
 
     def check(self, logits: Tensor, labels: Tensor, tasks: int | None) -> torch.dtype:
-        """The dtype in which labels are computed with, after checks of the shapes.
+        """The dtype that the formula takes labels in. Raises for shapes that do not fit.
 
         Args:
             logits: as they came, or stacked.
@@ -88,7 +88,7 @@ class RowLoss:
         return logits.dtype
 
     def replace_masked(self, labels: Tensor, counted: Tensor, valid: Tensor | None, logits: Tensor) -> Tensor:
-        """Labels of which those that do not count can be computed with.
+        """Labels in which masked entries are replaced by values the formula accepts.
 
         Args:
             labels: ``(rows, tasks, …)``.
@@ -152,7 +152,7 @@ class CrossEntropy(RowLoss):
                 )
 
     def check(self, logits: Tensor, labels: Tensor, tasks: int | None) -> torch.dtype:
-        """That of class indices, of which each row of classes has one."""
+        """The dtype of class indices, int64."""
         if tasks is None and labels.ndim != 1:
             # torch's own (rows, classes, positions) would be taken for (rows, positions, classes).
             raise _wrong_shapes(logits, labels, "(rows, classes) with labels (rows,)")
@@ -167,7 +167,7 @@ class CrossEntropy(RowLoss):
         return torch.int64
 
     def replace_masked(self, labels: Tensor, counted: Tensor, valid: Tensor | None, logits: Tensor) -> Tensor:
-        """Classes in place of labels that do not count, which need not be any."""
+        """Clamp masked labels to valid classes; they may hold any value."""
         return labels.where(counted, labels.clamp(0, logits.shape[-1] - 1))
 
     def losses(self, logits: Tensor, labels: Tensor, pos_weight: Tensor | None, valid: Tensor | None) -> Tensor:
@@ -177,7 +177,7 @@ class CrossEntropy(RowLoss):
 
 
 class CallableLoss(RowLoss):
-    """What a callable makes of logits and labels of any further dimensions.
+    """The loss that a callable computes of logits and labels of any further dimensions.
 
     Args:
         function: the callable; a module is called where the loss that trains it has it.
@@ -195,7 +195,7 @@ class CallableLoss(RowLoss):
         return CallableLoss, (self.function,)
 
     def check(self, logits: Tensor, labels: Tensor, tasks: int | None) -> torch.dtype:
-        """That of the logits; integers stay integers where they can only be indices into a further dimension."""
+        """The dtype of the logits; int64 for indices into a further dimension."""
         if tasks is not None and (labels.ndim < 2 or labels.shape[1] != tasks):
             raise ValueError(f"labels: got shape {tuple(labels.shape)}, expected (rows, {tasks}, …)")
         rows = 1 if tasks is None else 2
@@ -218,7 +218,7 @@ class CallableLoss(RowLoss):
         return columns.where(rows, real).view(labels.shape)
 
     def losses(self, logits: Tensor, labels: Tensor, pos_weight: Tensor | None, valid: Tensor | None) -> Tensor:
-        """What the callable returns, checked but for its shape."""
+        """The callable's result, dtype and layout checked. The caller checks the shape."""
         function: Any = self.function
         if isinstance(function, (nn.CrossEntropyLoss, nn.NLLLoss)) and logits.ndim > 2:
             # To these, and to no others of torch's, the classes are the second dimension.

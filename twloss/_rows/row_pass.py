@@ -1,4 +1,4 @@
-"""The one pass over the rows of a batch: weight times loss, summed over the rows, and all that is made of it there.
+"""The one pass over the rows of a batch: weight times loss, summed over the rows, with the sums of the quality.
 
 A ``Batch`` ``(rows, tasks)`` comes in; ``BatchSums`` ``(tasks,)`` go out. The weighted rows are made in one of three
 ways: by single kernels, or compiled, both with the gradient by the logits in closed form; or by operations that
@@ -40,11 +40,11 @@ class Plan(NamedTuple):
     reduction: Reduction | None
     """How sums become losses, without keys; None: they are returned as they are, to be reduced later."""
     mean_over: MeanOver
-    """What a mean divides by."""
+    """The divisor of a mean: the number of valid rows or Σ w."""
     over_rows: RowReduction
     """How a task's rows are reduced."""
     tracks: bool
-    """Whether the sums are packed for the running sums; if not, they are to be joined with other tasks' first."""
+    """True if the pass packs its sums. False if several groups are joined first."""
     drops_non_finite: bool = True
     """Whether the running sums leave out what is not finite."""
     quality: bool = False
@@ -53,6 +53,8 @@ class Plan(NamedTuple):
     """Whether the sums of the quality leave out what is not finite."""
     quality_counts_rows: bool = False
     """Whether the sums of the quality have the number of rows beside them."""
+    fused: bool = False
+    """Whether the pass is compiled, where its gradient is in closed form."""
 
 
 def sum_batch(  # noqa: PLR0917 (a plan, a batch, and its tasks)
@@ -63,7 +65,6 @@ def sum_batch(  # noqa: PLR0917 (a plan, a batch, and its tasks)
     pos_weights: TaskConstants,
     task_weights: TaskConstants,
     *,
-    fused: bool,
     has_rows: bool,
 ) -> BatchSums:
     """One pass over a batch.
@@ -75,34 +76,34 @@ def sum_batch(  # noqa: PLR0917 (a plan, a batch, and its tasks)
         tasks: the number of tasks.
         pos_weights: the factors of the positive terms.
         task_weights: the factors of the tasks' losses in the global one.
-        fused: whether to compile the pass.
         has_rows: False for a callable of one task, whose result tells the rows.
     """
     logits, labels, weights, _ = batch
     is_traced = is_transformed(logits, labels, weights)
-    factors = None if plan.reduction is None else task_weights.like(logits)
+    global_weights = None if plan.reduction is None else task_weights.like(logits)
     by_logits_alone = not (is_traced or labels.requires_grad or (weights is not None and weights.requires_grad))
     if not (row_loss.has_closed_form and by_logits_alone):
         rows, batch = weigh_losses(row_loss, batch, pos_weights.like(logits), has_rows=has_rows, is_traced=is_traced)
         plan = plan if row_loss.is_binary else plan._replace(quality=False)
-        return _sum_differentiable(plan, rows, batch, factors, is_traced=is_traced)
+        return _sum_differentiable(plan, rows, batch, global_weights, is_traced=is_traced)
     # A sum of its own over what was abreast costs a small batch more than it saves.
     is_small = len(logits) < (_MANY_ROWS if pos_weights.numbers is None else _MANY_ROWS_WITH_VECTORS)
-    is_small = is_small and not (fused or torch.compiler.is_compiling())
+    is_small = is_small and not (plan.fused or torch.compiler.is_compiling())
     abreast = 1 if is_small else _rows_abreast(len(logits))
     pos_weight = pos_weights.like(logits, repeats=abreast)
-    inputs = (*batch, pos_weight, factors, tasks)
+    inputs = (*batch, pos_weight, global_weights, tasks)
     # For sizes of 0 and 1 torch would compile it anew.
-    run = _run_compiled if fused and len(logits) > 1 and runs_compiled(logits) else _run
+    run = _run_compiled if plan.fused and len(logits) > 1 and runs_compiled(logits) else _run
     if torch.is_grad_enabled() and logits.requires_grad:
         losses, loss, sums = _ClosedForm.apply(run, plan, row_loss, abreast, *inputs)  # type: ignore[no-untyped-call]
         if torch.compiler.is_compiling():
             # The compiler takes tensors in a tuple for outputs with a gradient, too.
-            _, _, *others = [each.detach() if isinstance(each, Tensor) else each for each in sums]
-            return BatchSums(losses, loss, *others)
+            _, _, *detached = [each.detach() if isinstance(each, Tensor) else each for each in sums]
+            return BatchSums(losses, loss, *detached)
         return sums._replace(losses=losses, loss=loss)  # type: ignore[no-any-return]
     with torch.no_grad():
-        return run(plan, row_loss, False, *(inputs if is_small else _abreast(abreast, *inputs)))[0]
+        seen = _abreast(abreast, *inputs) if abreast > 1 or run is not _run else inputs
+        return run(plan, row_loss, False, *seen)[0]
 
 
 def _rows_abreast(rows: int) -> int:
@@ -136,7 +137,7 @@ def _run(  # noqa: PLR0917 (the compiled one takes no keywords)
 ) -> tuple[BatchSums, Tensor | None]:
     """The pass over rows ``(rows / abreast, abreast · tasks)``, with no gradient of its own.
 
-    Compiled, it also returns the slopes, weighted: all of the batch's size that it leaves.
+    The compiled pass also returns the weighted slopes, its only output of the batch's size.
     """
     weight = _sum_weights(plan, weights, valid, logits.numel() // tasks, tasks)
     plain = slopes = sigmoid = None
@@ -176,7 +177,7 @@ def _reduce(  # noqa: PLR0917
     task_weights: Tensor | None,
     dtype: torch.dtype,
 ) -> BatchSums:
-    """What a plan makes of sums over the rows.
+    """Pack the sums and, if planned, reduce them to losses.
 
     Args:
         plan: the results to produce.
@@ -211,9 +212,9 @@ def sum_rows(values: Tensor, tasks: int) -> Tensor:
 
 
 def _sum_weights(plan: Plan, weights: Tensor | None, valid: Tensor | None, rows: int, tasks: int) -> Tensor | float:
-    """What a mean divides by, ``(tasks,)``: the number of valid rows ("rows"), or Σ of their weights ("weights").
+    """The divisor of a mean, ``(tasks,)``: the number of valid rows ("rows"), or Σ of their weights ("weights").
 
-    A sum divides by nothing, and only asks whether there is data: Σ|w|, since weights that cancel are.
+    For a sum it only tells whether there is data, hence Σ|w|: weights that cancel are data.
     """
     if weights is not None and plan.mean_over == "weights":
         return sum_rows(weights if plan.over_rows == "mean" else weights.abs(), tasks)
@@ -290,7 +291,7 @@ class _ClosedForm(torch.autograd.Function):
     """A pass, with the derivative by the logits in closed form.
 
     It keeps the caller's own tensors and, where the pass made them, the slopes, which the first backward pass turns
-    into its result. For any other they are made again, in the same way, so that the result is the same to the bit.
+    into its result. A later backward pass recomputes them and gets the same bits.
     """
 
     @staticmethod

@@ -32,7 +32,7 @@ class TaskGroup:
         tasks: their names; None: the one task of a ``Loss``, which has no name.
         pos_weights: the factors of their positive terms; None: 1.
         ignore_index: of these tasks, or of more.
-        has_others: whether the loss has other groups.
+        has_other_tasks: whether the loss has other groups.
     """
 
     def __init__(
@@ -42,23 +42,23 @@ class TaskGroup:
         pos_weights: tuple[float, ...] | None,
         ignore_index: IgnoreIndex,
         *,
-        has_others: bool = False,
+        has_other_tasks: bool = False,
     ) -> None:
-        self.has_others = has_others
+        self.has_other_tasks = has_other_tasks
         self.loss_type = loss_type
         self.row_loss = row_loss_of(loss_type)
         self.tasks = tasks
+        self.columns = 1 if tasks is None else len(tasks)
+        self.has_rows = tasks is not None or self.row_loss.has_classes is not None
         self.pos_weights = TaskConstants(pos_weights)
         self.ignore_index = ignore_index if tasks is None else labels_of(ignore_index, tasks)
         self.row_loss.check_ignore_index(self.ignore_index)
 
-    def sums(self, inputs: Inputs, plan: Plan, task_weights: TaskConstants, *, fused: bool) -> BatchSums:
+    def sums(self, inputs: Inputs, plan: Plan, task_weights: TaskConstants) -> BatchSums:
         """The sums of a batch of these tasks."""
-        batch = align(*inputs, self.tasks, self.row_loss, self.ignore_index, has_other_tasks=self.has_others)
-        size = 1 if self.tasks is None else len(self.tasks)
-        has_rows = self.tasks is not None or self.row_loss.has_classes is not None
+        batch = align(*inputs, self.tasks, self.row_loss, self.ignore_index, has_other_tasks=self.has_other_tasks)
         return sum_batch(
-            plan, self.row_loss, batch, size, self.pos_weights, task_weights, fused=fused, has_rows=has_rows
+            plan, self.row_loss, batch, self.columns, self.pos_weights, task_weights, has_rows=self.has_rows
         )
 
 
@@ -80,7 +80,7 @@ def group_tasks(
         each = loss_type[names[0]]
         # Numbers are there for the binary losses alone; the others' is 1.
         own = tuple(numbers[task] for task in names) if numbers and row_loss_of(each).is_binary else None
-        groups.append(TaskGroup(each, tuple(names), own, ignore_index, has_others=len(members) > 1))
+        groups.append(TaskGroup(each, tuple(names), own, ignore_index, has_other_tasks=len(members) > 1))
     return tuple(groups)
 
 
@@ -116,15 +116,15 @@ def join(sums: Sequence[BatchSums], order: TaskConstants, plan: Plan) -> BatchSu
             devices = [str(each.losses.device) for each in sums]
             raise ValueError(f"logits: got {devices}, expected the same device for every task")
     if not is_shared:
-        wide = sum_dtype(loss_sums[0].device)
-        weight = _in_order([torch.zeros_like(each.losses, dtype=wide) + each.weight for each in sums], order)
+        dtype = sum_dtype(loss_sums[0].device)
+        weight = _restore_order([torch.zeros_like(each.losses, dtype=dtype) + each.weight for each in sums], order)
     packed = None
     if len(tracked) == len(sums):
-        packed = pack_update((_in_order(tracked, order), weight), drops_non_finite=plan.drops_non_finite)
-    return BatchSums(_in_order(loss_sums, order), None, weight, packed, quality)
+        packed = pack_update((_restore_order(tracked, order), weight), drops_non_finite=plan.drops_non_finite)
+    return BatchSums(_restore_order(loss_sums, order), None, weight, packed, quality)
 
 
-def _in_order(parts: Sequence[Tensor], order: TaskConstants) -> Tensor:
+def _restore_order(parts: Sequence[Tensor], order: TaskConstants) -> Tensor:
     """``(tasks,)`` of each group as one, in the tasks' order."""
     joined = torch.cat(list(parts))
     index = order.like(joined)

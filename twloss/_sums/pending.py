@@ -36,7 +36,7 @@ class PendingResult(Generic[Result]):
         self._finish = finish
 
     def is_completed(self) -> bool:
-        """Whether wait() would not wait for other ranks; one that failed is completed too."""
+        """True if wait() returns at once, also after a failed collective."""
         return self._work is None or self._work.is_completed()
 
     def wait(self) -> Result:

@@ -1,4 +1,4 @@
-"""From sums to losses: the only place that divides, and the only one that knows the keys of the result.
+"""From sums to losses: the only place that divides a task's loss by its weight, and that knows the keys of a result.
 
 ``TaskSums`` ``(tasks,)`` come in; ``{"loss/<task>": …, "loss": …}`` goes out. The forward pass and ``compute()`` both
 reduce here, so they cannot drift.
@@ -37,7 +37,7 @@ class Reduction:
     """Sums -> the tasks' losses -> the global loss."""
 
     keys: tuple[str, ...]
-    """Of the result, in its order; of one task "loss" alone."""
+    """The keys of the result, in order. A single task has only "loss"."""
     over_rows: RowReduction
     """The loss of a task: "mean" is ``loss_sum / weight``, "sum" is ``loss_sum``."""
     over_tasks: GlobalReduction
@@ -53,17 +53,17 @@ class Reduction:
         return cls(keys, over_rows, over_tasks, callable(over_tasks) and takes_keyword(over_tasks, "present"))
 
     def without_keys(self) -> Reduction:
-        """The same for tasks of any names: passes that differ in no more are compiled once."""
+        """A copy without keys, so that passes that differ only in names share compiled code."""
         return replace(self, keys=())
 
     def of_now(self) -> Reduction:
-        """The same, whatever training makes of a module's parameters from now on."""
+        """A copy in which a module's parameters are frozen at their present values."""
         if not isinstance(self.over_tasks, nn.Module):
             return self
         return replace(self, over_tasks=_ModuleOfNow(self.over_tasks))
 
     def check_normalizer(self, normalizer: Tensor | float, loss_sum: Tensor) -> Tensor | float:
-        """What means divide by in place of the weights of ``loss_sum`` ``(tasks,)``, after checks."""
+        """Check a normalizer and return it as the divisor of the means, in place of the weights."""
         if self.over_rows != "mean" or not self.adds_up:
             rule = f"reduction={self.over_rows!r}"
             if len(self.keys) > 1:
@@ -133,7 +133,7 @@ class Reduction:
 
     @property
     def adds_up(self) -> bool:
-        """Whether the losses are sums of the tasks' sums with factors, which ``gradient`` knows."""
+        """True if losses are linear in the tasks' sums; ``gradient`` requires it."""
         return self.over_tasks in ("mean", "sum")
 
     def gradient(
@@ -153,10 +153,12 @@ class Reduction:
             grad_loss: that by the global one, 0-dim; None: 0.
             tasks: the number of tasks.
         """
-        present = weight != 0 if isinstance(weight, Tensor) else None
-        divisor: Tensor | float = 1.0
-        if self.over_rows == "mean":
-            divisor = weight.where(present, 1.0) if isinstance(weight, Tensor) and present is not None else weight
+        present, divisor = None, weight
+        if isinstance(weight, Tensor):
+            present = weight != 0
+            divisor = weight.where(present, 1.0)
+        if self.over_rows == "sum":
+            divisor = 1.0
         count: Tensor | float = 1.0
         if self.over_tasks == "mean":
             count = tasks if present is None else present.sum().clamp(min=1)
@@ -193,7 +195,7 @@ _METHODS = {"min": "amin", "max": "amax", "median": "median"}
 
 
 def _with_neutral_absents(losses: Tensor, present: Tensor, reduction: str) -> Tensor:
-    """Losses in which the absent tasks' are such that the reduction passes them over."""
+    """Replace absent tasks' losses by values that the reduction ignores."""
     if reduction != "median":
         return losses.masked_fill(~present, {"min": math.inf, "max": -math.inf}[reduction])
     # With k of the absent at -inf and the others at +inf, the lower median of all is that of the present. Unlike
@@ -205,7 +207,7 @@ def _with_neutral_absents(losses: Tensor, present: Tensor, reduction: str) -> Te
 
 
 def _call_reduction(reduction: Callable[..., Tensor], losses: Tensor, options: dict[str, Tensor]) -> Tensor:
-    """What a callable makes of the losses and, in the options, of which are present."""
+    """Call a reduction and check its result."""
     loss = reduction(losses, **options)
     check_dense("global_reduction", loss, verb="the callable gave", tensor="a 0-dim Tensor", kind="floating")
     if loss.ndim != 0 or loss.device != losses.device:
@@ -227,7 +229,7 @@ class _ModuleOfNow:
         self.tensors = {name: each.detach().clone() for name, each in whole.items()}
 
     def __call__(self, losses: Tensor, **options: Tensor) -> Any:
-        """What the module makes of losses, in the dtype of its parameters, at least float32, and where they are."""
+        """Apply the module in its parameters' dtype (at least float32) and on their device."""
         like = next((self.tensors[name] for name, _ in self.module.named_parameters()), losses)
         losses, device = losses.to(like.device, torch.promote_types(like.dtype, torch.float32)), losses.device
         options = {name: value.to(like.device) for name, value in options.items()}

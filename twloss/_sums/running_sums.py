@@ -157,10 +157,10 @@ class SumsFormat:
         Raises:
             RuntimeError: if a rank carries what the first does not, and so what would not be counted.
         """
-        *_, first, others, carriers = rows
+        first, rest, carriers = rows[-_MARKS:]
         expected = carriers * first
         # But for the rounding of as many additions.
-        if not ((others - expected).abs() <= torch.finfo(rows.dtype).eps * carriers * expected).all():
+        if not ((rest - expected).abs() <= torch.finfo(rows.dtype).eps * carriers * expected).all():
             raise RuntimeError(
                 "got sums of a checkpoint that the first rank of the process group does not have, expected one file, "
                 "loaded on all ranks or on the first"
