@@ -50,10 +50,12 @@ class TaskConstants:
         # In this order: compiled code must not depend on whether numbers were set.
         if (self._compiled_default is None or not torch.compiler.is_compiling()) and self.numbers is None:
             return None
-        key = values.device, self.dtype or values.dtype, repeats
+        is_compiling = torch.compiler.is_compiling()
+        key = values.device, self.dtype or values.dtype, 1 if is_compiling else repeats
         if key not in self._tensors:
             self._make(key)
-        return self._tensors[key]
+        # Repeated in a graph: a tensor that is kept there would have it compiled again.
+        return self._tensors[key].repeat(repeats) if is_compiling and repeats > 1 else self._tensors[key]
 
     def _make(self, key: tuple[torch.device, torch.dtype, int]) -> None:
         device, dtype, repeats = key

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import math
 import warnings
 from collections.abc import Callable
@@ -169,16 +170,20 @@ def test_an_addition_that_does_not_ask_counts_them_twice(reentrant: bool) -> Non
 @pytest.mark.usefixtures("new_compiler")
 @pytest.mark.parametrize(("sizes", "graphs"), [([16, 5, 9, 16, 17], 1), ([5, 16, 48, 7], 1), ([32, 48, 64, 5], 2)])
 @pytest.mark.parametrize("by_row", [True, False])
-def test_no_number_of_rows_is_a_constant_of_the_graph(by_row: bool, sizes: list[int], graphs: int) -> None:
+@pytest.mark.parametrize("pos_weights", [None, [2.0, 3.0]])
+def test_no_number_of_rows_is_a_constant_of_the_graph(
+    pos_weights: list[float] | None, by_row: bool, sizes: list[int], graphs: int
+) -> None:
     """Weights of rows too, and rows that could be seen sixteen abreast."""
-    loss, counter = MultiTaskLoss("bce_with_logits", ["a", "b"]), CompileCounterWithBackend("aot_eager")
+    loss = MultiTaskLoss("bce_with_logits", ["a", "b"], pos_weights=pos_weights)
+    eager, counter = copy.deepcopy(loss), CompileCounterWithBackend("aot_eager")
     compiled: Any = torch.compile(loss, fullgraph=True, backend=counter)
     for rows in sizes:
         logits, labels = torch.randn(rows, 2), torch.rand(rows, 2)
         weights = torch.rand(rows) if by_row else torch.rand(rows, 2)
         for each in (logits, labels, weights):
             torch._dynamo.mark_dynamic(each, 0)
-        expected = MultiTaskLoss("bce_with_logits", ["a", "b"])(logits, labels, weights)["loss"]
+        expected = eager(logits, labels, weights)["loss"]
         assert compiled(logits, labels, weights)["loss"].item() == pytest.approx(expected.item(), rel=1e-6)
     assert counter.frame_count <= graphs
 

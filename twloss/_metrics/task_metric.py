@@ -78,7 +78,8 @@ class TaskMetric(KeptMetric):
         ...     def _results(self, sums):
         ...         return (sums[0] / sums[1]).unbind()
         >>> metric = SquaredError(["price", "stars"])
-        >>> metric.update(torch.tensor([[1.0, 4.0], [3.0, 5.0]]), torch.tensor([[1.0, 5.0], [1.0, 5.0]]))
+        >>> predictions = torch.tensor([[1.0, 4.0], [3.0, 5.0]])
+        >>> metric.update(predictions, torch.tensor([[1.0, 5.0], [1.0, 5.0]]))
         >>> metric.compute()
         {'mse/price': tensor(2., dtype=torch.float64), 'mse/stars': tensor(0.5000, dtype=torch.float64)}
     """
