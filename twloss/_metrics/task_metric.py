@@ -81,7 +81,8 @@ class TaskMetric(KeptMetric):
         >>> predictions = torch.tensor([[1.0, 4.0], [3.0, 5.0]])
         >>> metric.update(predictions, torch.tensor([[1.0, 5.0], [1.0, 5.0]]))
         >>> metric.compute()
-        {'mse/price': tensor(2., dtype=torch.float64), 'mse/stars': tensor(0.5000, dtype=torch.float64)}
+        {'mse/price': tensor(2., dtype=torch.float64),
+         'mse/stars': tensor(0.5000, dtype=torch.float64)}
     """
 
     def __init__(
