@@ -47,10 +47,10 @@ class TaskConstants:
 
     def like(self, values: Tensor, repeats: int = 1) -> Tensor | None:
         """The numbers on the device of values, and in their dtype, so many times over."""
-        # In this order: compiled code must not depend on whether numbers were set.
-        if (self._compiled_default is None or not torch.compiler.is_compiling()) and self.numbers is None:
-            return None
         is_compiling = torch.compiler.is_compiling()
+        # In this order: compiled code must not depend on whether numbers were set.
+        if (self._compiled_default is None or not is_compiling) and self.numbers is None:
+            return None
         key = values.device, self.dtype or values.dtype, 1 if is_compiling else repeats
         if key not in self._tensors:
             self._make(key)

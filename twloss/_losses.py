@@ -80,6 +80,7 @@ class _TaskLosses(nn.Module):
             if isinstance(module, nn.Module):
                 self.add_module(name, module)
         self._options = options  # from here on, __setattr__ refuses the settings' names
+        rule = options.describe()
         for name in _METRICS:
             metric = GlobalLoss(
                 options.tasks,
@@ -87,7 +88,7 @@ class _TaskLosses(nn.Module):
                 options.global_reduction,
                 process_group=options.process_group,
             )
-            metric._become_part_of(self._task_weights, options.describe())
+            metric._become_part_of(self._task_weights, rule)
             self.add_module(name, metric)
         for name in _QUALITY if options.quality else ():
             group = next(group for group in self._groups if group.row_loss.is_binary)
@@ -199,9 +200,9 @@ class _TaskLosses(nn.Module):
         try:
             return super().__getattr__(name)
         except AttributeError:
-            options = self.__dict__.get("_options")
-            if options is not None and name in options.settings:
-                return options.settings[name]  # type: ignore[no-any-return]
+            settings = self._options.settings if "_options" in self.__dict__ else {}
+            if name in settings:
+                return settings[name]  # type: ignore[no-any-return]
             if name not in _QUALITY:
                 raise
         raise AttributeError(f"{name}: got a loss with quality=False, expected one that is made with quality=True")

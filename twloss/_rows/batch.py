@@ -84,31 +84,28 @@ def align(  # noqa: PLR0917 (a batch and its columns)
         return batch if is_aligned else align_rows(batch, labels.shape[:2], by_row=True)
     if row_loss.has_classes is None:
         return batch
-    logits, labels, weights, valid = align_rows(batch, labels.shape, by_row=False)
-    return Batch(
-        logits.reshape(-1, 1, *logits.shape[labels.ndim :]),
-        labels.reshape(-1, 1),
-        None if weights is None else weights.reshape(-1, 1),
-        None if valid is None else valid.reshape(-1, 1),
-    )
+    columns_of_one = logits.reshape(-1, 1, *logits.shape[labels.ndim :]), labels.reshape(-1, 1)
+    return Batch(*columns_of_one, *align_rows(batch, labels.shape, by_row=False)[2:])
 
 
 def align_rows(batch: Batch, shape: torch.Size, *, by_row: bool) -> Batch:
-    """The batch with weights and valid in the shape of the rows, and weights of 0 where a row is missing.
+    """The batch with weights and valid ``(rows, tasks)``, and weights of 0 where a row is missing.
 
     A callable of one task is called before this, since its result tells which of the labels' dimensions are rows.
 
     Args:
         batch: with weights that broadcast to the rows, and valid of the labels' shape.
         shape: of the rows; ``(rows, tasks)``, or of one task any.
-        by_row: whether weights ``(rows,)`` are those of the rows ``(rows, tasks)``.
+        by_row: whether weights ``(rows,)`` are those of the rows ``(rows, tasks)``; False: of one task.
     """
     logits, labels, weights, valid = batch
     if weights is not None and weights.shape != shape:
-        weights = _expand_weights(weights, shape, by_row=by_row)
+        weights = expand_weights(weights, shape, by_row=by_row)
     if valid is not None:
         valid = all_valid(valid, len(shape))
         weights = valid.to(logits.dtype) if weights is None else weights.where(valid, 0.0)
+    if not by_row:
+        weights, valid = (None if each is None else each.reshape(-1, 1) for each in (weights, valid))
     return Batch(logits, labels, weights, valid)
 
 
@@ -126,7 +123,7 @@ def _check_tensors(logits: Any, labels: Any, weights: Any) -> tuple[Tensor, Tens
     return logits, labels, weights
 
 
-def _expand_weights(weights: Tensor, shape: torch.Size, *, by_row: bool) -> Tensor:
+def expand_weights(weights: Tensor, shape: torch.Size, *, by_row: bool) -> Tensor:
     """Weights in the shape of the rows."""
     if by_row:
         rows, tasks = shape

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from twloss._rows.batch import Batch, align_rows
+from twloss._rows.batch import Batch, align_rows, expand_weights
 from twloss._rows.mappings import all_valid
 from twloss._rows.row_loss import RowLoss
 from twloss._torch import weigh
@@ -64,7 +64,7 @@ def weigh_losses(
             # The mask is in the graph already. What is traced twice runs once: nothing uses the first result.
             return weigh_losses(row_loss, batch, pos_weight, has_rows=False, is_traced=is_traced, shape=found)
         rows.shape = found
-        batch = _in_columns(align_rows(batch, found, by_row=False))
+        batch = align_rows(batch, found, by_row=False)
         weights = batch.weights
     if loss.shape != rows.shape or loss.device != labels.device:
         raise ValueError(
@@ -92,7 +92,7 @@ class _Rows:
         if weights is None:
             assert valid is not None
             return all_valid(valid, len(self.shape))
-        counted = (weights if weights.shape == self.shape else weights.expand(self.shape)) != 0
+        counted = (weights if weights.shape == self.shape else expand_weights(weights, self.shape, by_row=False)) != 0
         return counted if valid is None else counted & all_valid(valid, len(self.shape))
 
     def mask_gradient(
@@ -125,15 +125,13 @@ class _Rows:
 
 def _likely_rows(labels: Tensor, weights: Tensor | None) -> torch.Size:
     """The fewest of the labels' first dimensions that weights fit; all, where no weights tell."""
-    if weights is None or (weights.numel() == 1 and weights.ndim <= labels.ndim):
+    if weights is None or weights.numel() == 1:
         return labels.shape
-    for size in range(max(weights.ndim, 1), labels.ndim + 1):
+    for size in range(max(weights.ndim, 1), labels.ndim):
         shape = labels.shape[:size]
         if all(found in (1, rows) for found, rows in zip(weights.shape[::-1], shape[::-1])):
             return shape
-    raise ValueError(
-        f"weights: got shape {tuple(weights.shape)}, expected one that broadcasts to the labels' {tuple(labels.shape)}"
-    )
+    return labels.shape
 
 
 def _given_mask(row_loss: RowLoss, rows: _Rows, batch: Batch, *, has_rows: bool) -> Tensor | None:
@@ -148,12 +146,6 @@ def _given_mask(row_loss: RowLoss, rows: _Rows, batch: Batch, *, has_rows: bool)
         return rows.counted(weights, None)
     counted = torch.ones_like(labels, dtype=torch.bool) if valid is None else valid
     return counted if weights is None else counted & _like(rows.counted(weights, None), labels)
-
-
-def _in_columns(batch: Batch) -> Batch:
-    """The batch of one task, with weights and valid ``(rows, 1)``."""
-    weights, valid = (None if each is None else each.reshape(-1, 1) for each in batch[2:])
-    return batch._replace(weights=weights, valid=valid)
 
 
 def _like(counted: Tensor, values: Tensor) -> Tensor:

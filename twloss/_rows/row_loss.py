@@ -81,8 +81,7 @@ class RowLoss:
             labels: as they came, or stacked.
             tasks: the number of columns; None: one task, of any shape.
         """
-        if tasks is not None and (labels.ndim != 2 or labels.shape[1] != tasks):
-            raise ValueError(f"labels: got shape {tuple(labels.shape)}, expected (rows, {tasks})")
+        _check_columns(labels, tasks)
         if labels.shape != logits.shape:
             raise _wrong_shapes(logits, labels, "the labels' shape")
         return logits.dtype
@@ -156,8 +155,7 @@ class CrossEntropy(RowLoss):
         if tasks is None and labels.ndim != 1:
             # torch's own (rows, classes, positions) would be taken for (rows, positions, classes).
             raise _wrong_shapes(logits, labels, "(rows, classes) with labels (rows,)")
-        if tasks is not None and (labels.ndim != 2 or labels.shape[1] != tasks):
-            raise ValueError(f"labels: got shape {tuple(labels.shape)}, expected (rows, {tasks})")
+        _check_columns(labels, tasks)
         if logits.ndim < 2 or labels.shape != logits.shape[:-1]:
             raise _wrong_shapes(logits, labels, "the labels' shape and a last dimension of classes")
         if logits.shape[-1] == 0:
@@ -266,6 +264,11 @@ def identity_of(loss_type: LossType | LossFunction) -> object:
     """A key that is the same for loss types that are computed in one call."""
     # A bound method is a new object whenever it is asked for.
     return (id(loss_type.__self__), loss_type.__func__) if isinstance(loss_type, MethodType) else id(loss_type)
+
+
+def _check_columns(labels: Tensor, tasks: int | None) -> None:
+    if tasks is not None and (labels.ndim != 2 or labels.shape[1] != tasks):
+        raise ValueError(f"labels: got shape {tuple(labels.shape)}, expected (rows, {tasks})")
 
 
 def _wrong_shapes(logits: Tensor, labels: Tensor, expected: str) -> ValueError:

@@ -28,6 +28,8 @@ from twloss._sums.running_sums import pack_update
 from twloss._sums.sums import BatchSums, TaskSums
 from twloss._torch import is_batch_of_gradients, is_transformed, runs_compiled, weigh, weigh_
 
+QualitySums = tuple[Tensor, Tensor | float, Tensor, Tensor, int]
+
 # As many rows are seen as one, so that what is summed over rows has full vectors of columns, also of few tasks.
 _MOST_ABREAST = 16
 _MANY_ROWS = 16_384
@@ -79,12 +81,13 @@ def sum_batch(  # noqa: PLR0917 (a plan, a batch, and its tasks)
         has_rows: False for a callable of one task, whose result tells the rows.
     """
     logits, labels, weights, _ = batch
+    if plan.quality and not row_loss.is_binary:
+        plan = plan._replace(quality=False)
     is_traced = is_transformed(logits, labels, weights)
     global_weights = None if plan.reduction is None else task_weights.like(logits)
     by_logits_alone = not (is_traced or labels.requires_grad or (weights is not None and weights.requires_grad))
     if not (row_loss.has_closed_form and by_logits_alone):
         rows, batch = weigh_losses(row_loss, batch, pos_weights.like(logits), has_rows=has_rows, is_traced=is_traced)
-        plan = plan if row_loss.is_binary else plan._replace(quality=False)
         return _sum_differentiable(plan, rows, batch, global_weights, is_traced=is_traced)
     # A sum of its own over what was abreast costs a small batch more than it saves.
     is_small = len(logits) < (_MANY_ROWS if pos_weights.numbers is None else _MANY_ROWS_WITH_VECTORS)
@@ -148,7 +151,7 @@ def _run(  # noqa: PLR0917 (the compiled one takes no keywords)
         rows = row_loss.values(logits, labels, pos_weight)
     loss_sum = sum_rows(weigh_(rows, weights), tasks)
     quality = None
-    if plan.quality and row_loss.is_binary:
+    if plan.quality:
         # Without pos_weights the log loss is the loss.
         log_loss = loss_sum if pos_weight is None else None
         quality = sum_quality(logits, labels, weights, tasks, log_loss, plain, sigmoid)
@@ -173,7 +176,7 @@ def _reduce(  # noqa: PLR0917
     plan: Plan,
     sums: TaskSums,
     loss_sum: Tensor | None,
-    quality: Sequence[Tensor | float] | None,
+    quality: QualitySums | None,
     task_weights: Tensor | None,
     dtype: torch.dtype,
 ) -> BatchSums:
@@ -194,10 +197,7 @@ def _reduce(  # noqa: PLR0917
     packed = None
     if quality is not None:
         *of_quality, count = quality
-        rows = None
-        if plan.quality_counts_rows:
-            assert not isinstance(count, Tensor)
-            rows = count
+        rows = count if plan.quality_counts_rows else None
         packed = pack_update(of_quality, drops_non_finite=plan.quality_drops_non_finite, rows=rows)
     if plan.reduction is None:
         return BatchSums(sums.loss_sum.to(dtype), None, sums.weight, tracked, packed)
@@ -230,7 +230,7 @@ def sum_quality(  # noqa: PLR0917 (a batch, and what is known of it)
     log_loss: Tensor | None = None,
     plain: Tensor | None = None,
     sigmoid: Tensor | None = None,
-) -> Sequence[Tensor | float]:
+) -> QualitySums:
     """The sums of the quality of binary predictions.
 
     Args:
