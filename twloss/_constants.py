@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from twloss._precision import sum_dtype
-from twloss._torch import plain_tensors, tensor_of
+from twloss._torch import plain_tensors, tensor_of, tile
 
 
 class TaskConstants:
@@ -55,7 +55,7 @@ class TaskConstants:
         if key not in self._tensors:
             self._make(key)
         # Repeated in a graph: a tensor that is kept there would have it compiled again.
-        return self._tensors[key].repeat(repeats) if is_compiling and repeats > 1 else self._tensors[key]
+        return tile(self._tensors[key], repeats) if is_compiling and repeats > 1 else self._tensors[key]
 
     def _make(self, key: tuple[torch.device, torch.dtype, int]) -> None:
         device, dtype, repeats = key
@@ -69,4 +69,4 @@ class TaskConstants:
                 if once not in self._tensors:
                     self._make(once)
                 # On the device: numbers from Python would make a GPU's host wait.
-                self._tensors[key] = self._tensors[once].repeat(repeats)
+                self._tensors[key] = tile(self._tensors[once], repeats)

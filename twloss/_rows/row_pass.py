@@ -26,7 +26,7 @@ from twloss._rows.row_loss import RowLoss
 from twloss._sums.reduction import Reduction
 from twloss._sums.running_sums import pack_update
 from twloss._sums.sums import BatchSums, TaskSums
-from twloss._torch import is_batch_of_gradients, is_transformed, runs_compiled, weigh, weigh_
+from twloss._torch import is_batch_of_gradients, is_transformed, runs_compiled, tile, weigh, weigh_
 
 QualitySums = tuple[Tensor, Tensor | float, Tensor, Tensor, int]
 
@@ -326,7 +326,7 @@ def _gradient(ctx: Any, grad_losses: Tensor | None, grad_loss: Tensor | None) ->
         gradient: Tensor = torch.autograd.grad(rows, logits, grad.expand_as(rows), create_graph=True)[0]
         return gradient
     is_batch = is_batch_of_gradients(grad)
-    factor = grad if grad.ndim == 0 else grad.repeat(ctx.abreast)
+    factor = grad if grad.ndim == 0 else tile(grad, ctx.abreast)
     inputs: Sequence[Any] = logits, labels, weights, valid, pos_weight, task_weights, ctx.tasks
     if ctx.abreast > 1 or ctx.makes_slopes:
         inputs = _abreast(ctx.abreast, *inputs)
@@ -334,10 +334,11 @@ def _gradient(ctx: Any, grad_losses: Tensor | None, grad_loss: Tensor | None) ->
         slopes = ctx.run(ctx.plan, ctx.row_loss, True, *inputs)[1] if ctx.slopes is None else ctx.slopes
         # With no second reference to it, the gradient of a leaf is this tensor and no copy.
         ctx.slopes = None
-        gradient = slopes * factor if is_batch else slopes.mul_(factor)
-        if torch.compiler.is_compiling() and weights is not None:
-            # 0 whatever comes back: in a user's compiled backward it costs no kernel.
-            return gradient.view_as(logits).where(weights != 0, 0.0)
+        if torch.compiler.is_compiling():
+            # A row of weight 0 gets 0 whatever comes back, which costs no kernel here.
+            gradient = (slopes * factor).where(slopes != 0, 0.0)
+        else:
+            gradient = slopes * factor if is_batch else slopes.mul_(factor)
     else:
         seen_logits, seen_labels, seen_weights, _, seen_pos_weight, *_ = inputs
         gradient = ctx.row_loss.gradient(seen_logits, seen_labels, seen_pos_weight, factor.to(logits.dtype))

@@ -218,8 +218,11 @@ def pack_update(sums: Sequence[Tensor | float], *, drops_non_finite: bool, rows:
     counters = (one, one) if rows is None else (one, torch.full_like(one, rows), one)
     packed = torch.stack((*wide, *counters))
     if drops_non_finite:
-        # What is not finite less itself is NaN, which any() takes for true. What counts for the ring buffer stays.
-        packed[: len(wide) + 1].masked_fill_((packed - packed).any(0), 0.0)
+        finite = packed[: len(wide) + 1]  # what counts for the ring buffer stays
+        for given, each in zip(sums, wide):
+            if not isinstance(given, int):
+                finite.add_(each, alpha=0.0)  # NaN where it is not finite
+        finite.nan_to_num_(0.0, 0.0, 0.0)
     return packed
 
 
