@@ -15,7 +15,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn
 
 from benchmarks.bandwidth import bandwidth
 from benchmarks.calls import calls
-from benchmarks.chart import write_chart
+from benchmarks.chart import SUFFIXES, write_chart
 from benchmarks.compiled import compile_cost
 from benchmarks.first_call import first_call
 from benchmarks.global_batch_cost import global_batch_cost
@@ -27,7 +27,7 @@ from benchmarks.memory import memory
 from benchmarks.mixed_types import mixed_types
 from benchmarks.precision import precision
 from benchmarks.quality_cost import quality_cost
-from benchmarks.report import Report, as_table, write_json, write_markdown
+from benchmarks.report import HEADLINE_GROUPS, Report, as_glance, as_table, write_json, write_markdown
 from benchmarks.row import Row
 from benchmarks.scale import scale
 from benchmarks.step_cost import step_cost
@@ -88,6 +88,8 @@ def main() -> int:
     for line in missed:
         console.print(f"MISSED {line}", style="bold red", markup=False, highlight=False, soft_wrap=True)
     console.print("a goal is missed" if missed else "every asserted goal is met")
+    if report.headlines():
+        console.print(as_glance(report))
     return 1 if missed else 0
 
 
@@ -132,16 +134,28 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--only", nargs="+", metavar="NAME", choices=names, help=f"of {', '.join(names)}")
     parser.add_argument("--device", default="cpu", choices=("cpu", "cuda"))
     parser.add_argument("--out", type=Path, metavar="FILE", help="write everything as JSON")
-    parser.add_argument("--plot", type=Path, metavar="FILE", help="draw a bar chart as PNG")
-    parser.add_argument("--markdown", type=Path, metavar="FILE", help="write the tables, between a file's marks")
+    parser.add_argument("--plot", type=Path, metavar="FILE", help="draw the summary, as PNG or SVG")
+    parser.add_argument(
+        "--markdown", type=Path, metavar="FILE", help="write the summary and the tables, between a file's marks"
+    )
     arguments = parser.parse_args()
+    _check(parser, arguments)
+    return arguments
+
+
+def _check(parser: argparse.ArgumentParser, arguments: argparse.Namespace) -> None:
+    """Refuse, before the run, what can not be run or written."""
     if arguments.device == "cuda" and not torch.cuda.is_available():
         parser.error("--device cuda: torch sees no GPU")
     known = CUDA_BENCHMARKS if arguments.device == "cuda" else BENCHMARKS
     unknown = [name for name in arguments.only or () if name not in known]
     if unknown:
         parser.error(f"--only {' '.join(unknown)}: not with --device {arguments.device}")
-    return arguments
+    if arguments.plot is not None and arguments.plot.suffix not in SUFFIXES:
+        parser.error(f"--plot {arguments.plot}: the suffix is to be one of {', '.join(SUFFIXES)}")
+    drawn = [name for names in HEADLINE_GROUPS.values() for name in names]
+    if arguments.plot is not None and arguments.only and not set(drawn) & set(arguments.only):
+        parser.error(f"--plot draws only {', '.join(drawn)}")
 
 
 if __name__ == "__main__":

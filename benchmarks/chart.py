@@ -1,4 +1,4 @@
-"""Rows as a picture: a panel a benchmark, a bar for what each row measured, and a mark at each goal."""
+"""The rows with a headline as a picture: a bar for twloss's time, and a line for the time of what it is compared to."""
 
 from __future__ import annotations
 
@@ -7,76 +7,61 @@ from pathlib import Path
 import matplotlib as mpl
 import matplotlib.pyplot as plt
 from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.transforms import offset_copy
 
 from benchmarks.report import Report
-from benchmarks.row import Row, number, shown
+from benchmarks.row import Row, in_words, times_as_long
 
-__all__ = ["write_chart"]
+__all__ = ["SUFFIXES", "write_chart"]
 
-COLOURS = {True: "#2a9d5c", False: "#d1495b", None: "#8d99ae"}
-BAR_INCHES, PANEL_INCHES, WIDTH_INCHES = 0.22, 0.75, 13.0
+SUFFIXES = (".png", ".svg")
+SHORTER, LONGER, TEXT = "#2a9d5c", "#d98e3f", "#59636e"
+LINE_INCHES, MARGIN_INCHES, WIDTH_INCHES = 0.27, 1.1, 9.0
+BEHIND_TEXT = {"facecolor": "white", "edgecolor": "none", "pad": 1}
 
 
 def write_chart(report: Report, path: Path) -> None:
-    """Draw the rows of every case that has a goal; of a benchmark without goals, all."""
+    """Draw them as PNG or SVG, by the file's suffix; the same report gives the same SVG."""
     mpl.use("agg")
-    panels = {name: _with_goals(rows) for name, rows in report.rows.items() if rows}
-    heights = [BAR_INCHES * len(rows) + PANEL_INCHES for rows in panels.values()]
-    figure, axes = plt.subplots(
-        len(panels),
-        figsize=(WIDTH_INCHES, sum(heights) + 1),
-        height_ratios=heights,
-        squeeze=False,
-        layout="constrained",
-    )
-    for (name, rows), panel in zip(panels.items(), axes[:, 0]):
-        _draw(panel, f"{name}: {report.titles[name]}", rows)
-    machine = report.machine
-    title = f"{machine['date']}, {machine['CPU']}, threads: {machine['threads']}\n{machine['packages']}"
-    figure.suptitle(f"{title}\ngreen: goal met, red: missed, grey: no goal; black mark: the goal", fontsize=9)
-    figure.savefig(path, dpi=110, bbox_inches="tight")
-    plt.close(figure)
+    lines = _lines(report)
+    size = WIDTH_INCHES, LINE_INCHES * len(lines) + MARGIN_INCHES
+    with mpl.rc_context({"svg.fonttype": "none", "svg.hashsalt": "twloss"}):
+        figure, axes = plt.subplots(figsize=size, layout="constrained")
+        _draw(figure, axes, lines)
+        figure.supxlabel(report.measured_on(), fontsize=7, color=TEXT)
+        figure.savefig(path, dpi=130, metadata={"Date": None} if path.suffix == ".svg" else None)
+        plt.close(figure)
 
 
-def _with_goals(rows: list[Row]) -> list[Row]:
-    cases = {row.case for row in rows if row.goal is not None}
-    return [row for row in rows if row.case in cases] or rows
+def _lines(report: Report) -> list[str | Row]:
+    """From the top down: a group's title, then its rows."""
+    lines: list[str | Row] = []
+    for title, rows in report.headlines().items():
+        lines += [title, *rows]
+    return lines
 
 
-def _draw(panel: Axes, title: str, rows: list[Row]) -> None:
-    panel.barh(range(len(rows)), [row.measured for row in rows], color=[COLOURS[row.is_met()] for row in rows])
-    left = _set_scale(panel, rows)
-    for y, row in enumerate(rows):
-        goal = 0.0 if row.goal is None else row.goal.bound
-        if row.goal is not None:
-            panel.plot([max(goal, left)] * 2, [y - 0.42, y + 0.42], color="black", linewidth=2, clip_on=False)
-        end = max(row.measured, goal, left)
-        panel.annotate(_value(row), (end, y), (6, 0), textcoords="offset points", va="center", fontsize=8)
-    panel.set_yticks(range(len(rows)), [_label(row) for row in rows], fontsize=8)
-    panel.set_ylim(len(rows) - 0.4, -0.6)
-    panel.tick_params(axis="x", labelsize=8)
-    panel.set_title(title, fontsize=10, loc="left")
-    panel.spines[["top", "right"]].set_visible(False)
+def _draw(figure: Figure, axes: Axes, lines: list[str | Row]) -> None:
+    bars = {y: line for y, line in enumerate(lines) if isinstance(line, Row)}
+    for y, row in bars.items():
+        length = times_as_long(row)
+        axes.barh(y, length, height=0.7, color=SHORTER if length < 1 else LONGER)
+        beside = offset_copy(axes.transData, figure, x=0.07)
+        axes.text(length, y, in_words(row), transform=beside, va="center", fontsize=8, bbox=BEHIND_TEXT)
+    axes.axvline(1, color="black", linewidth=1, zorder=1.5)
+    axes.set_xlim(0, 1.25 * max([1.0, *map(times_as_long, bars.values())]))
+    axes.set_ylim(len(lines) - 0.4, -0.6)
+    _label(axes, lines)
 
 
-def _set_scale(panel: Axes, rows: list[Row]) -> float:
-    """Make room for every bar, goal and text; the axis's left end, from where a 0 that has no logarithm is written."""
-    values = [abs(value) for row in rows for value in (row.measured, row.goal.bound if row.goal else 0) if value]
-    low, high = min(values, default=1.0), max(values, default=1.0)
-    if high <= 20 * low:
-        panel.set_xlim(0, high * 1.5)
-        return 0.0
-    panel.set_xscale("log")
-    panel.set_xlim(low / 2, high * (high / low) ** 0.5)
-    return low / 2
-
-
-def _value(row: Row) -> str:
-    text = shown(row.measured, row.measured_unit)
-    if row.theirs is None or row.unit != row.measured_unit:
-        return text
-    return f"{text}; {row.rival}: {number(row.theirs, row.unit)}"
-
-
-def _label(row: Row) -> str:
-    return f"{row.case} | {row.rival}" if row.rival and row.unit != row.measured_unit else row.case
+def _label(axes: Axes, lines: list[str | Row]) -> None:
+    names = [line.headline if isinstance(line, Row) else line for line in lines]
+    axes.set_yticks(range(len(lines)), names, fontsize=8)
+    for line, label in zip(lines, axes.get_yticklabels()):
+        label.set_fontweight("normal" if isinstance(line, Row) else "bold")
+    axes.tick_params(axis="y", length=0)
+    axes.tick_params(axis="x", labelsize=8)
+    axes.set_xlabel("twloss's time, where the other's is 1", fontsize=8)
+    axes.set_title("Shorter is faster; the black line is the other's time", fontsize=9, loc="left")
+    axes.spines[["top", "right"]].set_visible(False)

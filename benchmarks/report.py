@@ -15,12 +15,18 @@ from rich import box
 from rich.table import Table
 from rich.text import Text
 
-from benchmarks.row import Row, number, shown
+from benchmarks.row import Row, in_words, number, quartiles_in_words, shown
 
-__all__ = ["Report", "as_table", "write_json", "write_markdown"]
+__all__ = ["HEADLINE_GROUPS", "Report", "as_glance", "as_table", "write_json", "write_markdown"]
 
 COLUMNS = ("case", "against", "twloss", "rival", "measured (quartiles)", "goal", "met")
-BEGIN, END = "<!-- begin: last run -->", "<!-- end: last run -->"
+GLANCE_COLUMNS = ("what", "twloss", "the other", "in words")
+HEADLINE_GROUPS = {
+    "the tracked step against plain BCE": ("tracking_cost", "compile"),
+    "against a loop with MeanMetric": ("step_cost", "mixed_types"),
+    "compute() against torchmetrics and TorchRec": ("sync_cost", "torchrec_metrics"),
+}
+"""The groups of the summary and the chart: a title, and the benchmarks whose rows with a headline are in it."""
 
 
 @dataclass(frozen=True)
@@ -33,15 +39,27 @@ class Report:
     rows: dict[str, list[Row]]
     seconds: dict[str, float]
 
+    def measured_on(self) -> str:
+        """The date and the machine, on one line."""
+        gpu = "" if self.machine["GPU"] == "none used" else f", {self.machine['GPU']}"
+        return f"{self.machine['date']}, {self.machine['CPU']}{gpu}, threads: {self.machine['threads']}"
+
     def missed(self) -> list[str]:
         """A line for each asserted goal that is not met."""
         return [
-            f"{name}: {row.case}{row.rival and f', against {row.rival}'}: measured "
-            f"{shown(row.measured, row.measured_unit)}, goal {_goal(row)}"
+            f"{name}: {row.case}{row.rival and f', against {row.rival}'}: measured {in_words(row)}, goal {_goal(row)}"
             for name, rows in self.rows.items()
             for row in rows
             if row.is_met() is False and self.is_asserted(row)
         ]
+
+    def headlines(self) -> dict[str, list[Row]]:
+        """The rows with a headline, by the title of their group; no group is empty."""
+        groups = {
+            title: [row for name in names for row in self.rows.get(name, ()) if row.headline]
+            for title, names in HEADLINE_GROUPS.items()
+        }
+        return {title: rows for title, rows in groups.items() if rows}
 
     def is_asserted(self, row: Row) -> bool:
         """Whether the exit status depends on the row's goal."""
@@ -63,6 +81,16 @@ def as_table(report: Report, name: str) -> Table:
     return table
 
 
+def as_glance(report: Report) -> Table:
+    """The rows with a headline, for a terminal."""
+    table = Table(*GLANCE_COLUMNS, title="At a glance", box=box.SIMPLE_HEAD)
+    for column in table.columns[1:]:
+        column.justify, column.no_wrap = "right", True
+    for cells in _glance(report):
+        table.add_row(*map(Text, cells))
+    return table
+
+
 def write_json(report: Report, path: Path) -> None:
     """Everything, for a program."""
     benchmarks = {
@@ -78,37 +106,79 @@ def write_json(report: Report, path: Path) -> None:
 
 
 def write_markdown(report: Report, path: Path) -> None:
-    """The tables as markdown: between the two marks of a file that has them, else as the whole file."""
-    text = f"{BEGIN}\n\n{_markdown(report)}\n{END}"
-    old = path.read_text(encoding="utf-8") if path.exists() else ""
-    if BEGIN in old and END in old:
-        text = old[: old.index(BEGIN)] + text + old[old.index(END) + len(END) :].rstrip("\n")
-    path.write_text(text + "\n", encoding="utf-8")
+    """The summary and the tables as markdown: between the marks of a file that has them, else as the whole file."""
+    parts = {"last run": _last_run_as_markdown(report)}
+    if report.headlines():
+        parts = {"at a glance": _glance_as_markdown(report), **parts}
+    text = path.read_text(encoding="utf-8") if path.exists() else ""
+    if not any(_has_marks(text, name) for name in parts):
+        text = "\n\n".join(map(_begin_and_end, parts))
+    for name, part in parts.items():
+        text = _put_between_marks(text, name, part)
+    path.write_text(text.rstrip("\n") + "\n", encoding="utf-8")
 
 
-def _markdown(report: Report) -> str:
+def _marks(name: str) -> tuple[str, str]:
+    return f"<!-- begin: {name} -->", f"<!-- end: {name} -->"
+
+
+def _begin_and_end(name: str) -> str:
+    return "\n".join(_marks(name))
+
+
+def _has_marks(text: str, name: str) -> bool:
+    return all(mark in text for mark in _marks(name))
+
+
+def _put_between_marks(text: str, name: str, part: str) -> str:
+    if not _has_marks(text, name):
+        return text
+    begin, end = _marks(name)
+    before, after = text[: text.index(begin)], text[text.index(end) :]
+    return f"{before}{begin}\n\n{part}\n\n{after}"
+
+
+def _glance_as_markdown(report: Report) -> str:
+    lines = [_markdown_line(GLANCE_COLUMNS), _markdown_line(["---"] + ["---:"] * (len(GLANCE_COLUMNS) - 1))]
+    lines += map(_markdown_line, _glance(report))
+    return "\n".join([*lines, "", f"Median times; {report.measured_on()}."])
+
+
+def _last_run_as_markdown(report: Report) -> str:
     lines = [f"- {key}: {value}" for key, value in report.machine.items()]
     for name, rows in report.rows.items():
         lines += ["", f"### {name}", "", f"{report.titles[name]} ({report.seconds[name]:.0f} s)", ""]
         lines += [_markdown_line(COLUMNS), _markdown_line(["---"] * 2 + ["---:"] * (len(COLUMNS) - 2))]
         lines += [_markdown_line(_cells(report, row)) for row in rows]
     missed = report.missed()
-    lines += ["", "Goals missed:" if missed else "Every goal is met.", ""]
-    return "\n".join(lines + [f"- {line}" for line in missed] + [""] * bool(missed))
+    lines += ["", *(["Goals missed:", ""] if missed else ["Every goal is met."])]
+    return "\n".join(lines + [f"- {line}" for line in missed])
 
 
 def _markdown_line(cells: tuple[str, ...] | list[str]) -> str:
     return f"| {' | '.join(cells)} |"
 
 
+def _glance(report: Report) -> list[list[str]]:
+    return [
+        [
+            row.headline,
+            shown(row.ours, row.unit),
+            "" if row.theirs is None else shown(row.theirs, row.unit),
+            in_words(row),
+        ]
+        for rows in report.headlines().values()
+        for row in rows
+    ]
+
+
 def _cells(report: Report, row: Row) -> list[str]:
     """Where the goal is about twloss's own figure, its unit stands once, in the first cell."""
     bare = row.unit == row.measured_unit
     show = number if bare else shown
-    measured = show(row.measured, row.measured_unit)
-    if row.spread is not None:
-        low, high = (number(value, row.measured_unit) for value in row.spread)
-        measured += f" ({low} – {high})"
+    measured = number(row.measured, row.unit) if bare else in_words(row)
+    if quartiles := quartiles_in_words(row):
+        measured += f" ({quartiles})"
     theirs = "" if row.theirs is None else show(row.theirs, row.unit)
     met = {True: "yes", False: "no", None: ""}[row.is_met()]
     star = "*" if met and not report.is_asserted(row) else ""
@@ -117,6 +187,7 @@ def _cells(report: Report, row: Row) -> list[str]:
 
 
 def _goal(row: Row) -> str:
+    """With its unit where that is a ratio's: what was measured may be said in another one."""
     if row.goal is None:
         return ""
-    return f"{row.goal.sign} {row.goal.bound:g}{'×' if row.measured_unit.startswith('×') else ''}"
+    return f"{row.goal}{row.measured_unit if row.measured_unit.startswith('×') else ''}"

@@ -20,11 +20,16 @@ __all__ = [
     "at_most",
     "counted",
     "exactly",
+    "in_words",
     "number",
     "overhead",
+    "quartiles_in_words",
     "shown",
     "speedup",
+    "times_as_long",
 ]
+
+FASTER, SLOWER, AS_LONG = "× faster", "× slower", "× as long"
 
 _COMPARISONS: dict[str, Callable[[float, float], bool]] = {"≥": operator.ge, "≤": operator.le, "=": operator.eq}
 
@@ -40,6 +45,9 @@ class Goal:
     def is_met(self, measured: float) -> bool:
         """Whether ``measured`` keeps to the bound."""
         return _COMPARISONS[self.sign](measured, self.bound)
+
+    def __str__(self) -> str:
+        return f"{self.sign} {self.bound:g}"
 
 
 def at_least(bound: float) -> Goal:
@@ -77,6 +85,8 @@ class Row:
     goal: Goal | None
     timed: bool
     """Whether it depends on the clock, and so on the machine's load."""
+    headline: str = ""
+    """What is compared, in words of its own, for the summary and the chart; empty for a row that is in neither."""
 
     def is_met(self) -> bool | None:
         """Whether the goal is met; None without a goal."""
@@ -84,22 +94,24 @@ class Row:
 
     def as_json(self) -> dict[str, Any]:
         """Plain values for a JSON file."""
-        goal = None if self.goal is None else f"{self.goal.sign} {self.goal.bound:g}"
+        goal = None if self.goal is None else str(self.goal)
         return {**vars(self), "spread": self.spread and list(self.spread), "goal": goal, "met": self.is_met()}
 
 
-def speedup(case: str, timings: Timings, ours: str, rival: str, goal: Goal | None = None) -> Row:
+def speedup(case: str, timings: Timings, ours: str, rival: str, goal: Goal | None = None, *, headline: str = "") -> Row:
     """How many times as long the rival takes: rival ÷ ours, paired."""
     times = timings.median_us(ours), timings.median_us(rival)
     ratio = paired_ratio(timings, rival, ours)
-    return Row(case, rival, *times, "µs", ratio.median, "× faster", ratio.quartiles, goal, timed=True)
+    return Row(case, rival, *times, "µs", ratio.median, FASTER, ratio.quartiles, goal, timed=True, headline=headline)
 
 
-def overhead(case: str, timings: Timings, ours: str, rival: str, goal: Goal | None = None) -> Row:
+def overhead(
+    case: str, timings: Timings, ours: str, rival: str, goal: Goal | None = None, *, headline: str = ""
+) -> Row:
     """How many times as long ours takes: ours ÷ rival, paired."""
     times = timings.median_us(ours), timings.median_us(rival)
     ratio = paired_ratio(timings, ours, rival)
-    return Row(case, rival, *times, "µs", ratio.median, "× as long", ratio.quartiles, goal, timed=True)
+    return Row(case, rival, *times, "µs", ratio.median, AS_LONG, ratio.quartiles, goal, timed=True, headline=headline)
 
 
 def counted(
@@ -136,3 +148,28 @@ def number(value: float, unit: str) -> str:
 def shown(value: float, unit: str) -> str:
     """A value with its unit."""
     return f"{number(value, unit)}{'' if unit.startswith('×') else ' '}{unit}"
+
+
+def in_words(row: Row) -> str:
+    """What was measured, as one says it: a speed-up below 1 is so many times slower."""
+    unit, (measured,) = _as_said(row, row.measured)
+    return shown(measured, unit)
+
+
+def quartiles_in_words(row: Row) -> str:
+    """The quartiles of what was measured, in the unit of ``in_words``; empty for what does not vary."""
+    if row.spread is None:
+        return ""
+    unit, spread = _as_said(row, *row.spread)
+    return " – ".join(number(value, unit) for value in sorted(spread))
+
+
+def times_as_long(row: Row) -> float:
+    """How many times as long as the rival ours takes, of a row that ``speedup`` or ``overhead`` made."""
+    return 1 / row.measured if row.measured_unit == FASTER else row.measured
+
+
+def _as_said(row: Row, *values: float) -> tuple[str, list[float]]:
+    if row.measured_unit == FASTER and row.measured < 1:
+        return SLOWER, [1 / value for value in values]
+    return row.measured_unit, list(values)
