@@ -55,7 +55,7 @@ class TaskConstants:
         if key not in self._tensors:
             self._make(key)
         # Repeated in a graph: a tensor that is kept there would have it compiled again.
-        return tile(self._tensors[key], repeats) if is_compiling and repeats > 1 else self._tensors[key]
+        return tile(self._tensors[key], repeats) if is_compiling else self._tensors[key]
 
     def _make(self, key: tuple[torch.device, torch.dtype, int]) -> None:
         device, dtype, repeats = key

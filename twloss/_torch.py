@@ -163,6 +163,8 @@ def tile(values: Tensor, repeats: int) -> Tensor:
     In compiled code they are a tensor in memory of their own, as no public operator makes one: the compiler would look
     up each number by the remainder of its place, which fills no vector and takes three times as long as the loss.
     """
+    if repeats == 1:
+        return values
     tiled = values.repeat(repeats)
     return tiled.as_strided(tiled.shape, (1,)) if torch.compiler.is_compiling() else tiled
 

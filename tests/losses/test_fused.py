@@ -91,7 +91,7 @@ def test_losses_gradients_and_running_sums_are_those_of_the_definition_from_one_
 def test_where_labels_may_be_missing_there_are_always_weights_for_the_compiler() -> None:
     counters.clear()
     eager, fused = both(ignore_index=-1.0)
-    for inputs in (batch(16), batch(16)[:2]):
+    for inputs in (batch(64), batch(64)[:2]):
         expect_equal(step(fused, *inputs), step(eager, *inputs))
     assert graphs() == 1
 
@@ -100,19 +100,19 @@ def test_where_labels_may_be_missing_there_are_always_weights_for_the_compiler()
 
 
 @pytest.mark.usefixtures("new_compiler")
-def test_two_graphs_serve_any_number_of_rows_and_of_tasks() -> None:
-    """One where an even number of rows is seen as fewer, one where it is odd; none for 0 rows or 1."""
+def test_one_graph_serves_any_number_of_rows_and_of_tasks() -> None:
+    """Rows that are no multiple of sixteen are filled up; fewer than 32 are not worth the call of a graph."""
     counters.clear()
     eager, fused = both()
     for rows in (4096, 7, 0, 1, 4096, 64, 4097, 1000, 31, 2, 3, 17, 16, 8, 5000):
         inputs = batch(rows)[:2]
         expect_equal(step(fused, *inputs), step(eager, *inputs))
-    assert graphs() == 2
+    assert graphs() == 1
     for tasks in (10, 2, 16):
         loss = MultiTaskLoss("bce_with_logits", [f"{t}" for t in range(tasks)], fused=True)
         for rows in (512, 33):
             step(loss, *batch(rows, tasks)[:2])
-    assert graphs() == 2
+    assert graphs() == 1
     assert not counters["graph_break"]
 
 
@@ -237,7 +237,8 @@ def test_the_callers_own_tensors_are_all_that_is_saved_and_none_is_changed() -> 
         result = loss(*inputs)
     result["loss"].backward()
     own = {each.data_ptr() for each in inputs}
-    assert {each.data_ptr() for each in saved if each.numel() > 3} <= own
+    numbers_of_tasks = 16 * 3  # of the pos_weights, which are the loss's own
+    assert {each.data_ptr() for each in saved if each.numel() > numbers_of_tasks} <= own
     assert all(torch.equal(each.detach(), was) for each, was in zip(inputs, before))
 
 

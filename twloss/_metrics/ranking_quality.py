@@ -147,7 +147,7 @@ class RankingQuality(TaskMetric):
         self, logits: TaskTensors, labels: TaskTensors, weights: TaskTensors | None = None
     ) -> Sequence[Tensor | float]:
         batch = align(logits, labels, weights, self.tasks, BinaryCrossEntropy(), self.ignore_index)
-        return sum_quality(batch.logits, batch.labels, batch.weights, 1 if self.tasks is None else len(self.tasks))
+        return sum_quality(batch.logits, batch.labels, batch.weights, *batch.logits.shape)
 
     def _results(self, sums: Tensor) -> Sequence[Tensor]:
         loss_sum, weight, positives, predicted = sums

@@ -51,12 +51,12 @@ def stack_inputs(
     for name in () if has_other_tasks else inputs:
         if isinstance(inputs[name], Mapping):
             check_task_names(name, inputs[name], tasks)
-    of_labels = False if has_classes else has_classes
-    columns: dict[str, list[Tensor]] = {}
-    for name, dimension in (("logits", has_classes), ("labels", of_labels), ("weights", False)):
-        if isinstance(inputs[name], Mapping):
-            columns[name] = _columns(name, inputs[name], tasks, dimension)
-    is_ragged = _is_ragged(inputs, columns, tasks)
+    columns = {name: [each[task] for task in tasks] for name, each in inputs.items() if isinstance(each, Mapping)}
+    is_ragged = False
+    if has_classes or not _are_alike(columns):
+        dimensions = {"logits": has_classes, "labels": False if has_classes else has_classes, "weights": False}
+        columns = {name: _columns(name, each, tasks, dimensions[name]) for name, each in columns.items()}
+        is_ragged = _is_ragged(inputs, columns, tasks)
     for name, each in columns.items():
         inputs[name] = _stack(name, each, with_classes=name == "logits" and has_classes is True)
     valid = None
@@ -80,10 +80,7 @@ def by_task(name: str, values: TaskTensors, tasks: tuple[str, ...]) -> Mapping[s
 
 def check_task_names(name: str, values: Mapping[str, Tensor], tasks: tuple[str, ...]) -> None:
     """Raise unless a mapping has the tasks' names, and no others."""
-    is_right = len(values) == len(tasks)
-    for task in tasks:
-        is_right = is_right and task in values
-    if not is_right:
+    if values.keys() != set(tasks):
         advice = "; a task that has no rows in this batch is given tensors of 0 rows"
         check_names(name, values, tasks, if_missing=advice)
 
@@ -141,15 +138,31 @@ def _are_valid(
     return valid if there is None else valid & there
 
 
-def _columns(name: str, values: Mapping[str, Tensor], tasks: tuple[str, ...], has_classes: bool | None) -> list[Tensor]:
-    """The tasks' own tensors, ``(rows,)`` or ``(rows, …)``; of different numbers of rows."""
+def _are_alike(columns: Mapping[str, list[Tensor]]) -> bool:
+    """Whether all are dense ``(rows,)``, those of a mapping of one dtype and device: the usual case, seen quickly."""
+    shape = None
+    for name, each in columns.items():
+        dtype = device = None
+        for column in each:
+            if type(column) is not Tensor or column.is_nested or column.layout != torch.strided:
+                return False
+            if dtype is None:
+                dtype, device, shape = column.dtype, column.device, column.shape if shape is None else shape
+            if column.shape != shape or column.dtype != dtype or column.device != device:
+                return False
+        if dtype is None or dtype.is_complex or (name == "logits" and dtype not in FLOATS):
+            return False
+    return shape is not None and len(shape) == 1
+
+
+def _columns(name: str, given: list[Tensor], tasks: tuple[str, ...], has_classes: bool | None) -> list[Tensor]:
+    """The tasks' own tensors, checked, ``(rows,)`` or ``(rows, …)``; of different numbers of rows."""
     columns: list[Tensor] = []
-    for task in tasks:
-        column = values[task]
+    for task, column in zip(tasks, given):
         # What _column() and check_dense() look at, called only for anything else.
         is_plain = type(column) is Tensor and column.layout == torch.strided and not column.is_nested
         if not is_plain or column.is_complex() or has_classes or column.ndim != 1:
-            column = _column(f"{name}[{task!r}]", column, has_classes)
+            column = _column(f"{name}[{task!r}]", column, has_classes)  # noqa: PLW2901
         if name == "logits" and column.dtype not in FLOATS:
             refuse_dtype(f"logits[{task!r}]", column)
         columns.append(column)
@@ -184,9 +197,9 @@ def _column(name: str, values: Tensor, has_classes: bool | None) -> Tensor:
 def _is_ragged(inputs: dict[str, Any], columns: dict[str, list[Tensor]], tasks: tuple[str, ...]) -> bool:
     """Whether tasks differ in their numbers of rows; each has as many labels and weights as logits."""
     uneven = None
-    expected = list(map(len, columns.get("logits", ())))
+    expected = [column.shape[0] for column in columns.get("logits", ())]
     for name, each in columns.items():
-        rows = list(map(len, each))
+        rows = [column.shape[0] for column in each]
         if expected and rows != expected:
             task, count, of_logits = next(found for found in zip(tasks, rows, expected) if found[1] != found[2])
             raise ValueError(f"{name}[{task!r}]: got {count} rows, expected {of_logits} as in logits[{task!r}]")
@@ -217,7 +230,7 @@ def _stack(name: str, columns: list[Tensor], *, with_classes: bool = False) -> T
             break
     if with_classes:
         columns = _with_as_many_classes(columns)
-    rows = list(map(len, columns))
+    rows = [column.shape[0] for column in columns]
     longest = max(rows)
     fullest = columns[rows.index(longest)]
     parts = columns

@@ -9,11 +9,12 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from types import FunctionType
 from typing import Any, NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from twloss._arguments import MeanOver, RowReduction
@@ -28,6 +29,9 @@ from twloss._sums.running_sums import pack_update
 from twloss._sums.sums import BatchSums, TaskSums
 from twloss._torch import is_batch_of_gradients, is_transformed, runs_compiled, tile, weigh, weigh_
 
+Inputs = tuple[Tensor, Tensor, Tensor | None, Tensor | None, Tensor | None, Tensor | None]
+"""Logits, labels, weights and valid ``(rows, tasks)``, the pos_weights and the task_weights ``(tasks,)``."""
+Run = Callable[..., tuple[BatchSums, Tensor | None]]
 QualitySums = tuple[Tensor, Tensor | float, Tensor, Tensor, int]
 
 # As many rows are seen as one, so that what is summed over rows has full vectors of columns, also of few tasks.
@@ -89,72 +93,77 @@ def sum_batch(  # noqa: PLR0917 (a plan, a batch, and its tasks)
     if not (row_loss.has_closed_form and by_logits_alone):
         rows, batch = weigh_losses(row_loss, batch, pos_weights.like(logits), has_rows=has_rows, is_traced=is_traced)
         return _sum_differentiable(plan, rows, batch, global_weights, is_traced=is_traced)
-    # A sum of its own over what was abreast costs a small batch more than it saves.
-    is_small = len(logits) < (_MANY_ROWS if pos_weights.numbers is None else _MANY_ROWS_WITH_VECTORS)
-    is_small = is_small and not (plan.fused or torch.compiler.is_compiling())
-    abreast = 1 if is_small else _rows_abreast(len(logits))
-    pos_weight = pos_weights.like(logits, repeats=abreast)
-    inputs = (*batch, pos_weight, global_weights, tasks)
-    # For sizes of 0 and 1 torch would compile it anew.
-    run = _run_compiled if plan.fused and len(logits) > 1 and runs_compiled(logits) else _run
+    run: Run
+    count, run, abreast = logits.shape[0], _run, 1
+    if plan.fused and count >= 2 * _MOST_ABREAST and runs_compiled(logits):
+        run, abreast = _run_compiled, _MOST_ABREAST
+    elif torch.compiler.is_compiling():
+        # The only guard on a number of rows: of 16, one row would be left, and a size of 1 is compiled as a constant.
+        abreast = _MOST_ABREAST if count % (2 * _MOST_ABREAST) == 0 else 1
+    elif count >= (_MANY_ROWS if pos_weights.numbers is None else _MANY_ROWS_WITH_VECTORS):
+        # A sum of its own over what was abreast costs a small batch more than it saves.
+        abreast = math.gcd(count, _MOST_ABREAST)
+    inputs = (*batch, pos_weights.like(logits, repeats=abreast), global_weights)
     if torch.is_grad_enabled() and logits.requires_grad:
-        losses, loss, sums = _ClosedForm.apply(run, plan, row_loss, abreast, *inputs)  # type: ignore[no-untyped-call]
+        how = run, plan, row_loss, tasks, abreast
+        losses, loss, sums = _ClosedForm.apply(*how, *inputs)  # type: ignore[no-untyped-call]
         if torch.compiler.is_compiling():
             # The compiler takes tensors in a tuple for outputs with a gradient, too.
             _, _, *detached = [each.detach() if isinstance(each, Tensor) else each for each in sums]
             return BatchSums(losses, loss, *detached)
         return sums._replace(losses=losses, loss=loss)  # type: ignore[no-any-return]
     with torch.no_grad():
-        seen = _abreast(abreast, *inputs) if abreast > 1 or run is not _run else inputs
-        return run(plan, row_loss, False, *seen)[0]
+        seen = inputs if abreast == 1 else _see(inputs, tasks, abreast)
+        return run(plan, row_loss, False, count, tasks, *seen)[0]
 
 
-def _rows_abreast(rows: int) -> int:
-    """How many rows are seen as one."""
-    if torch.compiler.is_compiling():
-        # The only guard on a number of rows: of 16, one row would be left, and a size of 1 is compiled as a constant.
-        return _MOST_ABREAST if rows % (2 * _MOST_ABREAST) == 0 else 1
-    return min(math.gcd(rows, _MOST_ABREAST), max(rows // 2, 1))
+def _see(inputs: Inputs, tasks: int, abreast: int) -> Inputs:
+    """The inputs of ``_run`` with so many rows seen as one, the last one filled up.
 
-
-def _abreast(abreast: int, *inputs: Any) -> Sequence[Any]:
-    """The inputs of ``_run`` with so many rows seen as one."""
-    *batch, pos_weight, task_weights, tasks = inputs
-    columns = abreast * tasks
-    # Detached, since the compiler looks at the gradient of what a view is of, and would warn where that has none.
-    seen = [None if each is None else each.detach().contiguous().view(-1, columns) for each in batch]
-    return [*seen, pos_weight, task_weights, tasks]
+    What fills it up is in no sum: a label of 0 that is predicted with certainty, of weight 0.
+    """
+    if abreast == 1:
+        return inputs
+    missing, seen = -inputs[0].shape[0] % abreast, []
+    for each, filling in zip(inputs, (-math.inf, 0.0, 0.0, False)):
+        # Detached, since the compiler looks at the gradient of what a view is of, and would warn where that has none.
+        values = None if each is None else each.detach().contiguous()
+        if values is not None:
+            values = (F.pad(values, (0, 0, 0, missing), value=filling) if missing else values).view(-1, abreast * tasks)
+        seen.append(values)
+    return *seen, *inputs[4:]  # type: ignore[return-value]
 
 
 def _run(  # noqa: PLR0917 (the compiled one takes no keywords)
     plan: Plan,
     row_loss: RowLoss,
     with_slopes: bool,
+    rows: int,
+    tasks: int,
     logits: Tensor,
     labels: Tensor,
     weights: Tensor | None,
     valid: Tensor | None,
     pos_weight: Tensor | None,
     task_weights: Tensor | None,
-    tasks: int,
 ) -> tuple[BatchSums, Tensor | None]:
-    """The pass over rows ``(rows / abreast, abreast · tasks)``, with no gradient of its own.
+    """The pass over ``(rows / abreast, abreast · tasks)``, with no gradient of its own.
 
     The compiled pass also returns the weighted slopes, its only output of the batch's size.
     """
-    weight = _sum_weights(plan, weights, valid, logits.numel() // tasks, tasks)
+    weight = _sum_weights(plan, weights, valid, rows, tasks)
     plain = slopes = sigmoid = None
     if torch.compiler.is_compiling():
-        rows, plain, slopes, sigmoid = row_loss.fused(logits, labels, pos_weight)
+        losses, plain, slopes, sigmoid = row_loss.fused(logits, labels, pos_weight)
         slopes = weigh(slopes, weights) if with_slopes else None
     else:
-        rows = row_loss.values(logits, labels, pos_weight)
-    loss_sum = sum_rows(weigh_(rows, weights), tasks)
+        losses = row_loss.values(logits, labels, pos_weight)
+    loss_sum = sum_rows(weigh_(losses, weights), tasks)
     quality = None
     if plan.quality:
         # Without pos_weights the log loss is the loss.
         log_loss = loss_sum if pos_weight is None else None
-        quality = sum_quality(logits, labels, weights, tasks, log_loss, plain, sigmoid)
+        quality = sum_quality(logits, labels, weights, rows, tasks, log_loss, plain, sigmoid)
     sums = TaskSums(loss_sum, weight)
     return _reduce(plan, sums, loss_sum, quality, task_weights, logits.dtype), slopes
 
@@ -168,7 +177,7 @@ def _sum_differentiable(
     loss_sum = None if is_traced else sum_rows(rows.detach(), tasks)
     quality = None
     if plan.quality and loss_sum is not None:
-        quality = sum_quality(batch.logits, batch.labels, batch.weights, tasks)
+        quality = sum_quality(batch.logits, batch.labels, batch.weights, count, tasks)
     return _reduce(plan, TaskSums(rows.sum(0), weight), loss_sum, quality, task_weights, rows.dtype)
 
 
@@ -226,6 +235,7 @@ def sum_quality(  # noqa: PLR0917 (a batch, and what is known of it)
     logits: Tensor,
     labels: Tensor,
     weights: Tensor | None,
+    rows: int,
     tasks: int,
     log_loss: Tensor | None = None,
     plain: Tensor | None = None,
@@ -237,6 +247,7 @@ def sum_quality(  # noqa: PLR0917 (a batch, and what is known of it)
         logits: ``(rows, tasks)``, and so the next two; several rows may be seen as one.
         labels: in [0, 1].
         weights: None: 1.
+        rows: the number of rows.
         tasks: the number of tasks.
         log_loss: Σ w·l ``(tasks,)``, where it is known.
         plain: the binary cross-entropy of each row without a pos_weight, where it is known.
@@ -255,14 +266,13 @@ def sum_quality(  # noqa: PLR0917 (a batch, and what is known of it)
     if log_loss is None:
         assert plain is not None
         log_loss = sum_rows(weigh(plain, weights), tasks)
-    rows = labels.numel() // tasks
     weight = rows if weights is None else sum_rows(weights, tasks)
     return log_loss, weight, sum_rows(positives, tasks), sum_rows(predicted, tasks), rows
 
 
 @functools.cache
 def _compiled(
-    plan: Plan, row_loss: RowLoss, with_slopes: bool, _: tuple[torch.dtype | bool, ...]
+    plan: Plan, row_loss: RowLoss, with_slopes: bool, _: tuple[torch.dtype | None, ...]
 ) -> Callable[..., tuple[BatchSums, Tensor | None]]:
     """``_run`` of a plan on inputs of these dtypes, which is compiled when it is called, for any number of rows."""
 
@@ -273,10 +283,12 @@ def _compiled(
     return torch.compile(FunctionType(run.__code__.replace(), run.__globals__, closure=run.__closure__), dynamic=True)
 
 
-def _run_compiled(plan: Plan, row_loss: RowLoss, with_slopes: bool, *inputs: Any) -> tuple[BatchSums, Tensor | None]:
+def _run_compiled(
+    plan: Plan, row_loss: RowLoss, with_slopes: bool, rows: int, tasks: int, *inputs: Tensor | None
+) -> tuple[BatchSums, Tensor | None]:
     try:
-        dtypes = tuple([isinstance(each, Tensor) and each.dtype for each in inputs])
-        return _compiled(plan, row_loss, with_slopes, dtypes)(*inputs)
+        dtypes = tuple([None if each is None else each.dtype for each in inputs])
+        return _compiled(plan, row_loss, with_slopes, dtypes)(rows, tasks, *inputs)
     except torch.OutOfMemoryError:
         raise
     except Exception as error:
@@ -295,43 +307,43 @@ class _ClosedForm(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(
-        ctx: Any, run: Callable[..., Any], plan: Plan, row_loss: RowLoss, abreast: int, *inputs: Any
+    def forward(  # noqa: PLR0917 (apply takes no keywords)
+        ctx: Any, run: Run, plan: Plan, row_loss: RowLoss, tasks: int, abreast: int, *inputs: Any
     ) -> tuple[Tensor, Tensor | None, BatchSums]:
-        seen = _abreast(abreast, *inputs) if abreast > 1 or run is not _run else inputs
-        sums, slopes = run(plan, row_loss, True, *seen)
-        *tensors, ctx.tasks = inputs
-        ctx.save_for_backward(*tensors)
-        ctx.run, ctx.plan, ctx.row_loss, ctx.abreast = run, plan, row_loss, abreast
+        seen = inputs if abreast == 1 else _see(inputs, tasks, abreast)
+        sums, slopes = run(plan, row_loss, True, inputs[0].shape[0], tasks, *seen)
+        ctx.save_for_backward(*inputs)
+        ctx.run, ctx.plan, ctx.row_loss, ctx.tasks, ctx.abreast = run, plan, row_loss, tasks, abreast
         ctx.weight, ctx.slopes, ctx.makes_slopes = sums.weight, slopes, slopes is not None
         ctx.set_materialize_grads(False)
         return sums.losses, sums.loss, sums
 
     @staticmethod
     def backward(ctx: Any, grad_losses: Tensor | None, grad_loss: Tensor | None, _: None) -> tuple[Tensor | None, ...]:
-        return None, None, None, None, _gradient(ctx, grad_losses, grad_loss), *(None,) * 6
+        return *(None,) * 5, _gradient(ctx, grad_losses, grad_loss), *(None,) * 5
 
 
 def _gradient(ctx: Any, grad_losses: Tensor | None, grad_loss: Tensor | None) -> Tensor | None:
     """The gradient by the logits ``(rows, tasks)`` from those by the tasks' losses ``(tasks,)`` and the global one."""
-    logits, labels, weights, valid, pos_weight, task_weights = ctx.saved_tensors
+    inputs, tasks, abreast = ctx.saved_tensors, ctx.tasks, ctx.abreast
+    logits, labels, weights, valid, pos_weight, task_weights = inputs
     grad = grad_losses
     if ctx.plan.reduction is not None and not (grad_losses is None and grad_loss is None):
-        grad = ctx.plan.reduction.gradient(ctx.weight, task_weights, grad_losses, grad_loss, ctx.tasks)
+        grad = ctx.plan.reduction.gradient(ctx.weight, task_weights, grad_losses, grad_loss, tasks)
     if grad is None:
         return None
     if torch.is_grad_enabled():
-        pos_weight = None if pos_weight is None else pos_weight[: ctx.tasks]
-        rows, _ = weigh_losses(ctx.row_loss, Batch(logits, labels, weights, valid), pos_weight)
-        gradient: Tensor = torch.autograd.grad(rows, logits, grad.expand_as(rows), create_graph=True)[0]
+        pos_weight = None if pos_weight is None else pos_weight[:tasks]
+        losses, _ = weigh_losses(ctx.row_loss, Batch(logits, labels, weights, valid), pos_weight)
+        gradient: Tensor = torch.autograd.grad(losses, logits, grad.expand_as(losses), create_graph=True)[0]
         return gradient
     is_batch = is_batch_of_gradients(grad)
-    factor = grad if grad.ndim == 0 else tile(grad, ctx.abreast)
-    inputs: Sequence[Any] = logits, labels, weights, valid, pos_weight, task_weights, ctx.tasks
-    if ctx.abreast > 1 or ctx.makes_slopes:
-        inputs = _abreast(ctx.abreast, *inputs)
+    factor = grad if grad.ndim == 0 else tile(grad, abreast)
+    slopes = ctx.slopes
+    seen = inputs if slopes is not None else _see(inputs, tasks, abreast)
     if ctx.makes_slopes:
-        slopes = ctx.run(ctx.plan, ctx.row_loss, True, *inputs)[1] if ctx.slopes is None else ctx.slopes
+        if slopes is None:
+            slopes = ctx.run(ctx.plan, ctx.row_loss, True, logits.shape[0], tasks, *seen)[1]
         # With no second reference to it, the gradient of a leaf is this tensor and no copy.
         ctx.slopes = None
         if torch.compiler.is_compiling():
@@ -340,7 +352,9 @@ def _gradient(ctx: Any, grad_losses: Tensor | None, grad_loss: Tensor | None) ->
         else:
             gradient = slopes * factor if is_batch else slopes.mul_(factor)
     else:
-        seen_logits, seen_labels, seen_weights, _, seen_pos_weight, *_ = inputs
-        gradient = ctx.row_loss.gradient(seen_logits, seen_labels, seen_pos_weight, factor.to(logits.dtype))
-        gradient = weigh(gradient, seen_weights) if is_batch else weigh_(gradient, seen_weights)
-    return gradient.view_as(logits)
+        gradient = ctx.row_loss.gradient(seen[0], seen[1], pos_weight, factor.to(logits.dtype))
+        gradient = weigh(gradient, seen[2]) if is_batch else weigh_(gradient, seen[2])
+    if abreast == 1:
+        return gradient
+    gradient = gradient.view(-1, tasks)
+    return gradient if gradient.shape == logits.shape else gradient[: logits.shape[0]]

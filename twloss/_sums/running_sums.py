@@ -250,7 +250,8 @@ def add_once(  # noqa: PLR0917 (an operator)
     if is_pair:
         _add_to_pair(state[:, 0, 0], packed)
     else:
-        state[0, 0].add_(packed)
+        own = state[0]
+        (own[0] if places else own).add_(packed)
 
 
 def _value_of(state: Tensor) -> Tensor:
