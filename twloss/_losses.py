@@ -142,9 +142,9 @@ class _TaskLosses(nn.Module):
         modules: Any = self._modules
         metric = modules["train_metric" if self.training else "eval_metric"]
         if not self._options.quality:
-            return metric, None, self._plans[metric._drops_non_finite][True]
+            return metric, None, self._plans[metric._drops_non_finite, True]
         quality = modules["train_quality" if self.training else "eval_quality"]
-        return metric, quality, self._plans[metric._drops_non_finite][quality._drops_non_finite]
+        return metric, quality, self._plans[metric._drops_non_finite, quality._drops_non_finite]
 
     def _reduce(self, local: TaskSums, normalizer: Tensor | float | None) -> dict[str, Tensor]:
         """The losses of this rank's sums, or of those of all ranks."""

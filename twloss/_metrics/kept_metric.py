@@ -55,6 +55,8 @@ class KeptMetric(Metric):
     _drops_non_finite: bool
     """True where a task's sums that are not finite are left out."""
     _restarts = 0  # of the sums, which make every earlier snapshot of them void
+    _is_captured = False
+    """True once an update was captured in a CUDA graph, which adds to the state's memory whenever it is replayed."""
 
     def __init__(
         self,
@@ -118,6 +120,8 @@ class KeptMetric(Metric):
             # With no attribute written: torch.compile would guard on the attribute and recompile at each step.
             self._format.add(self.totals, packed, ranks)
             return
+        if packed.is_cuda and torch.cuda.is_current_stream_capturing():
+            self._is_captured = True
         with LOCK:
             if not in_place:
                 # The metrics of a collection's compute group have one state, and forward is called on each.
@@ -169,8 +173,18 @@ class KeptMetric(Metric):
     def reset(self) -> None:
         """Set the sums to 0."""
         with LOCK, plain_tensors():
+            totals = self.totals
             super().reset()
+            self.totals, zeros = totals, self.totals
+            self._put(zeros)
             self._restarts += 1
+
+    def _put(self, totals: Tensor) -> None:
+        """Take other sums as the state, in the memory that a captured CUDA graph adds to."""
+        if self._is_captured and totals.device == self.totals.device:
+            self.totals.copy_(totals)
+        else:
+            self.totals = totals
 
     # torchmetrics' wrappers would count updates, cache results and swap states.
 
@@ -259,7 +273,7 @@ class KeptMetric(Metric):
         except ValueError as error:
             raise ValueError(f"incoming_state: {error}") from None
         merged = self._read() + self._format.read(incoming_state["totals"], self._ranks)
-        self.totals = self._format.write(merged, self.totals.device, self._ranks)
+        self._put(self._format.write(merged, self.totals.device, self._ranks))
 
     # Devices: a cast of the model must not round the sums, nor the defaults that reset() restores.
 
@@ -316,7 +330,7 @@ class KeptMetric(Metric):
         value = RunningSums.carried(sums) if place == ALL_RANKS else RunningSums.own(sums)
         with LOCK:
             device = sums.device if self.totals.is_meta else self.totals.device
-            self.totals = self._format.write(value, device, self._ranks)
+            self._put(self._format.write(value, device, self._ranks))
             self._restarts += 1
 
     def _load_from_state_dict(self, *args: Any) -> None:

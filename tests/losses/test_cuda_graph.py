@@ -1,0 +1,91 @@
+"""A step that is captured in a CUDA graph: each replay counts, and no reset() leaves its memory behind."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+
+from examples.cuda_graph import main
+from twloss import GlobalLoss, MultiTaskLoss
+
+TASKS = ["a", "b"]
+needs_a_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="a CUDA graph needs a GPU")
+
+
+def reset(metric: GlobalLoss) -> None:
+    metric.reset()
+
+
+def load(metric: GlobalLoss) -> None:
+    metric.persistent(True)
+    saved = copy.deepcopy(metric.state_dict())
+    metric.update(torch.tensor([5.0, 5.0]), 1)
+    metric.load_state_dict(saved)
+
+
+def merge(metric: GlobalLoss) -> None:
+    metric.merge_state(copy.deepcopy(metric))
+
+
+CHANGES: list[Callable[[GlobalLoss], None]] = [reset, load, merge]
+
+
+@pytest.mark.parametrize("change", CHANGES)
+def test_from_a_capture_on_the_sums_change_in_place(change: Callable[[GlobalLoss], None]) -> None:
+    """The naive version replaces the tensor, and a replay then writes to memory that is another's by now."""
+    metrics = []
+    for is_captured in (False, True):
+        metric = GlobalLoss(TASKS)
+        metric.update(torch.tensor([1.0, 2.0]), 4)
+        metric._is_captured = is_captured
+        before = metric.totals
+        change(metric)
+        assert (metric.totals is before) == is_captured
+        metrics.append(metric)
+    assert torch.equal(metrics[0].totals, metrics[1].totals)
+
+
+@needs_a_gpu
+@pytest.mark.parametrize("fused", [False, True])
+def test_each_replay_counts(fused: bool) -> None:
+    options: dict[str, Any] = {"pos_weights": [2.0, 3.0], "quality": True, "fused": fused}
+    loss, twin = (MultiTaskLoss("bce_with_logits", TASKS, **options).to("cuda") for _ in range(2))
+    logits = torch.randn(64, 2, device="cuda", requires_grad=True)
+    labels, weights = torch.rand(64, 2, device="cuda"), torch.rand(64, 2, device="cuda")
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        for _ in range(3):
+            loss(logits, labels, weights)["loss"].backward()
+            logits.grad = None
+    torch.cuda.current_stream().wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        result = loss(logits, labels, weights)
+        result["loss"].backward()
+    gradient = logits.grad
+    assert gradient is not None
+    loss.train_metric.reset()
+    loss.train_quality.reset()
+    for _ in range(3):
+        with torch.no_grad():
+            logits.normal_()
+        graph.replay()
+        logits.grad = None
+        expected = twin(logits, labels, weights)
+        expected["loss"].backward()
+        torch.testing.assert_close(result, expected)
+        torch.testing.assert_close(gradient, logits.grad)
+    for ours, theirs in ((loss.train_metric, twin.train_metric), (loss.train_quality, twin.train_quality)):
+        assert ours.update_count == theirs.update_count == 3
+        torch.testing.assert_close(ours.compute(), theirs.compute())
+
+
+@needs_a_gpu
+def test_the_example(capsys: pytest.CaptureFixture[str]) -> None:
+    main()
+    assert "all ten" in capsys.readouterr().out
