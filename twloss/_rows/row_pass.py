@@ -158,7 +158,7 @@ def _run(  # noqa: PLR0917 (the compiled one takes no keywords)
         slopes = weigh(slopes, weights) if with_slopes else None
     else:
         losses = row_loss.values(logits, labels, pos_weight)
-    loss_sum = sum_rows(weigh_(losses, weights), tasks)
+    loss_sum = sum_rows(losses if weights is None else weigh_(losses, weights), tasks)
     quality = None
     if plan.quality:
         # Without pos_weights the log loss is the loss.
