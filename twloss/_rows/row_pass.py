@@ -100,8 +100,8 @@ def sum_batch(  # noqa: PLR0917 (a plan, a batch, and its tasks)
     elif torch.compiler.is_compiling():
         # The only guard on a number of rows: of 16, one row would be left, and a size of 1 is compiled as a constant.
         abreast = _MOST_ABREAST if count % (2 * _MOST_ABREAST) == 0 else 1
-    elif count >= (_MANY_ROWS if pos_weights.numbers is None else _MANY_ROWS_WITH_VECTORS):
-        # A sum of its own over what was abreast costs a small batch more than it saves.
+    elif count >= (_MANY_ROWS if pos_weights.numbers is None else _MANY_ROWS_WITH_VECTORS) and logits.is_contiguous():
+        # A sum of its own over what was abreast costs a small batch more than it saves, and so does a copy.
         abreast = math.gcd(count, _MOST_ABREAST)
     inputs = (*batch, pos_weights.like(logits, repeats=abreast), global_weights)
     if torch.is_grad_enabled() and logits.requires_grad:
