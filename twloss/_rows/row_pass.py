@@ -106,7 +106,7 @@ def sum_batch(  # noqa: PLR0917 (a plan, a batch, and its tasks)
     inputs = (*batch, pos_weights.like(logits, repeats=abreast), global_weights)
     if torch.is_grad_enabled() and logits.requires_grad:
         how = run, plan, row_loss, tasks, abreast
-        losses, loss, sums = _ClosedForm.apply(*how, *inputs)  # type: ignore[no-untyped-call]
+        losses, loss, sums = _ClosedForm.apply(how, *inputs)  # type: ignore[no-untyped-call]
         if torch.compiler.is_compiling():
             # The compiler takes tensors in a tuple for outputs with a gradient, too.
             _, _, *detached = [each.detach() if isinstance(each, Tensor) else each for each in sums]
@@ -299,6 +299,10 @@ def _run_compiled(
         ) from error
 
 
+How = tuple[Run, Plan, RowLoss, int, int]
+"""How a batch is passed over: by what, the plan, the loss, the number of tasks, and how many rows are seen as one."""
+
+
 class _ClosedForm(torch.autograd.Function):
     """A pass, with the derivative by the logits in closed form.
 
@@ -307,34 +311,33 @@ class _ClosedForm(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(  # noqa: PLR0917 (apply takes no keywords)
-        ctx: Any, run: Run, plan: Plan, row_loss: RowLoss, tasks: int, abreast: int, *inputs: Any
-    ) -> tuple[Tensor, Tensor | None, BatchSums]:
+    def forward(ctx: Any, how: How, *inputs: Any) -> tuple[Tensor, Tensor | None, BatchSums]:
+        run, plan, row_loss, tasks, abreast = how
         seen = inputs if abreast == 1 else _see(inputs, tasks, abreast)
         sums, slopes = run(plan, row_loss, True, inputs[0].shape[0], tasks, *seen)
         ctx.save_for_backward(*inputs)
-        ctx.run, ctx.plan, ctx.row_loss, ctx.tasks, ctx.abreast = run, plan, row_loss, tasks, abreast
-        ctx.weight, ctx.slopes, ctx.makes_slopes = sums.weight, slopes, slopes is not None
+        ctx.how, ctx.weight, ctx.slopes, ctx.makes_slopes = how, sums.weight, slopes, slopes is not None
         ctx.set_materialize_grads(False)
         return sums.losses, sums.loss, sums
 
     @staticmethod
     def backward(ctx: Any, grad_losses: Tensor | None, grad_loss: Tensor | None, _: None) -> tuple[Tensor | None, ...]:
-        return *(None,) * 5, _gradient(ctx, grad_losses, grad_loss), *(None,) * 5
+        return None, _gradient(ctx, grad_losses, grad_loss), None, None, None, None, None
 
 
 def _gradient(ctx: Any, grad_losses: Tensor | None, grad_loss: Tensor | None) -> Tensor | None:
     """The gradient by the logits ``(rows, tasks)`` from those by the tasks' losses ``(tasks,)`` and the global one."""
-    inputs, tasks, abreast = ctx.saved_tensors, ctx.tasks, ctx.abreast
+    inputs = ctx.saved_tensors
+    run, plan, row_loss, tasks, abreast = ctx.how
     logits, labels, weights, valid, pos_weight, task_weights = inputs
     grad = grad_losses
-    if ctx.plan.reduction is not None and not (grad_losses is None and grad_loss is None):
-        grad = ctx.plan.reduction.gradient(ctx.weight, task_weights, grad_losses, grad_loss, tasks)
+    if plan.reduction is not None and not (grad_losses is None and grad_loss is None):
+        grad = plan.reduction.gradient(ctx.weight, task_weights, grad_losses, grad_loss, tasks)
     if grad is None:
         return None
     if torch.is_grad_enabled():
         pos_weight = None if pos_weight is None else pos_weight[:tasks]
-        losses, _ = weigh_losses(ctx.row_loss, Batch(logits, labels, weights, valid), pos_weight)
+        losses, _ = weigh_losses(row_loss, Batch(logits, labels, weights, valid), pos_weight)
         gradient: Tensor = torch.autograd.grad(losses, logits, grad.expand_as(losses), create_graph=True)[0]
         return gradient
     is_batch = is_batch_of_gradients(grad)
@@ -343,7 +346,7 @@ def _gradient(ctx: Any, grad_losses: Tensor | None, grad_loss: Tensor | None) ->
     seen = inputs if slopes is not None else _see(inputs, tasks, abreast)
     if ctx.makes_slopes:
         if slopes is None:
-            slopes = ctx.run(ctx.plan, ctx.row_loss, True, logits.shape[0], tasks, *seen)[1]
+            slopes = run(plan, row_loss, True, logits.shape[0], tasks, *seen)[1]
         # With no second reference to it, the gradient of a leaf is this tensor and no copy.
         ctx.slopes = None
         if torch.compiler.is_compiling():
@@ -352,7 +355,7 @@ def _gradient(ctx: Any, grad_losses: Tensor | None, grad_loss: Tensor | None) ->
         else:
             gradient = slopes * factor if is_batch else slopes.mul_(factor)
     else:
-        gradient = ctx.row_loss.gradient(seen[0], seen[1], pos_weight, factor.to(logits.dtype))
+        gradient = row_loss.gradient(seen[0], seen[1], pos_weight, factor.to(logits.dtype))
         gradient = weigh(gradient, seen[2]) if is_batch else weigh_(gradient, seen[2])
     if abreast == 1:
         return gradient
