@@ -141,10 +141,11 @@ class _TaskLosses(nn.Module):
         """The metrics of the current mode and the plan of a pass that feeds them."""
         modules: Any = self._modules
         metric = modules["train_metric" if self.training else "eval_metric"]
+        plans = self._plans[int(metric._drops_non_finite)]  # torch 2.11 compiles no index that is a bool
         if not self._options.quality:
-            return metric, None, self._plans[metric._drops_non_finite, True]
+            return metric, None, plans[1]
         quality = modules["train_quality" if self.training else "eval_quality"]
-        return metric, quality, self._plans[metric._drops_non_finite, quality._drops_non_finite]
+        return metric, quality, plans[int(quality._drops_non_finite)]
 
     def _reduce(self, local: TaskSums, normalizer: Tensor | float | None) -> dict[str, Tensor]:
         """The losses of this rank's sums, or of those of all ranks."""

@@ -111,8 +111,8 @@ class LossOptions:
             "ignore_index": label_name(self.ignore_index),
         }
 
-    def plans(self, groups: int, *, counts_rows: bool) -> dict[tuple[bool, bool], Plan]:
-        """The plans of a pass, by whether the loss metric drops non-finite sums, and whether the quality metric does.
+    def plans(self, groups: int, *, counts_rows: bool) -> list[list[Plan]]:
+        """The plans of a pass, indexed by whether the loss metric and the quality metric drop non-finite sums.
 
         Args:
             groups: the number of groups of tasks, each with a pass of its own.
@@ -130,12 +130,10 @@ class LossOptions:
             quality_counts_rows=counts_rows,
             fused=self.fused,
         )
-        both = (False, True)
-        return {
-            (own, of_quality): plan._replace(drops_non_finite=own, quality_drops_non_finite=of_quality)
-            for own in both
-            for of_quality in both
-        }
+        return [
+            [plan._replace(drops_non_finite=own, quality_drops_non_finite=of_quality) for of_quality in (False, True)]
+            for own in (False, True)
+        ]
 
     def _binary_tasks(self) -> list[str]:
         """The tasks whose logits predict the probability of a positive label."""
