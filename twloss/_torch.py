@@ -160,13 +160,17 @@ def weigh_(values: Tensor, weights: Tensor | None) -> Tensor:
 def tile(values: Tensor, repeats: int) -> Tensor:
     """Values ``(tasks,)`` so many times over.
 
-    In compiled code they are a tensor in memory of their own, as no public operator makes one: the compiler would look
-    up each number by the remainder of its place, which fills no vector and takes three times as long as the loss.
+    In code that is compiled for a CPU they are scattered into a tensor of their own. The compiler would otherwise look
+    up each number where it is used, by the remainder of its place, which fills no vector and takes three times as long
+    as the loss. (``as_strided`` would do on a CPU, and gives wrong numbers on a GPU with torch 2.11.)
     """
     if repeats == 1:
         return values
     tiled = values.repeat(repeats)
-    return tiled.as_strided(tiled.shape, (1,)) if torch.compiler.is_compiling() else tiled
+    if torch.compiler.is_compiling() and values.is_cpu:
+        places = torch.arange(tiled.shape[0])
+        return tiled.scatter(0, places, tiled)
+    return tiled
 
 
 def uncompiled(function: Any) -> Any:

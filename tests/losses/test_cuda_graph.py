@@ -31,17 +31,23 @@ def merge(metric: GlobalLoss) -> None:
     metric.merge_state(copy.deepcopy(metric))
 
 
-CHANGES: list[Callable[[GlobalLoss], None]] = [reset, load, merge]
+def forward(metric: GlobalLoss) -> None:
+    metric(torch.tensor([5.0, 5.0]), 1)
+
+
+CHANGES: list[Callable[[GlobalLoss], None]] = [reset, load, merge, forward]
 
 
 @pytest.mark.parametrize("change", CHANGES)
-def test_from_a_capture_on_the_sums_change_in_place(change: Callable[[GlobalLoss], None]) -> None:
+def test_from_a_capture_on_the_sums_change_in_place(
+    change: Callable[[GlobalLoss], None], monkeypatch: pytest.MonkeyPatch
+) -> None:
     """The naive version replaces the tensor, and a replay then writes to memory that is another's by now."""
     metrics = []
     for is_captured in (False, True):
+        monkeypatch.setattr("twloss._metrics.kept_metric.is_captured", lambda _, yes=is_captured: yes)
         metric = GlobalLoss(TASKS)
         metric.update(torch.tensor([1.0, 2.0]), 4)
-        metric._is_captured = is_captured
         before = metric.totals
         change(metric)
         assert (metric.totals is before) == is_captured
@@ -49,26 +55,36 @@ def test_from_a_capture_on_the_sums_change_in_place(change: Callable[[GlobalLoss
     assert torch.equal(metrics[0].totals, metrics[1].totals)
 
 
-@needs_a_gpu
-@pytest.mark.parametrize("fused", [False, True])
-def test_each_replay_counts(fused: bool) -> None:
-    options: dict[str, Any] = {"pos_weights": [2.0, 3.0], "quality": True, "fused": fused}
-    loss, twin = (MultiTaskLoss("bce_with_logits", TASKS, **options).to("cuda") for _ in range(2))
-    logits = torch.randn(64, 2, device="cuda", requires_grad=True)
-    labels, weights = torch.rand(64, 2, device="cuda"), torch.rand(64, 2, device="cuda")
+def capture(step: Callable[[], Any]) -> tuple[torch.cuda.CUDAGraph, Any]:
+    """A graph of a step and what the step returned in it; three steps come first."""
     stream = torch.cuda.Stream()
     stream.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(stream):
         for _ in range(3):
-            loss(logits, labels, weights)["loss"].backward()
-            logits.grad = None
+            step()
     torch.cuda.current_stream().wait_stream(stream)
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
-        result = loss(logits, labels, weights)
+        result = step()
+    return graph, result
+
+
+@needs_a_gpu
+@pytest.mark.parametrize("way", ["eager", "fused", "compiled"])
+def test_each_replay_counts(way: str) -> None:
+    options: dict[str, Any] = {"pos_weights": [2.0, 3.0], "quality": True, "fused": way == "fused"}
+    loss, twin = (MultiTaskLoss("bce_with_logits", TASKS, **options).to("cuda") for _ in range(2))
+    run = torch.compile(loss, fullgraph=True) if way == "compiled" else loss
+    logits = torch.randn(64, 2, device="cuda", requires_grad=True)
+    labels, weights = torch.rand(64, 2, device="cuda"), torch.rand(64, 2, device="cuda")
+
+    def step() -> Any:
+        logits.grad = None
+        result = run(logits, labels, weights)
         result["loss"].backward()
-    gradient = logits.grad
-    assert gradient is not None
+        return result, logits.grad
+
+    graph, (result, gradient) = capture(step)
     loss.train_metric.reset()
     loss.train_quality.reset()
     for _ in range(3):
@@ -83,6 +99,18 @@ def test_each_replay_counts(fused: bool) -> None:
     for ours, theirs in ((loss.train_metric, twin.train_metric), (loss.train_quality, twin.train_quality)):
         assert ours.update_count == theirs.update_count == 3
         torch.testing.assert_close(ours.compute(), theirs.compute())
+
+
+@needs_a_gpu
+def test_a_forward_of_the_metric_is_captured_and_breaks_no_capture() -> None:
+    metric, sums = GlobalLoss(TASKS).to("cuda"), torch.tensor([1.0, 2.0], device="cuda")
+    graph, _ = capture(lambda: metric(sums, 1))
+    metric.reset()
+    for _ in range(3):
+        graph.replay()
+    metric(sums, 1)
+    graph.replay()
+    assert metric.update_count == 5
 
 
 @needs_a_gpu

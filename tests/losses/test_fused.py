@@ -16,6 +16,7 @@ from torch.utils.checkpoint import checkpoint
 
 from benchmarks.counts import KernelLog
 from tests.support.cases import Settings
+from tests.support.compiler import FEWEST_ROWS
 from tests.support.definition import LOSS_TOLERANCE, expect_the_definition
 from tests.support.pairwise import pairwise
 from twloss import Loss, LossType, MultiTaskLoss, RankingQuality
@@ -100,8 +101,9 @@ def test_where_labels_may_be_missing_there_are_always_weights_for_the_compiler()
 
 
 @pytest.mark.usefixtures("new_compiler")
-def test_one_graph_serves_any_number_of_rows_and_of_tasks() -> None:
+def test_one_graph_serves_any_number_of_rows_and_of_tasks(monkeypatch: pytest.MonkeyPatch) -> None:
     """Rows that are no multiple of sixteen are filled up; fewer than 32 are not worth the call of a graph."""
+    monkeypatch.setattr("twloss._rows.row_pass._FEWEST_ROWS", FEWEST_ROWS)
     counters.clear()
     eager, fused = both()
     for rows in (4096, 7, 0, 1, 4096, 64, 4097, 1000, 31, 2, 3, 17, 16, 8, 5000):

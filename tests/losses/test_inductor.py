@@ -16,6 +16,7 @@ from typing import Any
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from benchmarks.counts import peak_bytes
@@ -169,6 +170,34 @@ def test_a_compiled_model_gives_the_losses_of_eager_and_the_quality_of_the_oracl
         torch.testing.assert_close(mine.grad, other.grad, rtol=1e-12, atol=1e-15)
 
 
+GPU = pytest.param("cuda", marks=pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU"))
+
+
+@pytest.mark.parametrize("device", ["cpu", GPU])
+@pytest.mark.parametrize("rows", [64, 37])
+def test_gradients_of_a_compiled_loss_by_any_of_its_losses(device: str, rows: int) -> None:
+    """Of rows that are seen sixteen abreast, where each task's factors are repeated, and of rows that are not."""
+    pos_weights, task_weights = torch.tensor([0.5, 27.3, 4.0]), torch.tensor([1.0, 3.0, 0.5])
+    loss = MultiTaskLoss(
+        "bce_with_logits", TASKS, pos_weights=pos_weights.tolist(), task_weights=task_weights.tolist()
+    ).to(device)
+    compiled: Any = torch.compile(loss, fullgraph=True)
+    logits, labels, weights = torch.randn(rows, 3), torch.rand(rows, 3), torch.rand(rows, 3)
+    exact = logits.double().requires_grad_()
+    of_rows = F.binary_cross_entropy_with_logits(
+        exact, labels.double(), weights.double(), pos_weight=pos_weights.double(), reduction="none"
+    )
+    of_tasks = of_rows.mean(0)
+    for of_global, of_a, of_c in ((1.0, 0.0, 0.0), (0.0, 2.0, -1.0), (1.0, 0.5, 3.0)):
+        own = logits.to(device).clone().requires_grad_()
+        losses = compiled(own, labels.to(device), weights.to(device))
+        (of_global * losses["loss"] + of_a * losses["loss/a"] + of_c * losses["loss/c"]).backward()
+        expected = of_global * (of_tasks * task_weights).mean() + of_a * of_tasks[0] + of_c * of_tasks[2]
+        (gradient,) = torch.autograd.grad(expected, exact, retain_graph=True)
+        assert own.grad is not None
+        torch.testing.assert_close(own.grad.cpu().double(), gradient, rtol=2e-6, atol=1e-9)
+
+
 @pytest.mark.exhaustive
 def test_reduce_overhead_is_traced() -> None:
     model = Model()
@@ -208,7 +237,7 @@ from twloss import MultiTaskLoss
 loss = MultiTaskLoss("bce_with_logits", ["like"], fused=True)
 for _ in range(2):
     try:
-        loss(torch.zeros(8, 1, requires_grad=True), torch.ones(8, 1))
+        loss(torch.zeros(64, 1, requires_grad=True), torch.ones(64, 1))
     except RuntimeError as error:
         print(error)
 print(loss.train_metric.update_count)

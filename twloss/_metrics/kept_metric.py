@@ -22,7 +22,7 @@ from twloss._arguments import check_process_group
 from twloss._metrics.checkpoint import ALL_RANKS, SavedSums, check_same, decode, encode, sums_from_bytes, sums_to_bytes
 from twloss._sums.pending import PendingResult
 from twloss._sums.ranks import ColumnNames, group_from_state, group_to_state, place_in, start_sum_over_ranks
-from twloss._sums.running_sums import RunningSums, SumsFormat
+from twloss._sums.running_sums import RunningSums, SumsFormat, is_captured
 from twloss._torch import hidden_from_jit, plain_tensors
 
 # So that no update is lost, nor seen by half, where another thread updates, computes or calls the metric. One for all:
@@ -55,8 +55,6 @@ class KeptMetric(Metric):
     _drops_non_finite: bool
     """True where a task's sums that are not finite are left out."""
     _restarts = 0  # of the sums, which make every earlier snapshot of them void
-    _is_captured = False
-    """True once an update was captured in a CUDA graph, which adds to the state's memory whenever it is replayed."""
 
     def __init__(
         self,
@@ -120,10 +118,8 @@ class KeptMetric(Metric):
             # With no attribute written: torch.compile would guard on the attribute and recompile at each step.
             self._format.add(self.totals, packed, ranks)
             return
-        if packed.is_cuda and torch.cuda.is_current_stream_capturing():
-            self._is_captured = True
         with LOCK:
-            if not in_place:
+            if not (in_place or is_captured(self.totals)):
                 # The metrics of a collection's compute group have one state, and forward is called on each.
                 with plain_tensors():
                     self.totals = self.totals.clone()
@@ -181,7 +177,7 @@ class KeptMetric(Metric):
 
     def _put(self, totals: Tensor) -> None:
         """Take other sums as the state, in the memory that a captured CUDA graph adds to."""
-        if self._is_captured and totals.device == self.totals.device:
+        if is_captured(self.totals) and totals.device == self.totals.device:
             self.totals.copy_(totals)
         else:
             self.totals = totals

@@ -36,6 +36,7 @@ QualitySums = tuple[Tensor, Tensor | float, Tensor, Tensor, int]
 
 # As many rows are seen as one, so that what is summed over rows has full vectors of columns, also of few tasks.
 _MOST_ABREAST = 16
+_FEWEST_ROWS = 2 * _MOST_ABREAST  # to call compiled code for; a size of 1 would be compiled anew
 _MANY_ROWS = 16_384
 _MANY_ROWS_WITH_VECTORS = 512  # a kernel takes a call for each row where an operand is a vector as short as the tasks
 
@@ -95,7 +96,7 @@ def sum_batch(  # noqa: PLR0917 (a plan, a batch, and its tasks)
         return _sum_differentiable(plan, rows, batch, global_weights, is_traced=is_traced)
     run: Run
     count, run, abreast = logits.shape[0], _run, 1
-    if plan.fused and count >= 2 * _MOST_ABREAST and runs_compiled(logits):
+    if plan.fused and count >= _FEWEST_ROWS and runs_compiled(logits):
         run, abreast = _run_compiled, _MOST_ABREAST
     elif torch.compiler.is_compiling():
         # The only guard on a number of rows: of 16, one row would be left, and a size of 1 is compiled as a constant.

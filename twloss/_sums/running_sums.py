@@ -25,6 +25,8 @@ from twloss._torch import plain_tensors, split_last
 _MOST_PLACES = 1000
 _MARKS = 3  # rows that tell whether all ranks carry the same sums
 _TRACKER = ModuleTracker()
+# By address, since compiled code is captured too and knows no metric.
+_CAPTURED: set[int] = set()
 
 
 class RunningSums:
@@ -220,8 +222,13 @@ def pack_update(sums: Sequence[Tensor | float], *, drops_non_finite: bool, rows:
     if drops_non_finite:
         finite = packed[: len(wide) + 1]  # what counts for the ring buffer stays
         for given, each in zip(sums, wide):
-            if not isinstance(given, int):
-                finite.add_(each, alpha=0.0)  # NaN where it is not finite
+            if isinstance(given, int):
+                continue
+            # NaN where it is not finite. torch's MPS backend takes an alpha of 0 for nothing to add.
+            if each.is_mps:
+                finite.add_(each * 0.0)
+            else:
+                finite.add_(each, alpha=0.0)
         finite.nan_to_num_(0.0, 0.0, 0.0)
     return packed
 
@@ -244,6 +251,8 @@ def add_once(  # noqa: PLR0917 (an operator)
     """
     if _TRACKER.is_bw:
         return
+    if state.is_cuda and torch.cuda.is_current_stream_capturing():
+        _CAPTURED.add(state.data_ptr())
     is_pair = state.dtype == torch.float32
     if places:
         _add_to_ring(state if is_pair else state.unsqueeze(0), packed, every, per, counter)
@@ -252,6 +261,11 @@ def add_once(  # noqa: PLR0917 (an operator)
     else:
         own = state[0]
         (own[0] if places else own).add_(packed)
+
+
+def is_captured(state: Tensor) -> bool:
+    """Whether a CUDA graph adds to a state's memory when it is replayed, or will, as it is being captured."""
+    return state.is_cuda and (state.data_ptr() in _CAPTURED or torch.cuda.is_current_stream_capturing())
 
 
 def _value_of(state: Tensor) -> Tensor:
