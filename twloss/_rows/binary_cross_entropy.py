@@ -46,7 +46,9 @@ def values_of_bce(logits: Tensor, labels: Tensor, pos_weight: Tensor | None) -> 
     if pos_weight is None:
         # 0 for the NaN of 0·inf: the limit. It hides a NaN label too, which 0·y brings back.
         linear = is_positive.sub_(labels).mul_(logits).nan_to_num_(0.0, math.inf, -math.inf)
-        return linear.add_(logits.copysign(-1.0).exp_().log1p_()).add_(labels, alpha=0)
+        linear.add_(logits.copysign(-1.0).exp_().log1p_())
+        # torch's MPS backend takes an alpha of 0 for nothing to add.
+        return linear.add_(labels * 0.0) if labels.is_mps else linear.add_(labels, alpha=0)
     positive, factor = labels * pos_weight, 1.0 - labels
     # lerp() by 0 or 1 selects; where() takes five times as long.
     linear = torch.lerp(positive, factor, is_positive, out=is_positive)

@@ -123,8 +123,6 @@ def _see(inputs: Inputs, tasks: int, abreast: int) -> Inputs:
 
     What fills it up is in no sum: a label of 0 that is predicted with certainty, of weight 0.
     """
-    if abreast == 1:
-        return inputs
     missing, seen = -inputs[0].shape[0] % abreast, []
     for each, filling in zip(inputs, (-math.inf, 0.0, 0.0, False)):
         # Detached, since the compiler looks at the gradient of what a view is of, and would warn where that has none.
@@ -344,7 +342,7 @@ def _gradient(ctx: Any, grad_losses: Tensor | None, grad_loss: Tensor | None) ->
     is_batch = is_batch_of_gradients(grad)
     factor = grad if grad.ndim == 0 else tile(grad, abreast)
     slopes = ctx.slopes
-    seen = inputs if slopes is not None else _see(inputs, tasks, abreast)
+    seen = inputs if slopes is not None or abreast == 1 else _see(inputs, tasks, abreast)
     if ctx.makes_slopes:
         if slopes is None:
             slopes = run(plan, row_loss, True, logits.shape[0], tasks, *seen)[1]
