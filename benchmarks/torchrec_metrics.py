@@ -26,7 +26,7 @@ ROWS, WINDOW = 4096, 1_000_000
 MODES = {"RecMetricModule": "UNFUSED_TASKS_COMPUTATION", "RecMetricModule, fused": "FUSED_TASKS_COMPUTATION"}
 TASKS = (3, 20)
 # The slower of the two rivals, then the faster.
-UPDATE, COMPUTE = (at_least(3), at_least(2)), (at_least(10), at_least(5))
+UPDATE, COMPUTE = (at_least(2), at_least(1.5)), (at_least(10), at_least(5))
 HEADLINES = {
     (
         3,
