@@ -168,7 +168,7 @@ def tile(values: Tensor, repeats: int) -> Tensor:
         return values
     tiled = values.repeat(repeats)
     if torch.compiler.is_compiling() and values.is_cpu:
-        places = torch.arange(tiled.shape[0])
+        places = torch.arange(tiled.shape[0], device=values.device)
         return tiled.scatter(0, places, tiled)
     return tiled
 
