@@ -144,7 +144,7 @@ def _arguments() -> argparse.Namespace:
 
 
 def _check(parser: argparse.ArgumentParser, arguments: argparse.Namespace) -> None:
-    """Refuse, before the run, what can not be run or written."""
+    """Refuse what cannot be run or written, before the run."""
     if arguments.device == "cuda" and not torch.cuda.is_available():
         parser.error("--device cuda: torch sees no GPU")
     known = CUDA_BENCHMARKS if arguments.device == "cuda" else BENCHMARKS
@@ -152,7 +152,7 @@ def _check(parser: argparse.ArgumentParser, arguments: argparse.Namespace) -> No
     if unknown:
         parser.error(f"--only {' '.join(unknown)}: not with --device {arguments.device}")
     if arguments.plot is not None and arguments.plot.suffix not in SUFFIXES:
-        parser.error(f"--plot {arguments.plot}: the suffix is to be one of {', '.join(SUFFIXES)}")
+        parser.error(f"--plot {arguments.plot}: expected a suffix of {', '.join(SUFFIXES)}")
     drawn = [name for names in HEADLINE_GROUPS.values() for name in names]
     if arguments.plot is not None and arguments.only and not set(drawn) & set(arguments.only):
         parser.error(f"--plot draws only {', '.join(drawn)}")

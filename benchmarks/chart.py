@@ -22,7 +22,7 @@ BEHIND_TEXT = {"facecolor": "white", "edgecolor": "none", "pad": 1}
 
 
 def write_chart(report: Report, path: Path) -> None:
-    """Draw them as PNG or SVG, by the file's suffix; the same report gives the same SVG."""
+    """Draw the report's headlines as PNG or SVG, by the file's suffix. The same report gives the same SVG."""
     mpl.use("agg")
     lines = _lines(report)
     size = WIDTH_INCHES, LINE_INCHES * len(lines) + MARGIN_INCHES

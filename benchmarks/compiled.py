@@ -71,7 +71,7 @@ def compile_cost(setting: Setting) -> Iterator[Row]:
 
 
 def _global_loss(loss: MultiTaskLoss) -> Callable[..., dict[str, Tensor]]:
-    """What a model with this loss returns to be trained on."""
+    """A model that returns the global loss alone."""
     return lambda *inputs: {"loss": loss(*inputs)["loss"]}
 
 

@@ -158,7 +158,7 @@ def shown(value: float, unit: str) -> str:
 
 
 def in_words(row: Row) -> str:
-    """What was measured, as one says it: a speed-up below 1 is so many times slower."""
+    """The figure in words: a speed-up below 1 is a slowdown."""
     unit, (measured,) = _as_said(row, row.measured)
     return shown(measured, unit)
 

@@ -21,7 +21,7 @@ def main() -> None:
             loss(logits, labels)["loss"].backward()
             logits.grad = None
     torch.cuda.current_stream().wait_stream(stream)
-    loss.train_metric.reset()
+    loss.train_metric.reset()  # the steps so far are not to count
 
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):

@@ -1,7 +1,8 @@
 """Generated code: the passes of ``fused=True`` and whole models, by the back end that torch.compile has by default.
 
 Elsewhere the tests compile with "aot_eager", see ``tests/support/compiler.py``. Here code is generated for each option
-of a pass, each dtype and each number of ranks, for even and odd numbers of rows, and for extreme values.
+of a pass, each dtype and each number of ranks, for numbers of rows that are divisible by 16 or not, and for extreme
+values.
 """
 
 from __future__ import annotations
@@ -45,7 +46,7 @@ NAMES = PLAIN.names()
 PASSES: dict[str, tuple[Settings, int, torch.dtype, dict[str, Any]]] = {
     "plain": (PLAIN, 48, torch.float32, {}),
     "all settings": (ALL, 32, torch.float64, {"weighted": True}),
-    "evaluation": (POSITIVE, 16, torch.float32, {"training": False}),
+    "evaluation": (POSITIVE, 48, torch.float32, {"training": False}),
     "quality, odd rows": (POSITIVE, 37, torch.float32, {"quality": True, "weighted": True}),
 }
 MORE_PASSES: dict[str, tuple[Settings, int, torch.dtype, dict[str, Any]]] = {
@@ -56,7 +57,7 @@ MORE_PASSES: dict[str, tuple[Settings, int, torch.dtype, dict[str, Any]]] = {
     "missing is NaN": (Settings(ignore_index=float("nan"), fused=True), 32, torch.float32, {}),
     "a callable reduction": (Settings(global_reduction="norm", fused=True), 32, torch.float32, {"global_batch": True}),
     "a maximum": (Settings(global_reduction="max", fused=True), 31, torch.float32, {}),
-    "evaluation of the quality": (PLAIN, 16, torch.float32, {"training": False, "quality": True}),
+    "evaluation of the quality": (PLAIN, 37, torch.float32, {"training": False, "quality": True}),
     "quality of a plain loss": (
         PLAIN,
         31,

@@ -20,7 +20,7 @@ __all__ = ["AOT_EAGER", "FEWEST_ROWS", "by_inductor", "inductor", "use"]
 
 AOT_EAGER, INDUCTOR = "aot_eager", "inductor"
 
-# Tests have small batches, which a compiled pass takes as well.
+# Tests have small batches, which would not be compiled.
 FEWEST_ROWS, row_pass._FEWEST_ROWS = row_pass._FEWEST_ROWS, 2
 
 

@@ -176,7 +176,7 @@ class KeptMetric(Metric):
             self._restarts += 1
 
     def _put(self, totals: Tensor) -> None:
-        """Take other sums as the state, in the memory that a captured CUDA graph adds to."""
+        """Replace the sums; in place where a captured CUDA graph adds to them."""
         if is_captured(self.totals) and totals.device == self.totals.device:
             self.totals.copy_(totals)
         else:

@@ -147,7 +147,8 @@ class RankingQuality(TaskMetric):
         self, logits: TaskTensors, labels: TaskTensors, weights: TaskTensors | None = None
     ) -> Sequence[Tensor | float]:
         batch = align(logits, labels, weights, self.tasks, BinaryCrossEntropy(), self.ignore_index)
-        return sum_quality(batch.logits, batch.labels, batch.weights, *batch.logits.shape)
+        rows, tasks = batch.logits.shape
+        return sum_quality(batch.logits, batch.labels, batch.weights, rows, tasks)
 
     def _results(self, sums: Tensor) -> Sequence[Tensor]:
         loss_sum, weight, positives, predicted = sums

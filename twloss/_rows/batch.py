@@ -55,7 +55,7 @@ def align(  # noqa: PLR0917 (a batch and its columns)
         has_other_tasks: whether mappings may have other tasks as well.
     """
     valid = None
-    # These are no mapping; all else is looked at.
+    # isinstance(…, Mapping) is slow: plain tensors, the usual case, are not asked.
     is_plain = type(logits) is type(labels) is Tensor and (weights is None or type(weights) is Tensor)
     if not is_plain and tasks is not None and any(isinstance(each, Mapping) for each in (logits, labels, weights)):
         logits, labels, weights, valid = stack_inputs(

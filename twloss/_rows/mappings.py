@@ -54,7 +54,7 @@ def stack_inputs(
     columns = {name: [each[task] for task in tasks] for name, each in inputs.items() if isinstance(each, Mapping)}
     is_ragged = False
     if has_classes or not _are_alike(columns):
-        dimensions = {"logits": has_classes, "labels": False if has_classes else has_classes, "weights": False}
+        dimensions = {"logits": has_classes, "labels": None if has_classes is None else False, "weights": False}
         columns = {name: _columns(name, each, tasks, dimensions[name]) for name, each in columns.items()}
         is_ragged = _is_ragged(inputs, columns, tasks)
     for name, each in columns.items():
@@ -139,7 +139,7 @@ def _are_valid(
 
 
 def _are_alike(columns: Mapping[str, list[Tensor]]) -> bool:
-    """Whether all are dense ``(rows,)``, those of a mapping of one dtype and device: the usual case, seen quickly."""
+    """Whether all columns are dense ``(rows,)``, and those of a mapping share a dtype and device: the usual case."""
     shape = None
     for name, each in columns.items():
         dtype = device = None

@@ -30,11 +30,11 @@ from twloss._sums.sums import BatchSums, TaskSums
 from twloss._torch import is_batch_of_gradients, is_transformed, runs_compiled, tile, weigh, weigh_
 
 Inputs = tuple[Tensor, Tensor, Tensor | None, Tensor | None, Tensor | None, Tensor | None]
-"""Logits, labels, weights and valid ``(rows, tasks)``, the pos_weights and the task_weights ``(tasks,)``."""
+"""Logits, labels, weights, valid ``(rows, tasks)``; pos_weights ``(abreast · tasks,)``; task_weights ``(tasks,)``."""
 Run = Callable[..., tuple[BatchSums, Tensor | None]]
 QualitySums = tuple[Tensor, Tensor | float, Tensor, Tensor, int]
 
-# As many rows are seen as one, so that what is summed over rows has full vectors of columns, also of few tasks.
+# So many rows are seen as one, so that a sum over rows fills vectors even with few tasks.
 _MOST_ABREAST = 16
 _FEWEST_ROWS = 2 * _MOST_ABREAST  # to call compiled code for; a size of 1 would be compiled anew
 _MANY_ROWS = 16_384
@@ -94,15 +94,15 @@ def sum_batch(  # noqa: PLR0917 (a plan, a batch, and its tasks)
     if not (row_loss.has_closed_form and by_logits_alone):
         rows, batch = weigh_losses(row_loss, batch, pos_weights.like(logits), has_rows=has_rows, is_traced=is_traced)
         return _sum_differentiable(plan, rows, batch, global_weights, is_traced=is_traced)
-    run: Run
-    count, run, abreast = logits.shape[0], _run, 1
+    run: Run = _run
+    count, abreast = logits.shape[0], 1
     if plan.fused and count >= _FEWEST_ROWS and runs_compiled(logits):
         run, abreast = _run_compiled, _MOST_ABREAST
     elif torch.compiler.is_compiling():
         # The only guard on a number of rows: of 16, one row would be left, and a size of 1 is compiled as a constant.
         abreast = _MOST_ABREAST if count % (2 * _MOST_ABREAST) == 0 else 1
     elif count >= (_MANY_ROWS if pos_weights.numbers is None else _MANY_ROWS_WITH_VECTORS) and logits.is_contiguous():
-        # A sum of its own over what was abreast costs a small batch more than it saves, and so does a copy.
+        # For a small batch the second sum costs more than it saves. So does a copy of logits that are not contiguous.
         abreast = math.gcd(count, _MOST_ABREAST)
     inputs = (*batch, pos_weights.like(logits, repeats=abreast), global_weights)
     if torch.is_grad_enabled() and logits.requires_grad:
@@ -119,17 +119,21 @@ def sum_batch(  # noqa: PLR0917 (a plan, a batch, and its tasks)
 
 
 def _see(inputs: Inputs, tasks: int, abreast: int) -> Inputs:
-    """The inputs of ``_run`` with so many rows seen as one, the last one filled up.
+    """The inputs of ``_run`` with ``abreast`` rows seen as one, the last one filled up.
 
-    What fills it up is in no sum: a label of 0 that is predicted with certainty, of weight 0.
+    The filling adds 0 to each sum: a label of 0 that is predicted with certainty, of weight 0.
     """
-    missing, seen = -inputs[0].shape[0] % abreast, []
+    missing = -inputs[0].shape[0] % abreast
+    seen: list[Tensor | None] = []
     for each, filling in zip(inputs, (-math.inf, 0.0, 0.0, False)):
+        if each is None:
+            seen.append(None)
+            continue
         # Detached, since the compiler looks at the gradient of what a view is of, and would warn where that has none.
-        values = None if each is None else each.detach().contiguous()
-        if values is not None:
-            values = (F.pad(values, (0, 0, 0, missing), value=filling) if missing else values).view(-1, abreast * tasks)
-        seen.append(values)
+        values = each.detach().contiguous()
+        if missing:
+            values = F.pad(values, (0, 0, 0, missing), value=filling)
+        seen.append(values.view(-1, abreast * tasks))
     return *seen, *inputs[4:]  # type: ignore[return-value]
 
 
@@ -146,8 +150,9 @@ def _run(  # noqa: PLR0917 (the compiled one takes no keywords)
     pos_weight: Tensor | None,
     task_weights: Tensor | None,
 ) -> tuple[BatchSums, Tensor | None]:
-    """The pass over ``(rows / abreast, abreast · tasks)``, with no gradient of its own.
+    """The pass over rows ``(⌈rows / abreast⌉, abreast · tasks)``, with no gradient of its own.
 
+    ``rows`` is their number without what fills up the last ones.
     The compiled pass also returns the weighted slopes, its only output of the batch's size.
     """
     weight = _sum_weights(plan, weights, valid, rows, tasks)
@@ -349,7 +354,7 @@ def _gradient(ctx: Any, grad_losses: Tensor | None, grad_loss: Tensor | None) ->
         # With no second reference to it, the gradient of a leaf is this tensor and no copy.
         ctx.slopes = None
         if torch.compiler.is_compiling():
-            # A row of weight 0 gets 0 whatever comes back, which costs no kernel here.
+            # 0 where the slope is 0, as in a row of weight 0, whatever comes back: here it costs no kernel.
             gradient = (slopes * factor).where(slopes != 0, 0.0)
         else:
             gradient = slopes * factor if is_batch else slopes.mul_(factor)

@@ -12,6 +12,7 @@ extending the available precision").
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Sequence
 
 import torch
@@ -25,7 +26,8 @@ from twloss._torch import plain_tensors, split_last
 _MOST_PLACES = 1000
 _MARKS = 3  # rows that tell whether all ranks carry the same sums
 _TRACKER = ModuleTracker()
-# By address, since compiled code is captured too and knows no metric.
+# Addresses of states that a CUDA graph adds to. No flag of a metric, since compiled code, which knows none, is captured
+# too.
 _CAPTURED: set[int] = set()
 
 
@@ -222,7 +224,7 @@ def pack_update(sums: Sequence[Tensor | float], *, drops_non_finite: bool, rows:
     if drops_non_finite:
         finite = packed[: len(wide) + 1]  # what counts for the ring buffer stays
         for given, each in zip(sums, wide):
-            if isinstance(given, int):
+            if isinstance(given, int):  # a number of rows is finite
                 continue
             # NaN where it is not finite. torch's MPS backend takes an alpha of 0 for nothing to add.
             if each.is_mps:
@@ -252,7 +254,7 @@ def add_once(  # noqa: PLR0917 (an operator)
     if _TRACKER.is_bw:
         return
     if state.is_cuda and torch.cuda.is_current_stream_capturing():
-        _CAPTURED.add(state.data_ptr())
+        _note_capture(state)
     is_pair = state.dtype == torch.float32
     if places:
         _add_to_ring(state if is_pair else state.unsqueeze(0), packed, every, per, counter)
@@ -264,8 +266,16 @@ def add_once(  # noqa: PLR0917 (an operator)
 
 
 def is_captured(state: Tensor) -> bool:
-    """Whether a CUDA graph adds to a state's memory when it is replayed, or will, as it is being captured."""
+    """Whether a CUDA graph adds to a state's memory when it is replayed, or one is being captured."""
     return state.is_cuda and (state.data_ptr() in _CAPTURED or torch.cuda.is_current_stream_capturing())
+
+
+def _note_capture(state: Tensor) -> None:
+    """Note a state's address for as long as its memory is its own."""
+    address = state.data_ptr()
+    if address not in _CAPTURED:
+        _CAPTURED.add(address)
+        weakref.finalize(state.untyped_storage(), _CAPTURED.discard, address)
 
 
 def _value_of(state: Tensor) -> Tensor:
