@@ -11,11 +11,11 @@ import pytest
 import torch
 
 from examples.cuda_graph import main
+from tests.support.gpu import needs_a_gpu
 from twloss import GlobalLoss, MultiTaskLoss
 from twloss._sums import running_sums
 
 TASKS = ["a", "b"]
-needs_a_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="a CUDA graph needs a GPU")
 
 
 def reset(metric: GlobalLoss) -> None:

@@ -28,6 +28,7 @@ from tests.support import reference
 from tests.support.cases import Settings
 from tests.support.compiler import by_inductor
 from tests.support.definition import columns_of_batch, expect_the_definition
+from tests.support.gpu import needs_a_gpu
 from tests.support.metrics import weights_of
 from tests.support.patience import SECONDS
 from tests.support.quality_batches import Rows, expected, recent
@@ -171,10 +172,7 @@ def test_a_compiled_model_gives_the_losses_of_eager_and_the_quality_of_the_oracl
         torch.testing.assert_close(mine.grad, other.grad, rtol=1e-12, atol=1e-15)
 
 
-GPU = pytest.param("cuda", marks=pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU"))
-
-
-@pytest.mark.parametrize("device", ["cpu", GPU])
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=needs_a_gpu)])
 @pytest.mark.parametrize("rows", [64, 37])
 def test_gradients_of_a_compiled_loss_by_any_of_its_losses(device: str, rows: int) -> None:
     """Of rows that are seen sixteen abreast, where each task's factors are repeated, and of rows that are not."""

@@ -171,8 +171,8 @@ class KeptMetric(Metric):
         with LOCK, plain_tensors():
             totals = self.totals
             super().reset()
-            self.totals, zeros = totals, self.totals
-            self._put(zeros)
+            if is_captured(totals):
+                self.totals = totals.zero_()
             self._restarts += 1
 
     def _put(self, totals: Tensor) -> None:

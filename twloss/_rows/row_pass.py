@@ -319,8 +319,11 @@ class _ClosedForm(torch.autograd.Function):
         run, plan, row_loss, tasks, abreast = how
         seen = inputs if abreast == 1 else _see(inputs, tasks, abreast)
         sums, slopes = run(plan, row_loss, True, inputs[0].shape[0], tasks, *seen)
-        ctx.save_for_backward(*inputs)
-        ctx.how, ctx.weight, ctx.slopes, ctx.makes_slopes = how, sums.weight, slopes, slopes is not None
+        # The constants are the loss's own, which no one changes in place: nothing to save, nor to offload.
+        *batch, pos_weight, task_weights = inputs
+        ctx.save_for_backward(*batch)
+        ctx.how, ctx.constants, ctx.weight = how, (pos_weight, task_weights), sums.weight
+        ctx.slopes, ctx.makes_slopes = slopes, slopes is not None
         ctx.set_materialize_grads(False)
         return sums.losses, sums.loss, sums
 
@@ -331,9 +334,9 @@ class _ClosedForm(torch.autograd.Function):
 
 def _gradient(ctx: Any, grad_losses: Tensor | None, grad_loss: Tensor | None) -> Tensor | None:
     """The gradient by the logits ``(rows, tasks)`` from those by the tasks' losses ``(tasks,)`` and the global one."""
-    inputs = ctx.saved_tensors
     run, plan, row_loss, tasks, abreast = ctx.how
-    logits, labels, weights, valid, pos_weight, task_weights = inputs
+    logits, labels, weights, valid = ctx.saved_tensors
+    pos_weight, task_weights = ctx.constants
     grad = grad_losses
     if plan.reduction is not None and not (grad_losses is None and grad_loss is None):
         grad = plan.reduction.gradient(ctx.weight, task_weights, grad_losses, grad_loss, tasks)
@@ -347,6 +350,7 @@ def _gradient(ctx: Any, grad_losses: Tensor | None, grad_loss: Tensor | None) ->
     is_batch = is_batch_of_gradients(grad)
     factor = grad if grad.ndim == 0 else tile(grad, abreast)
     slopes = ctx.slopes
+    inputs: Inputs = (logits, labels, weights, valid, pos_weight, task_weights)
     seen = inputs if slopes is not None or abreast == 1 else _see(inputs, tasks, abreast)
     if ctx.makes_slopes:
         if slopes is None:
