@@ -19,7 +19,7 @@ from torch._dynamo.backends.registry import lookup_backend
 from benchmarks.paired import take_turns
 from benchmarks.rivals import PLAIN, plain
 from benchmarks.row import Row, at_most, counted, exactly, overhead, speedup
-from benchmarks.workload import OURS, Setting, Workload, make_loss, make_workload, step_of, tracked_step
+from benchmarks.workload import OURS, Setting, Workload, kind_of, make_loss, make_workload, step_of, tracked_step
 from twloss import MultiTaskLoss
 
 __all__ = ["compile_cost"]
@@ -52,7 +52,7 @@ def compile_cost(setting: Setting) -> Iterator[Row]:
         graphs = backend.graphs
         for _ in range(STEPS):
             step()
-        case = f"{work.size}, {'weights, pos_weights' if weighted else 'no weights'}, {name}"
+        case = f"{work.size}, {kind_of(weighted=weighted)}, {name}"
         yield counted(f"{case}, first step", "graphs", graphs, exactly(1))
         yield counted(f"{case}, {STEPS} more steps", "recompiles", backend.graphs - graphs, exactly(0))
         steps = {

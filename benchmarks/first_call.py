@@ -14,7 +14,7 @@ import tempfile
 from collections.abc import Iterator
 
 from benchmarks.row import Row, as_much, at_most, counted
-from benchmarks.workload import Setting
+from benchmarks.workload import Setting, kind_of
 
 __all__ = ["first_call"]
 
@@ -39,7 +39,7 @@ def first_call(setting: Setting) -> Iterator[Row]:
         with tempfile.TemporaryDirectory() as directory:
             code = CODE.format(device=str(setting.device), weighted=weighted)
             seconds = [_seconds(code, directory) for _ in range(2)]
-        kind = "weights, pos_weights" if weighted else "no weights"
+        kind = kind_of(weighted=weighted)
         for (name, goal), each in zip(SECONDS.items(), seconds):
             yield counted(f"{name}, {kind}", "s", each, goal, timed=True)
         first, second = seconds

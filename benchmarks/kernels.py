@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from benchmarks import rivals
 from benchmarks.counts import count_kernels, count_launches
 from benchmarks.row import Row, at_most, counted, exactly
-from benchmarks.workload import Setting, make_workload, tracked_step
+from benchmarks.workload import Setting, kind_of, make_workload, tracked_step
 
 __all__ = ["kernels"]
 
@@ -25,7 +25,7 @@ def kernels(setting: Setting) -> Iterator[Row]:
     for weighted in (True, False):
         batches = {tasks: make_workload(ROWS, tasks, setting.device, weighted=weighted) for tasks in TASKS}
         ours = {tasks: count_kernels(tracked_step(work)) for tasks, work in batches.items()}
-        kind = "weights, pos_weights" if weighted else "no weights"
+        kind = kind_of(weighted=weighted)
         for tasks, work in batches.items():
             loop = count_kernels(rivals.loop(work))
             yield counted(_case(tasks, kind), "kernels", ours[tasks], GOALS[weighted], rival=rivals.LOOP, theirs=loop)

@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from benchmarks.paired import take_turns
 from benchmarks.rivals import copy_of_the_bytes, exp_and_log1p
 from benchmarks.row import Row, at_most, overhead
-from benchmarks.workload import FUSED, OURS, Setting, make_workload, tracked_forward
+from benchmarks.workload import FUSED, OURS, Setting, kind_of, make_workload, tracked_forward
 
 __all__ = ["limit"]
 
@@ -29,7 +29,7 @@ def limit(setting: Setting) -> Iterator[Row]:
             ours = {OURS: tracked_forward(work), FUSED: tracked_forward(work, fused=True)}
             floors = {TRANSCENDENTALS: exp_and_log1p(work), BYTES: copy_of_the_bytes(work)}
             timings = take_turns({**ours, **floors}, setting.device, setting.effort)
-            case = f"{work.size}, {'weights, pos_weights' if weighted else 'no weights'}"
+            case = f"{work.size}, {kind_of(weighted=weighted)}"
             for floor in floors:
                 yield overhead(case, timings, OURS, floor)
             yield overhead(

@@ -38,7 +38,7 @@ def log_every_step(setting: Setting) -> Iterator[Row]:
     for world_size in (2,) if setting.quick else (2, 4):
         logs, steps = run_on_ranks(world_size, _measure, 2 if setting.quick else 40)[0]
         case = f"{world_size} ranks"
-        yield overhead(f"{case}, log of a step", logs, ASYNC, COMPUTE, at_most(0.3))
+        yield overhead(f"{case}, log of a step", logs, ASYNC, COMPUTE, at_most(1 / 5))
         yield overhead(f"{case}, log of a step", logs, ASYNC, DETACHED)
         for name in (ASYNC, COMPUTE, DETACHED):
             yield overhead(f"{case}, whole step with {name}", steps, name, NONE)

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from benchmarks import rivals
 from benchmarks.counts import peak_bytes
 from benchmarks.row import Row, as_much, at_most
-from benchmarks.workload import Setting, make_workload, tracked_step
+from benchmarks.workload import Setting, kind_of, make_workload, tracked_step
 
 __all__ = ["memory"]
 
@@ -21,7 +21,7 @@ def memory(setting: Setting) -> Iterator[Row]:
     for weighted in (True, False):
         for rows, tasks in SIZES:
             work = make_workload(rows, tasks, setting.device, weighted=weighted)
-            case = f"{work.size}, {'weights, pos_weights' if weighted else 'no weights'}"
+            case = f"{work.size}, {kind_of(weighted=weighted)}"
             steps = (tracked_step(work), tracked_step(work, fused=True), rivals.plain(work), rivals.loop(work))
             ours, fused, plain, loop = (peak_bytes(step, setting.device) / 2**20 for step in steps)
             yield as_much(case, "MiB", ours, rival=rivals.PLAIN, theirs=plain)

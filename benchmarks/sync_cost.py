@@ -42,7 +42,7 @@ def sync_cost(setting: Setting) -> Iterator[Row]:
             counts = collectives[ours], collectives[rival]
             yield counted(case, "collectives", counts[0], exactly(1), rival=rival, theirs=counts[1])
             headline = HEADLINES.get((world_size, tasks), "")
-            yield speedup(case, timings, ours, rival, at_least(12) if tasks == 10 else None, headline=headline)
+            yield speedup(case, timings, ours, rival, at_least(15) if tasks == 10 else None, headline=headline)
         few, many = (_name(OURS, tasks) for tasks in TASKS)
         yield overhead(f"{world_size} ranks, 100 tasks", flat, many, few, FLAT)
 

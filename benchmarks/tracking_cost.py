@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from benchmarks.paired import take_turns
 from benchmarks.rivals import PLAIN, plain
 from benchmarks.row import Row, at_most, overhead
-from benchmarks.workload import FUSED, OURS, Setting, make_workload, tracked_step
+from benchmarks.workload import FUSED, OURS, Setting, kind_of, make_workload, tracked_step
 
 __all__ = ["tracking_cost"]
 
@@ -17,8 +17,8 @@ GOALS = {
     (4096, False): (at_most(2.7), at_most(2.0)),
     (4096, True): (at_most(2.5), at_most(1.5)),
     (4097, False): (None, at_most(2.6)),
-    (65536, False): (at_most(1.75), at_most(0.72)),
-    (65536, True): (at_most(1.4), at_most(0.65)),
+    (65536, False): (at_most(1.75), at_most(0.7)),
+    (65536, True): (at_most(1.4), at_most(0.6)),
 }
 """Of the eager step and of the fused one, by rows and whether there are weights and pos_weights."""
 HEADLINES = {
@@ -35,7 +35,7 @@ def tracking_cost(setting: Setting) -> Iterator[Row]:
             work = make_workload(rows, tasks, setting.device, weighted=weighted)
             steps = {OURS: tracked_step(work), FUSED: tracked_step(work, fused=True), PLAIN: plain(work)}
             timings = take_turns(steps, setting.device, setting.effort)
-            case = f"{work.size}, {'weights, pos_weights' if weighted else 'no weights'}"
+            case = f"{work.size}, {kind_of(weighted=weighted)}"
             eager, fused = ("", "") if weighted else HEADLINES.get(rows, ("", ""))
             goal, goal_of_fused = GOALS.get((rows, weighted), (None, None))
             yield overhead(case, timings, OURS, PLAIN, goal, headline=eager)

@@ -21,6 +21,7 @@ __all__ = [
     "OURS",
     "Setting",
     "Workload",
+    "kind_of",
     "make_loss",
     "make_workload",
     "step_of",
@@ -74,6 +75,11 @@ def make_workload(rows: int, tasks: int, device: torch.device, *, weighted: bool
         return Workload(logits, labels, None, None)
     weights = torch.rand(rows, tasks, generator=generator).to(device)
     return Workload(logits, labels, weights, torch.linspace(1.0, 5.0, tasks, device=device))
+
+
+def kind_of(*, weighted: bool) -> str:
+    """The kind of a workload, as a table shows it."""
+    return "weights, pos_weights" if weighted else "no weights"
 
 
 def make_loss(work: Workload, *, quality: bool = False, fused: bool = False) -> MultiTaskLoss:
