@@ -297,8 +297,8 @@ class Loss(_TaskLosses):
         """The loss of a batch.
 
         Args:
-            logits: the labels' shape, or ``(rows, classes)`` for CROSS_ENTROPY.
-            labels: any shape, in [0, 1]; class indices ``(rows,)`` for CROSS_ENTROPY.
+            logits: the labels' shape, or ``(…, classes)`` for CROSS_ENTROPY.
+            labels: any shape, in [0, 1]; class indices for CROSS_ENTROPY.
             weights: broadcastable to the labels' shape; None: 1.
             normalizer: 0-dim; as for ``MultiTaskLoss``.
 
@@ -328,9 +328,10 @@ class MultiTaskLoss(_TaskLosses):
 
     Args:
         loss_type: a ``LossType``, its name, or a callable ``(logits, labels) -> loss``, which gets logits and labels
-            ``(rows, tasks, …)`` of any further dimensions and returns the loss of each row, ``(rows, tasks)``. Also a
-            mapping task -> one of these; tasks with the same one are computed in one call. A module is trained with the
-            loss, as its submodule.
+            ``(rows, tasks, …)`` of any further dimensions and returns the loss of each row, ``(rows, tasks)``. One
+            whose rows depend on each other needs a parameter ``valid``, the mask of the rows that count. Also a mapping
+            task -> one of these; tasks with the same one are computed in one call. A module is trained with the loss,
+            as its submodule.
         tasks: the tasks' names, in the order of the columns.
         task_loss_reduction: "mean" or "sum", over rows.
         global_reduction: "mean", "sum", "min", "max", "median", or a callable ``(tasks,) -> 0-dim``, which may be a

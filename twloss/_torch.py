@@ -157,6 +157,15 @@ def weigh_(values: Tensor, weights: Tensor | None) -> Tensor:
     return values
 
 
+def mask(values: Tensor, weights: Tensor, *, in_place: bool = False) -> Tensor:
+    """The values, and exactly 0 where the weight is 0, by the selection of ``weigh``; not for a compiler."""
+    if in_place:
+        torch.ops.aten.threshold_backward.grad_input(values, weights.abs(), 0.0, grad_input=values)
+        return values
+    masked: Tensor = torch.ops.aten.threshold_backward(values, weights.abs(), 0.0)
+    return masked
+
+
 def tile(values: Tensor, repeats: int) -> Tensor:
     """Values ``(tasks,)`` so many times over.
 

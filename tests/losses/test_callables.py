@@ -420,3 +420,64 @@ def test_the_mask_reaches_a_callable_in_a_compiled_loss(new_compiler: None) -> N
     losses = loss(*batch(-1.0))
     for t, task in enumerate(TASKS):
         assert losses[f"loss/{task}"].item() == pytest.approx(listwise_oracle(-1.0, True, t)[0], rel=1e-12)
+
+
+def all_rows(logits: Tensor, labels: Tensor, valid: Tensor) -> Tensor:
+    """Listwise, over rows that do not count too: the callable's own choice."""
+    return coupled(logits, labels)
+
+
+def coupled_slopes(weights: list[float], logits: list[float]) -> list[float]:
+    """The derivative of -Σ w·log softmax(x) at the first row alone, whose label is 1, by each logit."""
+    total = math.fsum(map(math.exp, logits))
+    return [weights[0] * (math.exp(x) / total - (n == 0)) for n, x in enumerate(logits)]
+
+
+def loss_of(loss: Any, logits: Tensor, labels: Tensor, weights: Tensor) -> Tensor:
+    if isinstance(loss, Loss):
+        result: Tensor = loss(logits, labels, weights)
+        return result
+    return loss(logits[:, None], labels[:, None], weights[:, None])["loss"]  # type: ignore[no-any-return]
+
+
+@pytest.mark.parametrize("compiled", [False, True])
+@pytest.mark.parametrize("learned", [False, True], ids=["weights", "learned weights"])
+@pytest.mark.parametrize("small", [0.0, 1e-12, 1e-3])
+@pytest.mark.parametrize("loss", [Loss(all_rows), MultiTaskLoss(all_rows, ["a"])], ids=["one", "several"])
+def test_a_callable_that_takes_the_mask_has_the_gradient_of_the_loss_it_returns(
+    loss: Any, small: float, learned: bool, compiled: bool, new_compiler: None
+) -> None:
+    """Rows of weight 0 included: it does not jump where a weight becomes 0."""
+    rows = [1.0, 2.0, 0.0]
+    logits = tensor(rows).requires_grad_()
+    weights = tensor([1.0, small, small]).requires_grad_(learned)
+    function = torch.compile(loss_of, fullgraph=True, backend="aot_eager") if compiled else loss_of
+    result = function(loss, logits, tensor([1.0, 0.0, 0.0]), weights)
+    (found,) = torch.autograd.grad(result, logits)
+    expected = [slope / 3 for slope in coupled_slopes([1.0, small, small], rows)]
+    assert found.tolist() == pytest.approx(expected, rel=1e-12)
+
+
+def test_its_gradient_of_gradients_does_not_jump_either() -> None:
+    """The derivative of softmax(x)[1] by x[1], at a row of weight 0."""
+    rows = [1.0, 2.0, 0.0]
+    logits, labels = tensor(rows).requires_grad_(), tensor([1.0, 0.0, 0.0])
+    (slope,) = torch.autograd.grad(Loss(all_rows)(logits, labels, 3 * labels), logits, create_graph=True)
+    share = math.exp(2.0) / math.fsum(map(math.exp, rows))
+    assert torch.autograd.grad(slope[1], logits)[0][1].item() == pytest.approx(share * (1 - share), rel=1e-12)
+
+
+@pytest.mark.parametrize("compiled", [False, True])
+@pytest.mark.parametrize("learned", [False, True], ids=["weights", "learned weights"])
+def test_of_its_gradient_only_what_is_not_finite_is_0_where_a_row_does_not_count(
+    learned: bool, compiled: bool, new_compiler: None
+) -> None:
+    def steep(logits: Tensor, labels: Tensor, valid: Tensor) -> Tensor:
+        return (logits - labels).abs().sqrt() + 0.0 * logits.sum(0)
+
+    logits = tensor([[4.0], [3.0], [1.0]]).requires_grad_()
+    labels, weights = tensor([[0.0], [3.0], [0.0]]), tensor([[1.0], [0.0], [1.0]]).requires_grad_(learned)
+    loss = MultiTaskLoss(steep, ["a"])
+    function = torch.compile(loss, fullgraph=True, backend="aot_eager") if compiled else loss
+    (found,) = torch.autograd.grad(function(logits, labels, weights)["loss"], logits)
+    assert found[:, 0].tolist() == pytest.approx([0.25 / 3, 0.0, 0.5 / 3], rel=1e-12)

@@ -156,6 +156,37 @@ def test_one_task_cross_entropy() -> None:
     assert_close(torch.autograd.grad(loss, logits)[0], torch.autograd.grad(expected, logits)[0], 1e-12)
 
 
+@pytest.mark.parametrize("shape", [(), (ROWS,), (ROWS, 1), (3, 5), (2, 3, 4)])
+@pytest.mark.parametrize("missing", [None, -100])
+@pytest.mark.parametrize("mean_over", ["rows", "weights"])
+def test_one_task_of_classes_takes_any_shape_before_them(shape: tuple[int, ...], missing: Any, mean_over: Any) -> None:
+    """A language model's positions, say."""
+    logits = torch.randn(*shape, 5, dtype=torch.float64, requires_grad=True)
+    labels = torch.randint(0, 5, shape)
+    if missing is not None and shape:
+        labels[..., 0] = missing
+    weights = torch.rand(shape[-1:] or (), dtype=torch.float64)
+    counted = 0.0
+    terms = []
+    for place in itertools.product(*map(range, shape)):
+        if (label := int(labels[place])) != missing:
+            weight = weights[place[-1:]].item()
+            counted += 1 if mean_over == "rows" else weight
+            terms.append(weight * (logits[place].logsumexp(0) - logits[place][label]))
+    if not terms:
+        return
+    expected = torch.stack(terms).sum() / counted
+    loss = Loss("cross_entropy", mean_over=mean_over, ignore_index=missing)(logits, labels, weights)
+    assert_close(loss, expected, 1e-12)
+    assert_close(torch.autograd.grad(loss, logits)[0], torch.autograd.grad(expected, logits)[0], 1e-12)
+
+
+def test_classes_that_are_not_the_last_dimension_are_refused() -> None:
+    """As torch's own cross_entropy takes them."""
+    with pytest.raises(ValueError, match=r"logits: got shape \(4, 5, 3\) with labels \(4, 3\), expected .* classes"):
+        Loss("cross_entropy")(torch.zeros(4, 5, 3), torch.zeros(4, 3, dtype=torch.int64))
+
+
 def squared_error(logits: Tensor, labels: Tensor) -> Tensor:
     """A loss that the package does not know."""
     return F.mse_loss(logits, labels, reduction="none")
@@ -266,6 +297,39 @@ def test_tiny_and_negative_weights_count() -> None:
     weights = torch.tensor([[1e-310], [-1.0], [2.0]], dtype=torch.float64)
     result = MultiTaskLoss("bce_with_logits", ["like"], pos_weights=1)(logits, torch.ones(3, 1), weights)["loss"]
     assert result.item() == pytest.approx(weights.sum().item() * reference.softplus(0.0) / 3, rel=1e-15)
+
+
+@pytest.mark.parametrize("mean_over", ["rows", "weights"])
+@pytest.mark.parametrize(("weight", "rounded"), [(1e39, 3.4028234663852886e38), (-1e39, -3.4028234663852886e38)])
+def test_a_finite_weight_that_float32_does_not_hold_is_the_largest_it_holds(
+    weight: float, rounded: float, mean_over: Any
+) -> None:
+    logits = torch.zeros(2, requires_grad=True)
+    loss = Loss("bce_with_logits", mean_over=mean_over)
+    result = loss(logits, torch.ones(2), torch.tensor([weight, 1.0], dtype=torch.float64))
+    result.backward()
+    divisor = 2.0 if mean_over == "rows" else rounded
+    assert result.item() == pytest.approx(math.log(2) * rounded / divisor, rel=1e-6)
+    assert loss.train_metric.compute()["loss"].item() == pytest.approx(math.log(2) * rounded / divisor, rel=1e-6)
+    assert logits.grad is not None
+    assert logits.grad[0].item() == pytest.approx(-0.5 * rounded / divisor, rel=1e-6)
+
+
+@pytest.mark.parametrize("weight", [math.inf, math.nan])
+def test_a_weight_that_is_not_finite_stays_visible(weight: float) -> None:
+    loss = Loss("bce_with_logits")
+    weights = torch.tensor([weight, 1.0], dtype=torch.float64)
+    assert not loss(torch.zeros(2), torch.ones(2), weights).isfinite()
+
+
+@pytest.mark.parametrize("weight", [2**24 + 1, 1e39, 1e-46])
+def test_of_float64_logits_weights_are_not_rounded(weight: float) -> None:
+    logits = torch.zeros(2, dtype=torch.float64, requires_grad=True)
+    result = Loss("bce_with_logits")(logits, torch.ones(2), torch.tensor([weight, 0.0], dtype=torch.float64))
+    result.backward()
+    assert result.item() == pytest.approx(math.log(2) * weight / 2, rel=1e-12)
+    assert logits.grad is not None
+    assert logits.grad[0].item() == pytest.approx(-weight / 4, rel=1e-12)
 
 
 @pytest.mark.parametrize("loss_type", ["cross_entropy", squared_error])

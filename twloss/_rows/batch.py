@@ -48,7 +48,8 @@ def align(  # noqa: PLR0917 (a batch and its columns)
             a mapping task -> ``(rows,)``, ``(rows, 1)`` or ``(rows, …)``, as for the others; each task may have rows
             of its own, which all three then are mappings of.
         labels: ``(rows, tasks)``, any real dtype; of one task any shape; for a callable also ``(rows, tasks, …)``.
-        weights: ``(rows, tasks)``, ``(rows, 1)`` or ``(rows,)``; of one task what broadcasts to its rows.
+        weights: ``(rows, tasks)``, ``(rows, 1)`` or ``(rows,)``; of one task what broadcasts to its rows. They are
+            rounded to the dtype of the logits, float32 at least.
         tasks: the names of the columns; None: one task, and no mappings.
         row_loss: the loss that will be computed.
         ignore_index: the label that says "missing"; NaN is allowed.
@@ -78,7 +79,9 @@ def align(  # noqa: PLR0917 (a batch and its columns)
     if ignore_index is not None and valid is None:
         valid = is_valid(labels, tasks, ignore_index)
     logits, labels = logits.to(dtype), labels.to(dtype if label_dtype.is_floating_point else label_dtype)
-    batch = Batch(logits, labels, None if weights is None else weights.to(dtype), valid)
+    if weights is not None and weights.dtype != dtype:
+        weights = round_weights(weights, dtype)
+    batch = Batch(logits, labels, weights, valid)
     if tasks is not None:
         is_aligned = valid is None and (weights is None or weights.shape == labels.shape[:2])
         return batch if is_aligned else align_rows(batch, labels.shape[:2], by_row=True)
@@ -107,6 +110,14 @@ def align_rows(batch: Batch, shape: torch.Size, *, by_row: bool) -> Batch:
     if not by_row:
         weights, valid = (None if each is None else each.reshape(-1, 1) for each in (weights, valid))
     return Batch(logits, labels, weights, valid)
+
+
+def round_weights(weights: Tensor, dtype: torch.dtype) -> Tensor:
+    """Weights in the dtype of the computation; a finite one stays finite, as the largest number that the dtype has."""
+    if weights.dtype == torch.float64:
+        most = torch.finfo(dtype).max
+        weights = weights.clamp(-most, most).where(weights.isfinite(), weights)
+    return weights.to(dtype)
 
 
 def _check_tensors(logits: Any, labels: Any, weights: Any) -> tuple[Tensor, Tensor, Tensor | None]:

@@ -14,7 +14,44 @@ from torch import Tensor
 from twloss._rows.batch import Batch, align_rows, expand_weights
 from twloss._rows.mappings import all_valid
 from twloss._rows.row_loss import RowLoss
-from twloss._torch import weigh
+from twloss._torch import mask, weigh
+
+
+def sum_losses(
+    row_loss: RowLoss, batch: Batch, pos_weight: Tensor | None, *, has_rows: bool, is_traced: bool
+) -> tuple[Tensor, Tensor, Batch]:
+    """``weigh_losses`` with its sum over the rows, by which no task that adds nothing to the loss has a gradient.
+
+    A task's factor in the loss may be 0, as its task_weight may; of a loss that is not finite autograd would then make
+    NaN. In the backward pass a factor comes back to the sums before the gradient reaches the logits, which is masked
+    by it there. Compiled code has no hooks for that.
+
+    Returns:
+        Weight times loss ``(rows, tasks)``, its sum ``(tasks,)``, and the batch as ``weigh_losses`` returns it.
+    """
+    logits = batch.logits
+    is_isolated = has_rows and not (is_traced or torch.compiler.is_compiling()) and logits.requires_grad
+    factor: list[Tensor] = []
+
+    # autograd gives None for a gradient that is not defined.
+    def note(grad: Tensor | None) -> None:
+        factor[:] = [] if grad is None else [grad.detach()]
+
+    def mask_noted(grad: Tensor | None) -> Tensor | None:
+        if grad is None or not factor or not len(grad):
+            return grad
+        return mask_by_factor(grad, _like(factor[0], grad[0]))
+
+    if is_isolated:
+        logits = logits.view_as(logits)
+        logits.register_hook(mask_noted)
+    rows, batch = weigh_losses(
+        row_loss, batch._replace(logits=logits), pos_weight, has_rows=has_rows, is_traced=is_traced
+    )
+    total = rows.sum(0)
+    if is_isolated and total.requires_grad:
+        total.register_hook(note)
+    return rows, total, batch
 
 
 def weigh_losses(
@@ -81,6 +118,16 @@ def weigh_losses(
     return weigh(loss, weights), batch
 
 
+def mask_by_factor(gradient: Tensor, factor: Tensor) -> Tensor:
+    """The gradient by logits, and exactly 0 where the factor of the loss is 0.
+
+    Where it is differentiated further, only what is not finite: its derivative by a factor of 0 is the slope.
+    """
+    if torch.is_grad_enabled():
+        return gradient.where((factor != 0) | gradient.isfinite(), 0.0)
+    return mask(gradient, factor)
+
+
 class _Rows:
     """The shape of the rows, a prefix of the labels' shape. A callable's result may correct it."""
 
@@ -107,6 +154,9 @@ class _Rows:
     ) -> Tensor:
         """The values, whose gradient is exactly 0 where a row does not count, whatever comes back to it.
 
+        A callable that takes ``valid`` masks by itself, and its rows may be coupled: its gradient is that of the loss
+        that it returns, and only what is not finite is made 0.
+
         Args:
             values: the logits or the labels.
             counted: as ``counted`` returns it.
@@ -118,8 +168,11 @@ class _Rows:
         if not values.is_floating_point() or not (is_late or values.requires_grad):
             return values
         if is_late and not torch.compiler.is_compiling():
-            inputs = values, weights, valid, self, row_loss.is_row_by_row
+            keeps_finite = row_loss.is_row_by_row or row_loss.takes_valid
+            inputs = values, weights, valid, self, keeps_finite
             return _MaskedGradient.apply(*inputs)  # type: ignore[no-untyped-call, no-any-return]
+        if row_loss.takes_valid:
+            return _FiniteGradient.apply(values, _like(counted, values))  # type: ignore[no-untyped-call, no-any-return]
         return values.where(_like(counted, values), values.detach())
 
 
@@ -153,12 +206,26 @@ def _like(counted: Tensor, values: Tensor) -> Tensor:
     return counted.view((*counted.shape, *(1,) * (values.ndim - counted.ndim)))
 
 
+class _FiniteGradient(torch.autograd.Function):
+    """The values, whose gradient is 0 where it is not finite and a row does not count."""
+
+    @staticmethod
+    def forward(ctx: Any, values: Tensor, counted: Tensor) -> Tensor:
+        ctx.save_for_backward(counted)
+        return values.clone()
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+        (counted,) = ctx.saved_tensors
+        return grad.where(counted | grad.isfinite(), 0.0), None
+
+
 class _MaskedGradient(torch.autograd.Function):
     """The values, whose gradient is exactly 0 where a row does not count, but not its derivative.
 
     The gradient by a logit is w·l'(x): 0 at w = 0, with the derivative l'(x) by w, from which weights that start at 0
-    are learned. Where rows are independent, only non-finite values are masked. Otherwise the value is masked and the
-    derivative kept.
+    are learned. Where rows are independent, or a callable masks by itself, only non-finite values are masked. Otherwise
+    the value is masked and the derivative kept.
     """
 
     generate_vmap_rule = True
@@ -171,7 +238,7 @@ class _MaskedGradient(torch.autograd.Function):
     def setup_context(ctx: Any, inputs: tuple[Tensor, Tensor | None, Tensor | None, _Rows, bool], _: Tensor) -> None:
         ctx.save_for_backward(*inputs[1:3])
         ctx.save_for_forward(*inputs[1:3])
-        ctx.rows, ctx.is_row_by_row = inputs[3:]
+        ctx.rows, ctx.keeps_finite = inputs[3:]
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None, None, None]:
@@ -185,7 +252,7 @@ class _MaskedGradient(torch.autograd.Function):
     def _mask(ctx: Any, grad: Tensor) -> Tensor:
         counted = _like(ctx.rows.counted(*ctx.saved_tensors), grad)
         masked = grad
-        if not ctx.is_row_by_row:
+        if not ctx.keeps_finite:
             with torch.no_grad():
                 value = grad * 1.0  # detach() can't be batched by is_grads_batched
             masked = grad - value

@@ -152,11 +152,8 @@ class CrossEntropy(RowLoss):
 
     def check(self, logits: Tensor, labels: Tensor, tasks: int | None) -> torch.dtype:
         """The dtype of class indices, int64."""
-        if tasks is None and labels.ndim != 1:
-            # torch's own (rows, classes, positions) would be taken for (rows, positions, classes).
-            raise _wrong_shapes(logits, labels, "(rows, classes) with labels (rows,)")
         _check_columns(labels, tasks)
-        if logits.ndim < 2 or labels.shape != logits.shape[:-1]:
+        if logits.ndim < 1 or labels.shape != logits.shape[:-1]:
             raise _wrong_shapes(logits, labels, "the labels' shape and a last dimension of classes")
         if logits.shape[-1] == 0:
             raise ValueError(f"logits: got shape {tuple(logits.shape)}, expected at least one class")

@@ -22,12 +22,12 @@ from twloss._constants import TaskConstants
 from twloss._precision import SUM_DTYPES
 from twloss._rows.batch import Batch
 from twloss._rows.binary_cross_entropy import fused_bce, values_of_bce
-from twloss._rows.differentiable import weigh_losses
+from twloss._rows.differentiable import mask_by_factor, sum_losses, weigh_losses
 from twloss._rows.row_loss import RowLoss
 from twloss._sums.reduction import Reduction
 from twloss._sums.running_sums import pack_update
 from twloss._sums.sums import BatchSums, TaskSums
-from twloss._torch import is_batch_of_gradients, is_transformed, runs_compiled, tile, weigh, weigh_
+from twloss._torch import is_batch_of_gradients, is_transformed, mask, runs_compiled, tile, weigh, weigh_
 
 Inputs = tuple[Tensor, Tensor, Tensor | None, Tensor | None, Tensor | None, Tensor | None]
 """Logits, labels, weights, valid ``(rows, tasks)``; pos_weights ``(abreast · tasks,)``; task_weights ``(tasks,)``."""
@@ -92,8 +92,9 @@ def sum_batch(  # noqa: PLR0917 (a plan, a batch, and its tasks)
     global_weights = None if plan.reduction is None else task_weights.like(logits)
     by_logits_alone = not (is_traced or labels.requires_grad or (weights is not None and weights.requires_grad))
     if not (row_loss.has_closed_form and by_logits_alone):
-        rows, batch = weigh_losses(row_loss, batch, pos_weights.like(logits), has_rows=has_rows, is_traced=is_traced)
-        return _sum_differentiable(plan, rows, batch, global_weights, is_traced=is_traced)
+        factors = pos_weights.like(logits)
+        rows, total, batch = sum_losses(row_loss, batch, factors, has_rows=has_rows, is_traced=is_traced)
+        return _sum_differentiable(plan, rows, total, batch, global_weights, is_traced=is_traced)
     run: Run = _run
     count, abreast = logits.shape[0], 1
     if plan.fused and count >= _FEWEST_ROWS and runs_compiled(logits):
@@ -173,16 +174,16 @@ def _run(  # noqa: PLR0917 (the compiled one takes no keywords)
 
 
 def _sum_differentiable(
-    plan: Plan, rows: Tensor, batch: Batch, task_weights: Tensor | None, *, is_traced: bool
+    plan: Plan, rows: Tensor, total: Tensor, batch: Batch, task_weights: Tensor | None, *, is_traced: bool
 ) -> BatchSums:
-    """The sums of weighted rows ``(rows, tasks)``, with the gradient that autograd computes."""
+    """The sums of weighted rows ``(rows, tasks)``, of which ``total`` has the gradient that autograd computes."""
     count, tasks = rows.shape
     weight = _sum_weights(plan, batch.weights, batch.valid, count, tasks)
     loss_sum = None if is_traced else sum_rows(rows.detach(), tasks)
     quality = None
     if plan.quality and loss_sum is not None:
         quality = sum_quality(batch.logits, batch.labels, batch.weights, count, tasks)
-    return _reduce(plan, TaskSums(rows.sum(0), weight), loss_sum, quality, task_weights, rows.dtype)
+    return _reduce(plan, TaskSums(total, weight), loss_sum, quality, task_weights, rows.dtype)
 
 
 def _reduce(  # noqa: PLR0917
@@ -346,26 +347,35 @@ def _gradient(ctx: Any, grad_losses: Tensor | None, grad_loss: Tensor | None) ->
         pos_weight = None if pos_weight is None else pos_weight[:tasks]
         losses, _ = weigh_losses(row_loss, Batch(logits, labels, weights, valid), pos_weight)
         gradient: Tensor = torch.autograd.grad(losses, logits, grad.expand_as(losses), create_graph=True)[0]
-        return gradient
-    is_batch = is_batch_of_gradients(grad)
+        return gradient if grad.ndim == 0 else mask_by_factor(gradient, grad)
     factor = grad if grad.ndim == 0 else tile(grad, abreast)
     slopes = ctx.slopes
     inputs: Inputs = (logits, labels, weights, valid, pos_weight, task_weights)
     seen = inputs if slopes is not None or abreast == 1 else _see(inputs, tasks, abreast)
+    if ctx.makes_slopes and slopes is None:
+        slopes = run(plan, row_loss, True, logits.shape[0], tasks, *seen)[1]
+    # With no second reference to it, the gradient of a leaf is this tensor and no copy.
+    ctx.slopes = None
+    if torch.compiler.is_compiling():
+        # 0 where the slope or the factor is 0, whatever the other is: here it costs no kernel.
+        gradient = (slopes * factor).where((slopes != 0) & (factor != 0), 0.0)
+        return _unsee(gradient, logits, tasks)
+    # A vmap of many gradients takes nothing in place.
+    is_batch = is_batch_of_gradients(grad)
     if ctx.makes_slopes:
-        if slopes is None:
-            slopes = run(plan, row_loss, True, logits.shape[0], tasks, *seen)[1]
-        # With no second reference to it, the gradient of a leaf is this tensor and no copy.
-        ctx.slopes = None
-        if torch.compiler.is_compiling():
-            # 0 where the slope is 0, as in a row of weight 0, whatever comes back: here it costs no kernel.
-            gradient = (slopes * factor).where(slopes != 0, 0.0)
-        else:
-            gradient = slopes * factor if is_batch else slopes.mul_(factor)
+        gradient = slopes * factor if is_batch else slopes.mul_(factor)
     else:
         gradient = row_loss.gradient(seen[0], seen[1], pos_weight, factor.to(logits.dtype))
-        gradient = weigh(gradient, seen[2]) if is_batch else weigh_(gradient, seen[2])
-    if abreast == 1:
-        return gradient
-    gradient = gradient.view(-1, tasks)
-    return gradient if gradient.shape == logits.shape else gradient[: logits.shape[0]]
+        gradient = (weigh if is_batch else weigh_)(gradient, seen[2])
+    if factor.ndim:
+        gradient = mask(gradient, factor, in_place=not is_batch)
+    gradient = _unsee(gradient, logits, tasks)
+    return gradient if slopes is None or weights is None else mask(gradient, weights, in_place=not is_batch)
+
+
+def _unsee(values: Tensor, logits: Tensor, tasks: int) -> Tensor:
+    """The rows that were seen as one, by themselves again, without what filled up the last ones."""
+    if values.shape == logits.shape:
+        return values
+    values = values.view(-1, tasks)
+    return values if values.shape == logits.shape else values[: logits.shape[0]]

@@ -19,7 +19,7 @@ from twloss._arguments import RowReduction, TaskReduction, check_dense, check_nu
 from twloss._precision import sum_dtype
 from twloss._sums.ranks import scale_gradient
 from twloss._sums.sums import TaskSums
-from twloss._torch import takes_keyword, uncompiled
+from twloss._torch import takes_keyword, uncompiled, weigh
 
 
 class TakesPresent(Protocol):
@@ -174,7 +174,7 @@ class Reduction:
     def _over_tasks(self, losses: Tensor, present: Tensor | None, task_weights: Tensor | None) -> Tensor:
         """The global loss, 0-dim, of the tasks with data; 0 where there is none. ``present`` None: all."""
         if task_weights is not None:
-            losses = losses * task_weights
+            losses = weigh(losses, task_weights)
         if callable(self.over_tasks):
             # A copy: what it does in place must not reach the tasks' own entries.
             losses, options = losses.clone(), {}
