@@ -361,7 +361,8 @@ class MultiTaskLoss(_TaskLosses):
             TypeError: for an input of a wrong type or dtype.
             ValueError: for names, shapes or devices that do not fit, or a normalizer with a reduction that does not add
                 up over micro-batches.
-            RuntimeError: with ``fused``, where torch.compile fails, for want of a compiler above all.
+            RuntimeError: with ``fused``, where torch.compile fails, for want of a compiler above all; with
+                ``global_batch``, from the backend's, if a rank does not call it or is gone.
         """
         return self._losses(logits, labels, weights, normalizer)
 

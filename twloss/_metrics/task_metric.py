@@ -146,7 +146,8 @@ class TaskMetric(KeptMetric):
         packed = self._pack(sums)
         total = packed.unsqueeze(0)
         if self.dist_sync_on_step and self.distributed_available_fn():
-            total = self._start_sum(RunningSums.own(total), self.dist_sync_fn).wait()
+            call = f"{type(self).__name__}.forward() with dist_sync_on_step=True"
+            total = self._start_sum(RunningSums.own(total), call, self.dist_sync_fn).wait()
         of_batch, _ = self._format.split(total)
         results_of = self._results_of_now()
         with torch.no_grad():
@@ -192,7 +193,8 @@ class TaskMetric(KeptMetric):
             0-dim detached float64 values; NaN where there was no data.
 
         Raises:
-            RuntimeError: with ``nan_strategy="error"``, if an update was not finite.
+            RuntimeError: with ``nan_strategy="error"``, if an update was not finite; from the backend's, if a rank does
+                not call it before the process group's timeout, or is gone.
         """
         return self._start_since(None, self.sync_on_compute, is_async=False).wait()
 
@@ -223,7 +225,8 @@ class TaskMetric(KeptMetric):
             self._refuse_between_syncs("compute() of a view that was reset")
             value -= snapshot
         if is_over_ranks and not self._is_synced and self.distributed_available_fn():
-            pending = self._start_sum(value, self.dist_sync_fn, is_async=is_async)
+            call = f"{type(self).__name__}.{'compute_async' if is_async else 'compute'}()"
+            pending = self._start_sum(value, call, self.dist_sync_fn, is_async=is_async)
             return pending.map(self._format.split).map(
                 partial(self._finish, self._results_of_now(), self._nan_strategy)
             )
