@@ -80,7 +80,7 @@ class HasSettings(nn.Module):
         # TorchRec's DistributedModelParallel puts each child of a module back in its place.
         is_setting = name.startswith("loss_type_") or (options is not None and name in self._read_only())
         if options is not None and is_setting and modules.get(name, self) is not value:
-            raise AttributeError(f"{name}: got a change of it, expected a new loss that is made with it")
+            raise AttributeError(f"{name} is read-only: create a new loss")
         if name == "task_weights":
             # Past nn.Module, which would register a parameter or a module under the name.
             object.__setattr__(self, name, value)

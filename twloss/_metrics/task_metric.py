@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 from torchmetrics.utilities.prints import rank_zero_warn
 
-from twloss._arguments import NanStrategy, check_choice, check_tasks, check_window, list_some
+from twloss._arguments import NanStrategy, check_choice, check_tasks, check_window, list_counts
 from twloss._metrics.kept_metric import LOCK, KeptMetric
 from twloss._metrics.plot import plot_results
 from twloss._metrics.scalar_view import ScalarView
@@ -252,8 +252,7 @@ class TaskMetric(KeptMetric):
 
     def _report_non_finite(self, finite: list[float], updates: list[float], *, is_error: bool) -> None:
         counts = {task: int(n - k) for task, n, k in zip(self.tasks or ("loss",), updates, finite) if n > k}
-        found = f"sums that were not finite, left out of the running sums: {list_some(counts, 12)} updates"
-        message = f"{type(self).__name__}: {found}"
+        message = f"{type(self).__name__}: skipped updates that were not finite: {list_counts(counts)}"
         if is_error:
             raise RuntimeError(message)
         rank_zero_warn(message)
