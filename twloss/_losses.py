@@ -78,6 +78,19 @@ class _TaskLosses(HasSettings):
             self.add_module(name, own)
         counts_rows = options.quality and self.train_quality.window_rows is not None
         self._plans = options.plans(len(groups), counts_rows=counts_rows)
+        self._pair_metrics()
+
+    def _pair_metrics(self) -> None:
+        """Tell the metrics of training and evaluation of each other."""
+        metrics: Any = self._modules
+        for names in (METRICS, QUALITY):
+            for name, mode, other in zip(names, ("train()", "eval()"), reversed(names)):
+                if name in metrics:
+                    metrics[name]._pair_with(name, mode, other, metrics[other])
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)  # type: ignore[no-untyped-call]
+        self._pair_metrics()  # whose copies have forgotten each other
 
     def _losses(
         self,

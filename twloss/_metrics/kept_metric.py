@@ -344,6 +344,7 @@ class KeptMetric(Metric):
         # tensor, which tells the device, whatever the pickle makes of it.
         state = group_to_state(super().__getstate__())
         state.pop("_compiled_call_impl", None)  # as nn.Module does, of which Metric does not ask it
+        state.pop("_counterpart", None)  # that of a copy is the one that the copied loss has
         # The child that saves the sums is made anew: a shallow copy would share it.
         modules = {name: each for name, each in state["_modules"].items() if not isinstance(each, SavedSums)}
         with LOCK:

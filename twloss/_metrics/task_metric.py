@@ -6,6 +6,7 @@ over the ranks, by one collective, and the subclass makes the values ``()`` of i
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Callable, Mapping, Sequence
 from functools import cached_property, partial
 from itertools import chain
@@ -85,6 +86,8 @@ class TaskMetric(KeptMetric):
          'mse/stars': tensor(0.5000, dtype=torch.float64)}
     """
 
+    _counterpart: tuple[str, str, str, weakref.ref[TaskMetric]] | None = None
+
     def __init__(
         self,
         tasks: Sequence[str] | None,
@@ -115,6 +118,10 @@ class TaskMetric(KeptMetric):
         self._drops_non_finite = nan_strategy != "disable"
         # The prefixes of the keys: of all updates, and of those in the window.
         self._horizons = ("", "window_") if window or window_rows else ("",)
+
+    def _pair_with(self, name: str, mode: str, other_name: str, other: TaskMetric) -> None:
+        """Know a loss's metric of the other mode, so that a compute() without data can name it; copies forget it."""
+        self._counterpart = name, mode, other_name, weakref.ref(other)
 
     # What a subclass brings, besides update().
 
@@ -243,12 +250,22 @@ class TaskMetric(KeptMetric):
         sums, counts = total
         finite, updates, *of_window = counts.tolist()
         if not any(map(any, (updates, *of_window))):
-            name = type(self).__name__
-            rank_zero_warn(f"{name}.compute() was called before update() on any rank; without data, values are NaN")
+            found = "was called before update() on any rank; without data, values are NaN"
+            rank_zero_warn(f"{type(self).__name__}.compute() {found}{self._question_of_mode()}")
         if finite != updates and nan_strategy in ("warn", "error"):
             self._report_non_finite(finite, updates, is_error=nan_strategy == "error")
         with torch.no_grad():
             return dict(zip(self._all_keys, chain.from_iterable(map(results_of, sums))))
+
+    def _question_of_mode(self) -> str:
+        """What to ask where one of a loss's two metrics has no data: whether the loss was ever in its mode."""
+        if self._counterpart is None:
+            return ""
+        name, mode, other_name, reference = self._counterpart
+        other = reference()
+        updates = 0 if other is None else other.update_count
+        counted = f", and {other_name} has {updates} updates on this rank" if updates else ""
+        return f". It is the {name} of a loss{counted}: was the model put into {mode}?"
 
     def _report_non_finite(self, finite: list[float], updates: list[float], *, is_error: bool) -> None:
         counts = {task: int(n - k) for task, n, k in zip(self.tasks or ("loss",), updates, finite) if n > k}
