@@ -183,7 +183,7 @@ class Loss(_TaskLosses):
         pos_weight: the factor of the positive term; BCE_WITH_LOGITS only.
 
     Raises:
-        TypeError: for an argument of a wrong type.
+        TypeError: for an argument of a wrong type, or one that there is not.
         ValueError: for an argument of a wrong value.
 
     Examples:
@@ -296,7 +296,7 @@ class MultiTaskLoss(_TaskLosses):
         eval_quality: with ``quality``, the one that it feeds in evaluation mode.
 
     Raises:
-        TypeError: for an argument of a wrong type.
+        TypeError: for an argument of a wrong type, or one that there is not.
         ValueError: for an argument of a wrong value.
 
     Examples:

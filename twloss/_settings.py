@@ -5,8 +5,10 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Iterable, Mapping
-from typing import Any
+from difflib import get_close_matches
+from typing import TYPE_CHECKING, Any
 
 import torch.distributed as dist
 from torch import Tensor, nn
@@ -16,6 +18,23 @@ from twloss._constants import TaskConstants
 from twloss._options import LossOptions
 from twloss._sums.reduction import GlobalReduction
 from twloss._torch import hidden_from_jit
+
+# What is meant by an argument that one of the losses does not have, but the other, or torch's, does.
+_MEANT_OF_ONE = {
+    "global_reduction": "reduction, which is over rows: a single task has no other",
+    "pos_weights": "pos_weight",
+    "task_loss_reduction": "reduction",
+    "task_weights": "a MultiTaskLoss, which takes it",
+    "tasks": "a MultiTaskLoss, which takes it",
+    "weight": "weights of rows in forward, or pos_weight",
+    "weights": "weights of rows in forward, or pos_weight",
+}
+_MEANT_OF_SEVERAL = {
+    "pos_weight": "pos_weights",
+    "reduction": "task_loss_reduction, over rows, or global_reduction, over tasks",
+    "weight": "weights of rows in forward, task_weights or pos_weights",
+    "weights": "weights of rows in forward, task_weights or pos_weights",
+}
 
 METRICS = ("train_metric", "eval_metric")
 QUALITY = ("train_quality", "eval_quality")
@@ -52,6 +71,13 @@ class HasSettings(nn.Module):
             if isinstance(module, nn.Module):
                 self.add_module(name, module)
         self._options = options  # from here on, __setattr__ refuses the settings' names
+
+    if not TYPE_CHECKING:  # the signature is that of __init__
+
+        def __new__(cls, *_: Any, **keywords: Any) -> HasSettings:
+            if cls.__init__.__module__.startswith("twloss."):  # a subclass's own takes what it likes
+                _refuse_unknown(cls, keywords)
+            return super().__new__(cls)
 
     def extra_repr(self) -> str:
         """The settings, for repr()."""
@@ -110,3 +136,14 @@ class HasSettings(nn.Module):
                 *self._options.settings,
             }
         )
+
+
+def _refuse_unknown(cls: type[HasSettings], keywords: Iterable[str]) -> None:
+    """Raise for an argument that the constructor does not have where it can be told which one is meant."""
+    parameters = inspect.signature(cls.__init__).parameters
+    meant = _MEANT_OF_SEVERAL if "tasks" in parameters else _MEANT_OF_ONE
+    for name in keywords:
+        if name not in parameters:
+            expected = meant.get(name) or " or ".join(get_close_matches(name, parameters))
+            if expected:
+                raise TypeError(f"{name}: got an argument that {cls.__name__} does not have, expected {expected}")
