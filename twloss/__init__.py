@@ -8,7 +8,7 @@ The code stands on three floors: ``_rows`` handles tensors with a row for each e
 task, ``_metrics`` the sums that outlive a batch. A batch first visits the files in this order, and from
 ``task_metric.py`` on at compute(); on the right, the shape that goes out::
 
-    _losses.py                     Loss, MultiTaskLoss: forward; what can be set afterwards (task_weights)
+    _losses.py                     Loss, MultiTaskLoss: forward
     _fx.py                         where torch.fx traces the model, a call is recorded and not run
     _rows/task_group.py            TaskGroup: the tasks that share a loss; joins the groups' sums
     _rows/mappings.py              stacks mappings task -> tensor                                   (rows, tasks)
@@ -30,7 +30,7 @@ Each file imports only what stands above it::
     _torch.py                      private names of torch and torchmetrics, and workarounds for their versions
     _precision.py                  the dtype of a sum; devices without float64
     _arguments.py                  checks of single arguments, the names that they may have (Literals), warnings
-    _constants.py                  TaskConstants: one number a task, as tensors; _losses.py sets them
+    _constants.py                  TaskConstants: one number a task, as tensors
     _sums/sums.py                  TaskSums, BatchSums: the records that are passed between files
     _sums/pending.py
     _sums/running_sums.py          RunningSums (read, add, merge) and the number format of a metric's state
@@ -52,6 +52,7 @@ Each file imports only what stands above it::
     _metrics/ranking_quality.py    RankingQuality: normalised entropy, calibration, … as ratios of sums
     _options.py                    LossOptions: the settings of a loss, checked against each other, once
     _fx.py
+    _settings.py                   HasSettings: these as a loss's attributes, of which task_weights can be set
     _losses.py
     _the_algorithm_ml.py           build_loss, …: the signatures of Twitter's the-algorithm-ml
 

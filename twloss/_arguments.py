@@ -6,6 +6,7 @@ Types, shapes, dtypes and devices only, and the values of Python numbers: readin
 from __future__ import annotations
 
 import math
+import os
 import sys
 import warnings
 from collections import Counter
@@ -37,6 +38,12 @@ def list_some(values: Collection[object], most: int = 5) -> str:
     kind = next((kind for kind in (dict, tuple) if isinstance(values, kind)), list)
     shown = str(kind(islice(items, most)))
     return shown if len(values) <= most else f"{shown[:-1]}, … {len(values):,} in all{shown[-1]}"
+
+
+def list_counts(counts: Mapping[str, int], most: int = 12) -> str:
+    """Numbers by name, "a: 1, b: 2", of the first names."""
+    shown = ", ".join(f"{name}: {count}" for name, count in islice(counts.items(), most))
+    return shown if len(counts) <= most else f"{shown}, … {len(counts):,} in all"
 
 
 def check_names(
@@ -220,15 +227,30 @@ def check_process_group(process_group: object) -> None:
 
 
 def warn_unless_mean(global_batch: bool, **reductions: object) -> None:
-    """Warn once of reductions whose gradient depends on the split over ranks; ``global_batch`` mends it."""
-    others = [f"{name}={value!r}" for name, value in reductions.items() if value != "mean"]
-    if others and not global_batch:
+    """Warn once of reductions whose gradient depends on the split over ranks; ``global_batch`` mends it.
+
+    Of a callable only where there are several ranks: which names may be wrong under DistributedDataParallel is known
+    anywhere, as from the-algorithm-ml, and one who trains on a single device has no use for ``global_batch``.
+    """
+    if global_batch:
+        return
+    named = {name: value for name, value in reductions.items() if value != "mean"}
+    others = [f"{name}={value!r}" for name, value in named.items() if isinstance(value, str) or _has_several_ranks()]
+    if others:
         warnings.warn(
             f"{', '.join(others)}: the gradient that DistributedDataParallel averages over ranks then differs from "
             "that of one process on the whole batch; Loss and MultiTaskLoss with global_batch=True make them equal",
             UserWarning,
             stacklevel=_callers_level(),
         )
+
+
+def _has_several_ranks() -> bool:
+    """Whether this process is, or is about to be, one of several ranks."""
+    if dist.is_available() and dist.is_initialized():
+        return dist.get_world_size() > 1
+    launched = os.environ.get("WORLD_SIZE", "")  # by torchrun and its like, before a process group exists
+    return launched.isdecimal() and int(launched) > 1
 
 
 def warn_local_normalizer() -> None:

@@ -6,12 +6,12 @@ to ``train_metric`` or ``eval_metric``, by the module's mode.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.distributed as dist
-from torch import Tensor, nn
+from torch import Tensor
 
 from twloss._arguments import (
     GradientReduction,
@@ -19,12 +19,10 @@ from twloss._arguments import (
     MeanOver,
     PerTask,
     RowReduction,
-    list_some,
     per_task_numbers,
     warn_local_normalizer,
     warn_unless_mean,
 )
-from twloss._constants import TaskConstants
 from twloss._fx import find_proxy, record_losses
 from twloss._metrics.global_loss import GlobalLoss
 from twloss._metrics.ranking_quality import RankingQuality, is_wanted, own_quality
@@ -32,30 +30,19 @@ from twloss._options import LossOptions, TaskLossType
 from twloss._rows.mappings import TaskTensors
 from twloss._rows.row_pass import Plan
 from twloss._rows.task_group import group_tasks, inputs_by_task, join, order_of_groups
+from twloss._settings import METRICS, QUALITY, HasSettings
 from twloss._sums.ranks import sum_over_ranks_with_gradient, world_size
 from twloss._sums.reduction import GlobalReduction
 from twloss._sums.sums import BatchSums, TaskSums
 from twloss._torch import hidden_from_jit
 
-_METRICS = ("train_metric", "eval_metric")
-_QUALITY = ("train_quality", "eval_quality")
 _PLAIN = (Tensor, float, int, type(None))
 
 
 @hidden_from_jit
-class _TaskLosses(nn.Module):
+class _TaskLosses(HasSettings):
     """The losses of one task or of several: all but their signatures and what they return."""
 
-    loss_type: Any
-    tasks: tuple[str, ...] | None
-    global_reduction: GlobalReduction
-    mean_over: MeanOver
-    ignore_index: IgnoreIndex
-    global_batch: bool
-    gradient_reduction: GradientReduction
-    process_group: dist.ProcessGroup | None
-    quality: bool
-    fused: bool
     train_metric: GlobalLoss
     eval_metric: GlobalLoss
     train_quality: RankingQuality
@@ -67,21 +54,16 @@ class _TaskLosses(nn.Module):
     def __init__(
         self, options: LossOptions, task_weights: tuple[float, ...] | None, quality: bool | RankingQuality
     ) -> None:
-        super().__init__()
+        groups = group_tasks(options.loss_type, options.tasks, options.pos_weights, options.ignore_index)
+        types = {f"loss_type_{index}": group.loss_type for index, group in enumerate(groups)}
+        super().__init__(
+            options, task_weights, types if isinstance(options.loss_type, dict) else {"loss_type": options.loss_type}
+        )
         self._reduction = options.reduction
-        self._task_weights = TaskConstants(task_weights, (1.0,) * len(options.columns))
-        self._groups = group_tasks(options.loss_type, options.tasks, options.pos_weights, options.ignore_index)
-        self._order = order_of_groups(self._groups, options.tasks)
-        # Modules are trained with the loss, as its submodules.
-        modules = [(f"loss_type_{index}", group.loss_type) for index, group in enumerate(self._groups)]
-        if not isinstance(options.loss_type, dict):
-            modules = [("loss_type", options.loss_type)]
-        for name, module in (*modules, ("global_reduction", options.global_reduction)):
-            if isinstance(module, nn.Module):
-                self.add_module(name, module)
-        self._options = options  # from here on, __setattr__ refuses the settings' names
+        self._groups = groups
+        self._order = order_of_groups(groups, options.tasks)
         rule = options.describe()
-        for name in _METRICS:
+        for name in METRICS:
             metric = GlobalLoss(
                 options.tasks,
                 options.task_loss_reduction,
@@ -90,21 +72,25 @@ class _TaskLosses(nn.Module):
             )
             metric._become_part_of(self._task_weights, rule)
             self.add_module(name, metric)
-        for name in _QUALITY if options.quality else ():
-            group = next(group for group in self._groups if group.row_loss.is_binary)
+        for name in QUALITY if options.quality else ():
+            group = next(group for group in groups if group.row_loss.is_binary)
             own = own_quality(quality, group.tasks, group.ignore_index, options.process_group)
             self.add_module(name, own)
         counts_rows = options.quality and self.train_quality.window_rows is not None
-        self._plans = options.plans(len(self._groups), counts_rows=counts_rows)
+        self._plans = options.plans(len(groups), counts_rows=counts_rows)
+        self._pair_metrics()
 
-    def extra_repr(self) -> str:
-        """The settings, for repr()."""
-        options = self._options
-        types = options.loss_type
-        name = list_some(types, 12) if isinstance(types, dict) else getattr(types, "value", types)
-        tasks = None if options.tasks is None else list_some(options.tasks, 12)
-        rule = options.task_loss_reduction
-        return f"{name}, tasks={tasks}, reduction={rule}, global_batch={options.global_batch}"
+    def _pair_metrics(self) -> None:
+        """Tell the metrics of training and evaluation of each other."""
+        metrics: Any = self._modules
+        for names in (METRICS, QUALITY):
+            for name, mode, other in zip(names, ("train()", "eval()"), reversed(names)):
+                if name in metrics:
+                    metrics[name]._pair_with(name, mode, other, metrics[other])
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)  # type: ignore[no-untyped-call]
+        self._pair_metrics()  # whose copies have forgotten each other
 
     def _losses(
         self,
@@ -130,7 +116,7 @@ class _TaskLosses(nn.Module):
             parts = [group.sums(inputs, plan, self._task_weights) for group in groups]
             sums = join(parts, self._order, plan)
         if sums.loss is None:
-            losses = self._reduce(TaskSums(sums.losses, sums.weight), normalizer)
+            losses = self._reduce(TaskSums(sums.losses, sums.weight), metric, normalizer)
         else:
             losses = self._reduction.by_key(sums.losses, sums.loss)
         # Last, so that a batch whose loss could not be computed is not in the running sums either.
@@ -147,11 +133,11 @@ class _TaskLosses(nn.Module):
         quality = modules["train_quality" if self.training else "eval_quality"]
         return metric, quality, plans[int(quality._drops_non_finite)]
 
-    def _reduce(self, local: TaskSums, normalizer: Tensor | float | None) -> dict[str, Tensor]:
+    def _reduce(self, local: TaskSums, metric: GlobalLoss, normalizer: Tensor | float | None) -> dict[str, Tensor]:
         """The losses of this rank's sums, or of those of all ranks."""
         options, total, factor = self._options, local, 1.0
         if options.global_batch:
-            total = sum_over_ranks_with_gradient(local, self.train_metric._names, options.process_group)
+            total = sum_over_ranks_with_gradient(local, metric._names, options.process_group)
             if options.gradient_reduction == "sum":
                 # Each rank has the whole gradient of the reduction's own parameters too.
                 factor = 1.0 / world_size(options.process_group)
@@ -166,55 +152,6 @@ class _TaskLosses(nn.Module):
         if is_averaged and not torch.compiler.is_compiling() and world_size(options.process_group) > 1:
             warn_local_normalizer()
         return self._reduction.check_normalizer(normalizer, loss_sum)
-
-    @property
-    def task_weights(self) -> tuple[float, ...] | None:
-        """The factors of the tasks' losses in the global one; set, in any form that the constructor takes, at any time.
-
-        It reaches forward and both metrics at once, whose compute() weighs all steps by it; a compiled forward is not
-        compiled again, and a backward pass that is under way keeps the factors that its forward had.
-        """
-        return self._task_weights.numbers
-
-    @task_weights.setter
-    def task_weights(self, values: PerTask | None) -> None:
-        self._task_weights.set(per_task_numbers("task_weights", values, self._options.columns))
-
-    def __setattr__(self, name: str, value: Any) -> None:
-        options, modules = self.__dict__.get("_options"), self.__dict__.get("_modules", {})
-        # TorchRec's DistributedModelParallel puts each child of a module back in its place.
-        is_setting = name.startswith("loss_type_") or (options is not None and name in self._read_only())
-        if options is not None and is_setting and modules.get(name, self) is not value:
-            raise AttributeError(f"{name}: got a change of it, expected a new loss that is made with it")
-        if name == "task_weights":
-            # Past nn.Module, which would register a parameter or a module under the name.
-            object.__setattr__(self, name, value)
-            return
-        super().__setattr__(name, value)
-
-    def _read_only(self) -> Iterable[str]:
-        """The names that can't be set after construction: settings and submodules."""
-        names = {*vars(self._options), *self._options.settings, *self._modules, *_METRICS, *_QUALITY}
-        return names if self._options.tasks is not None else {*names, "task_weights"}
-
-    def __getattr__(self, name: str) -> Tensor | nn.Module:
-        try:
-            return super().__getattr__(name)
-        except AttributeError:
-            settings = self._options.settings if "_options" in self.__dict__ else {}
-            if name in settings:
-                return settings[name]  # type: ignore[no-any-return]
-            if name not in _QUALITY:
-                raise
-        raise AttributeError(f"{name}: got a loss with quality=False, expected one that is made with quality=True")
-
-    def __dir__(self) -> list[str]:
-        return sorted(
-            {
-                *super().__dir__(),  # type: ignore[no-untyped-call]
-                *self._options.settings,
-            }
-        )
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> _TaskLosses:
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
@@ -246,7 +183,7 @@ class Loss(_TaskLosses):
         pos_weight: the factor of the positive term; BCE_WITH_LOGITS only.
 
     Raises:
-        TypeError: for an argument of a wrong type.
+        TypeError: for an argument of a wrong type, or one that there is not.
         ValueError: for an argument of a wrong value.
 
     Examples:
@@ -360,7 +297,7 @@ class MultiTaskLoss(_TaskLosses):
         eval_quality: with ``quality``, the one that it feeds in evaluation mode.
 
     Raises:
-        TypeError: for an argument of a wrong type.
+        TypeError: for an argument of a wrong type, or one that there is not.
         ValueError: for an argument of a wrong value.
 
     Examples:
@@ -438,7 +375,8 @@ class MultiTaskLoss(_TaskLosses):
             TypeError: for an input of a wrong type or dtype.
             ValueError: for names, shapes or devices that do not fit, or a normalizer with a reduction that does not add
                 up over micro-batches.
-            RuntimeError: with ``fused``, where torch.compile fails, for want of a compiler above all.
+            RuntimeError: with ``fused``, where torch.compile fails, for want of a compiler above all; with
+                ``global_batch``, from the backend's, if a rank does not call it or is gone.
         """
         return self._losses(logits, labels, weights, normalizer)
 

@@ -121,6 +121,7 @@ def get_global_loss_detached(
     Raises:
         TypeError: for an argument of a wrong type.
         ValueError: for an argument of a wrong value, or a group that this process is not in.
+        RuntimeError: from the backend's, if a rank does not call it or is gone.
 
     Examples:
         >>> import torch
@@ -196,7 +197,7 @@ def _over_ranks(
     if weights is not None:
         weight = torch.cat([weights[key].flatten() for key in losses])
         values = torch.cat((torch.where(weight == 0, 0.0, values * weight), weight))
-    total = start_sum_over_ranks(values, names, process_group, reads=False).wait()
+    total = start_sum_over_ranks(values, names, process_group, "get_global_loss_detached()", reads=False).wait()
     if weights is not None:
         loss_sum, weight = total.chunk(2)
         means = loss_sum / weight

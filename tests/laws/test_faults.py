@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Callable
+from datetime import timedelta
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
@@ -10,11 +12,12 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
+from torch.distributed.distributed_c10d import _set_pg_timeout
 
 from tests.support.metrics import numbers_of_this_rank
 from tests.support.patience import PATIENCE, SECONDS
 from tests.support.rank_pool import CONTEXT, RankPool, preload_the_tests
-from twloss import GlobalLoss, MultiTaskLoss
+from twloss import GlobalLoss, MultiTaskLoss, get_global_loss_detached, global_sums
 
 
 def compute_beside_a_dead_rank(rank: int, store: str, connection: Connection) -> None:
@@ -54,6 +57,62 @@ def test_a_rank_that_dies_is_an_error_on_the_others_and_costs_no_sums(tmp_path: 
     assert message
     assert "imed out" not in message
     assert (loss, updates) == (1.5, 2)
+
+
+BATCH = torch.zeros(3, 1), torch.ones(3, 1)
+
+
+def save_sums(loss: MultiTaskLoss) -> object:
+    loss.train_metric.persistent(True)
+    with global_sums(loss):
+        return loss.state_dict()
+
+
+def sync_on_step(loss: MultiTaskLoss) -> object:
+    return GlobalLoss(["a"], process_group=loss.process_group, dist_sync_on_step=True)(torch.ones(1), 1)
+
+
+# What one rank calls and the other does not, by the name that the error has for it.
+ALONE: dict[str, Callable[[MultiTaskLoss], object]] = {
+    "GlobalLoss.compute()": lambda loss: loss.train_metric.compute(),
+    "GlobalLoss.compute_async()": lambda loss: loss.train_metric.compute_async().wait(),
+    "RankingQuality.compute()": lambda loss: loss.train_quality.scalar("ne/a").compute(),
+    "GlobalLoss.sync()": lambda loss: loss.train_metric.sync(),
+    "GlobalLoss.forward() with dist_sync_on_step=True": sync_on_step,
+    "global_sums()": save_sums,
+    "get_global_loss_detached()": lambda loss: get_global_loss_detached(
+        torch.ones(()), process_group=loss.process_group
+    ),
+    "forward with global_batch=True": lambda loss: loss(*BATCH),
+}
+
+
+def call_alone(rank: int, name: str) -> tuple[str, str, str]:
+    """The error of the one rank that makes a call, in a group whose time is short, and its cause's type and text."""
+    group = dist.new_group([0, 1], timeout=PATIENCE)
+    loss = MultiTaskLoss("bce_with_logits", ["a"], global_batch=True, process_group=group, quality=True)
+    loss(*BATCH)
+    found = "", "", ""
+    if rank == 0:
+        _set_pg_timeout(timedelta(seconds=1), group)
+        try:
+            ALONE[name](loss)
+        except RuntimeError as error:
+            found = str(error), type(error.__cause__).__name__, str(error.__cause__)
+        assert loss.train_metric.update_count == loss.train_quality.update_count == 1
+    dist.barrier()
+    return found
+
+
+@pytest.mark.parametrize("name", ALONE)
+def test_a_call_on_one_rank_alone_is_an_error_that_names_it(two_ranks: RankPool, name: str) -> None:
+    (message, kind, cause), of_the_other = two_ranks.run(call_alone, name)
+    assert message.startswith(f"{name}: the collective failed; every rank has to call it")
+    assert kind in ("RuntimeError", "DistBackendError")
+    assert "imed out" in cause
+    assert message.endswith(cause)
+    assert ("an empty batch" in message) == name.startswith("forward")
+    assert of_the_other == ("", "", "")
 
 
 def fail_within_compute(rank: int) -> list[Any]:

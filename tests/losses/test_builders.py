@@ -4,16 +4,20 @@ from __future__ import annotations
 
 import inspect
 import math
+import os
+import re
 import warnings
 from collections.abc import Callable
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 from tests.support.cases import norm
+from tests.support.rank_pool import RankPool
 from twloss import GlobalLoss, Loss, LossType, MultiTaskLoss, RankingQuality, build_loss, build_multi_task_loss
 from twloss import get_global_loss_detached as over_ranks
 
@@ -113,13 +117,25 @@ class Subclass(MultiTaskLoss):
         super().__init__("bce_with_logits", TASKS, *args)
 
 
+class Learned(nn.Module):
+    """A reduction with a parameter."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.scales = nn.Parameter(torch.zeros(len(TASKS)))
+
+    def forward(self, losses: Tensor) -> Tensor:
+        """Weigh them."""
+        return (losses * self.scales.exp()).sum()
+
+
 # What is constructed or called, and the reductions that it warns of.
 WARNING: list[tuple[Callable[[], object], list[str]]] = [
     (lambda: Loss("bce_with_logits", "sum"), ["reduction='sum'"]),
     (lambda: build_loss("bce_with_logits", "sum"), ["reduction='sum'"]),
     (lambda: MultiTaskLoss("bce_with_logits", TASKS, "sum"), ["task_loss_reduction='sum'"]),
     (lambda: MultiTaskLoss("bce_with_logits", TASKS, "mean", "max"), ["global_reduction='max'"]),
-    (lambda: MultiTaskLoss("bce_with_logits", TASKS, global_reduction=norm), ["global_reduction=<function norm"]),
+    (lambda: MultiTaskLoss("bce_with_logits", TASKS, "sum", norm), ["task_loss_reduction='sum'"]),
     (lambda: build_multi_task_loss("bce_with_logits", TASKS, "sum", "median"), ["task_loss_reduction", "median"]),
     (lambda: Subclass("sum", "sum"), ["task_loss_reduction='sum'", "global_reduction='sum'"]),
     (lambda: over_ranks(torch.ones(()), "sum"), ["reduction='sum'"]),
@@ -166,6 +182,8 @@ QUIET: dict[str, Callable[[], object]] = {
         "bce_with_logits", TASKS, "sum", "max", global_batch=True
     ),
     "builders": lambda: [build_loss("cross_entropy"), build_multi_task_loss("cross_entropy", TASKS)],
+    "a callable in one process": lambda: MultiTaskLoss("bce_with_logits", TASKS, global_reduction=norm),
+    "a learned reduction in one process": lambda: MultiTaskLoss("bce_with_logits", TASKS, "mean", Learned()),
     "GlobalLoss, which has no gradient": lambda: GlobalLoss(TASKS, "sum", "max"),
     "a detached mean": lambda: over_ranks(torch.ones(()), weight=3.0),
 }
@@ -176,3 +194,52 @@ def test_nothing_is_warned_of_where_nothing_is_wrong(call: Callable[[], object])
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         call()
+
+
+def reductions_warned_of() -> list[tuple[str, str]]:
+    """By each reduction that is no name, the warnings of a loss with it, and the files that they are of."""
+    found = []
+    for reduction in (norm, Learned()):
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            MultiTaskLoss("bce_with_logits", TASKS, global_reduction=reduction)
+            MultiTaskLoss("bce_with_logits", TASKS, global_reduction=reduction, global_batch=True)
+        found += [(str(warning.message), warning.filename) for warning in caught]
+    return found
+
+
+def expect_warnings_of_both(found: list[tuple[str, str]]) -> None:
+    assert [file for _, file in found] == [__file__] * 2
+    for (message, _), name in zip(found, ("function norm", "Learned")):
+        assert re.match(rf"global_reduction=.*{name}", message)
+        assert "global_batch=True" in message
+
+
+@pytest.mark.parametrize(("world_size", "is_warned_of"), [("1", False), ("2", True), ("", False), ("many", False)])
+def test_a_launcher_of_several_processes_is_what_a_callable_reduction_warns_by(
+    monkeypatch: pytest.MonkeyPatch, world_size: str, is_warned_of: bool
+) -> None:
+    monkeypatch.setenv("WORLD_SIZE", world_size)
+    found = reductions_warned_of()
+    if is_warned_of:
+        expect_warnings_of_both(found)
+    else:
+        assert found == []
+
+
+def reductions_warned_of_on(rank: int, world_size: str) -> list[tuple[str, str]]:
+    with mock.patch.dict(os.environ, WORLD_SIZE=world_size):
+        return reductions_warned_of()
+
+
+def test_a_process_group_of_several_ranks_is_what_a_callable_reduction_warns_by(two_ranks: RankPool) -> None:
+    for found in two_ranks.run(reductions_warned_of_on, "1"):
+        expect_warnings_of_both(found)
+
+
+def test_a_process_group_of_one_rank_is_no_reason_to_warn_of_a_callable() -> None:
+    pool = RankPool(1)
+    try:
+        assert pool.run(reductions_warned_of_on, "2") == [[]]
+    finally:
+        pool.stop()

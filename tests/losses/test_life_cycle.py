@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import gc
 import io
 import math
 import pickle
@@ -13,17 +14,19 @@ import pytest
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torchmetrics import Metric
 
 from tests.support import reference
 from tests.support.casts import CASTS
 from tests.support.rank_pool import RankPool, eager_alone
 from tests.support.results import numbers
-from twloss import Loss, MultiTaskLoss
+from twloss import GlobalLoss, Loss, MultiTaskLoss
 from twloss._sums.ranks import group_from_state, group_to_state
 
 pytestmark = pytest.mark.usefixtures("eager_and_fused")
 
 TASKS = ["a", "b"]
+DUPLICATES = [copy.deepcopy, copy.copy, lambda x: pickle.loads(pickle.dumps(x))]
 
 
 def test_forward_feeds_the_metric_of_the_mode() -> None:
@@ -37,13 +40,92 @@ def test_forward_feeds_the_metric_of_the_mode() -> None:
     assert loss.train_metric.update_called
 
 
+# Where the sums are in the other mode's metric.
+
+BATCH = torch.zeros(3, 2), torch.ones(3, 2)
+
+
+def warning_of(metric: Metric) -> str:
+    """What compute() without data says after what it says of every metric."""
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        metric.compute()
+    (message,) = [str(warning.message) for warning in caught]
+    of_all = f"{type(metric).__name__}.compute() was called before update() on any rank; without data, values are NaN"
+    assert message.startswith(of_all)
+    return message.removeprefix(of_all)
+
+
+def fed_loss(updates: int, *, training: bool, **options: Any) -> MultiTaskLoss:
+    loss = MultiTaskLoss("bce_with_logits", TASKS, quality=True, **options).train(training)
+    for _ in range(updates):
+        loss(*BATCH)
+    return loss
+
+
+@pytest.mark.parametrize("kind", ["metric", "quality"])
+@pytest.mark.parametrize(("mode", "other", "training"), [("train", "eval", False), ("eval", "train", True)])
+def test_a_metric_without_data_asks_for_the_mode_and_names_the_other_that_has_some(
+    mode: str, other: str, training: bool, kind: str
+) -> None:
+    question = f"was the model put into {mode}()?"
+    expected = f". It is the {mode}_{kind} of a loss, and {other}_{kind} has 2 updates on this rank: {question}"
+    assert warning_of(getattr(fed_loss(2, training=training), f"{mode}_{kind}")) == expected
+    expected = f". It is the {mode}_{kind} of a loss: {question}"
+    assert warning_of(getattr(fed_loss(0, training=training), f"{mode}_{kind}")) == expected
+
+
+def test_the_metric_of_a_single_loss_asks_too() -> None:
+    assert warning_of(Loss("bce_with_logits").eval_metric).endswith("was the model put into eval()?")
+
+
+def test_a_metric_of_no_loss_asks_nothing() -> None:
+    assert warning_of(GlobalLoss(TASKS)) == ""
+    # A copy is of no loss, though what was copied is.
+    assert warning_of(copy.deepcopy(fed_loss(2, training=True).eval_metric)) == ""
+
+
+@pytest.mark.parametrize("duplicate", DUPLICATES)
+def test_the_metrics_of_a_copied_loss_know_each_other_and_not_those_of_the_first(duplicate: Any) -> None:
+    loss = fed_loss(2, training=True)
+    other = duplicate(loss)
+    other(*BATCH)
+    del loss
+    gc.collect()
+    for name, metric in (("metric", other.eval_metric), ("quality", other.eval_quality)):
+        assert f"train_{name} has 3 updates" in warning_of(metric)
+
+
+def test_knowing_each_other_is_no_part_of_a_loss() -> None:
+    """No module, no state, and nothing that keeps a metric alive."""
+    loss = fed_loss(1, training=True)
+    assert [name for name, _ in loss.eval_metric.named_modules()] == [""]
+    assert list(loss.state_dict()) == []
+    metric = loss.eval_metric
+    del loss
+    gc.collect()
+    assert warning_of(metric) == ". It is the eval_metric of a loss: was the model put into eval()?"
+
+
+def compute_what_another_rank_fed_in_training(rank: int) -> str:
+    """The first rank trains and all evaluate nothing."""
+    return warning_of(fed_loss(2 if rank == 0 else 0, training=True).eval_metric)
+
+
+@eager_alone
+def test_a_rank_tells_of_its_own_updates(two_ranks: RankPool) -> None:
+    first, second = two_ranks.run(compute_what_another_rank_fed_in_training)
+    assert "train_metric has 2 updates on this rank" in first
+    assert second == ". It is the eval_metric of a loss: was the model put into eval()?"
+
+
 def test_a_loss_that_is_not_finite_stays_so_while_its_sums_are_left_out() -> None:
     """A gradient scaler has to see it."""
     loss = MultiTaskLoss("bce_with_logits", ["like", "reply"])
     result = loss(torch.tensor([[0.0, math.nan]]), torch.ones(1, 2))
     assert result["loss/like"].isfinite()
     assert result["loss"].isnan()
-    with pytest.warns(UserWarning, match="'reply': 1"):
+    with pytest.warns(UserWarning, match="not finite: reply: 1$"):
         assert loss.train_metric.compute()["loss"].item() == pytest.approx(math.log(2))
 
 
@@ -130,7 +212,7 @@ class Model(nn.Module):
         return loss
 
 
-@pytest.mark.parametrize("duplicate", [copy.deepcopy, copy.copy, lambda x: pickle.loads(pickle.dumps(x))])
+@pytest.mark.parametrize("duplicate", DUPLICATES)
 def test_a_copy_in_the_middle_of_a_step_goes_on_alone(duplicate: Any) -> None:
     model = Model()
     features = torch.randn(5, 3)

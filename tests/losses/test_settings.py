@@ -112,7 +112,7 @@ def test_a_tensor_that_was_set_may_change_afterwards() -> None:
 
 @pytest.mark.parametrize("name", ["reduction", "task_loss_reduction", "pos_weight", "pos_weights", "task_weights"])
 def test_no_setting_of_a_single_loss_can_be_set_by_either_name(name: str) -> None:
-    with pytest.raises(AttributeError, match=rf"^{name}: .*\bnew\b"):
+    with pytest.raises(AttributeError, match=f"^{name} is read-only: create a new loss$"):
         setattr(Loss("bce_with_logits"), name, None)
 
 
@@ -122,7 +122,7 @@ def test_a_child_may_be_put_back_in_its_place_and_no_other_there() -> None:
     for name, child in list(loss.named_children()):
         setattr(loss, name, child)
         assert getattr(loss, name) is child
-        with pytest.raises(AttributeError, match=f"{name}: got a change of it"):
+        with pytest.raises(AttributeError, match=f"^{name} is read-only: create a new loss$"):
             setattr(loss, name, copy.deepcopy(child))
     assert numbers(loss(*inputs())) == pytest.approx(expected(None), rel=1e-12)
 

@@ -121,7 +121,7 @@ def test_what_is_not_finite_is_left_out_counted_and_named(kind: Kind, bad: float
         clean = kind.expected([first, left_out, left_out, last])
         metric = fed(kind.make(), [first, given, given, last])
         for _ in range(2):
-            with pytest.warns(UserWarning, match=rf"{kind.of.__name__}: .*\{{'{kind.names()[-1]}': 2\}}"):
+            with pytest.warns(UserWarning, match=rf"{kind.of.__name__}: .* not finite: {kind.names()[-1]}: 2$"):
                 assert_close(numbers(metric.compute()), clean)
         assert metric.update_count == 4
         metric.reset()
@@ -145,7 +145,7 @@ def test_with_error_compute_raises_until_the_reset_and_no_sums_are_lost(kind: Ki
         metric = fed(kind.make(nan_strategy="error"), [batches[0], kind.changed(batches[1], part, bad)])
         before = metric.totals.clone()
         for _ in range(2):
-            with pytest.raises(RuntimeError, match=rf"{kind.of.__name__}: .*\{{'{kind.names()[-1]}': 1\}}"):
+            with pytest.raises(RuntimeError, match=rf"{kind.of.__name__}: .* not finite: {kind.names()[-1]}: 1$"):
                 metric.compute()
         assert torch.equal(metric.totals, before)
         metric.reset()

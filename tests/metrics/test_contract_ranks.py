@@ -307,7 +307,7 @@ def test_a_batch_that_is_not_finite_on_one_rank_is_an_error_on_all(two_ranks: Ra
     given[1].append(kind.changed(given[1][0], 0, float("nan")))
     answers = two_ranks.run(compute_what_is_not_finite, kind, given)
     for message, kept, _ in answers:
-        assert f"{{'{kind.names()[-1]}': 1}}" in message
+        assert message.endswith(f"not finite: {kind.names()[-1]}: 1")
         assert kept
     expect_on_every_rank([found for *_, found in answers], kind.expected(*clean))
 

@@ -315,7 +315,7 @@ def alone(makers: dict[str, Callable[[], Summing]], batches: Batches) -> str:
     return repr([value.item() for result in results for value in result.values()])
 
 
-@pytest.mark.filterwarnings("ignore:GlobalLoss. sums that were not finite:UserWarning")
+@pytest.mark.filterwarnings("ignore:GlobalLoss. skipped updates that were not finite:UserWarning")
 @pytest.mark.parametrize("first", ["update", "forward"])
 @pytest.mark.parametrize("name", COLLECTIONS)
 def test_metrics_in_a_collection_compute_as_alone(name: str, first: str) -> None:

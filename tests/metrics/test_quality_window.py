@@ -124,11 +124,11 @@ def test_a_batch_that_is_left_out_takes_a_place_in_the_window_and_is_reported_fo
     spoilt = random_rows(6, 2)
     spoilt.logits[0, 1] = math.nan
     metric = fed(windowed(2), [random_rows(6, 1), spoilt])
-    with pytest.warns(UserWarning, match=r"\{'reply': 1\}"):
+    with pytest.warns(UserWarning, match="not finite: reply: 1$"):
         found = numbers(metric.compute())
     assert (found["window_weight/like"], found["window_weight/reply"], found["weight/reply"]) == (12, 6, 6)
     fed(metric, run(5))
-    with pytest.warns(UserWarning, match=r"\{'reply': 1\}"):
+    with pytest.warns(UserWarning, match="not finite: reply: 1$"):
         metric.compute()
 
 

@@ -81,8 +81,9 @@ def squared(logits: Tensor, labels: Tensor) -> Tensor:
 def test_the_way_of_a_batch_is_that_which_a_batch_takes() -> None:
     """Of tasks of two losses in mappings, over ranks, and then of its running sums to a result."""
     loss = MultiTaskLoss({"like": "bce_with_logits", "price": squared}, ["like", "price"], global_batch=True)
+    metric = loss.train_metric  # which is looked up among the loss's attributes, in a file of their own
     logits, rows = torch.ones(4, requires_grad=True), {"like": torch.ones(4), "price": torch.ones(4)}
-    trace = trace_calls(lambda: (loss({**rows, "like": logits}, rows, rows), loss.train_metric.compute()))
+    trace = trace_calls(lambda: (loss({**rows, "like": logits}, rows, rows), metric.compute()))
     visited = list(dict.fromkeys(call.file for call in trace))
     way, _ = lists_of_the_map()
     assert way == [file for file in visited if file not in BELOW]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import inspect
 import math
 from collections.abc import Callable
@@ -226,3 +227,58 @@ def test_a_wrong_argument_of_torchmetrics_own(metric: Callable[..., object], arg
 def test_an_unknown_argument_is_named(metric: Callable[..., object], unknown: str) -> None:
     with pytest.raises(ValueError, match=unknown):
         metric(TASKS, **{unknown: 1})
+
+
+# Arguments that a loss does not have: which loss, the argument, what is meant.
+LIKELY = [
+    ("Loss", "pos_weights", "pos_weight"),
+    ("Loss", "task_loss_reduction", "reduction"),
+    ("Loss", "global_reduction", "reduction, which is over rows: a single task has no other"),
+    ("Loss", "tasks", "a MultiTaskLoss, which takes it"),
+    ("Loss", "task_weights", "a MultiTaskLoss, which takes it"),
+    ("Loss", "weight", "weights of rows in forward, or pos_weight"),
+    ("Loss", "weights", "weights of rows in forward, or pos_weight"),
+    ("Loss", "ignore_label", "ignore_index"),
+    ("MultiTaskLoss", "pos_weight", "pos_weights"),
+    ("MultiTaskLoss", "reduction", "task_loss_reduction, over rows, or global_reduction, over tasks"),
+    ("MultiTaskLoss", "weight", "weights of rows in forward, task_weights or pos_weights"),
+    ("MultiTaskLoss", "weights", "weights of rows in forward, task_weights or pos_weights"),
+    ("MultiTaskLoss", "task_loss_reductions", "task_loss_reduction"),
+]
+
+
+@pytest.mark.parametrize(("taker", "argument", "meant"), LIKELY)
+def test_an_argument_that_a_loss_does_not_have_is_refused_with_the_one_that_is_meant(
+    taker: str, argument: str, meant: str
+) -> None:
+    function, good = TAKERS[taker]
+    with pytest.raises(TypeError) as caught:
+        function(**good, **{argument: "mean"})
+    assert str(caught.value).startswith(f"{argument}: got an argument that {taker} does not have, expected {meant}")
+
+
+@pytest.mark.parametrize("loss", [Loss, MultiTaskLoss])
+def test_an_argument_that_is_like_no_other_is_named(loss: type[nn.Module]) -> None:
+    with pytest.raises(TypeError, match=r"unexpected keyword argument 'xyz'"):
+        loss("bce_with_logits", xyz=1)
+
+
+class OfHeads(MultiTaskLoss):
+    """A loss of a user's own, with arguments of its own."""
+
+    def __init__(self, weights: float, **options: Any) -> None:
+        super().__init__("bce_with_logits", TASKS, task_weights=weights, **options)
+
+
+class OfAName(MultiTaskLoss):
+    """One with the constructor of ours."""
+
+
+def test_a_subclass_has_the_arguments_that_it_has() -> None:
+    assert OfHeads(weights=2.0, mean_over="weights").task_weights == (2.0, 2.0)
+    assert copy.deepcopy(OfHeads(weights=2.0)).task_weights == (2.0, 2.0)
+    wrong: dict[str, Any] = {"pos_weight": 2.0}
+    with pytest.raises(TypeError, match=r"\bunexpected keyword argument 'pos_weight'"):
+        OfHeads(1.0, **wrong)
+    with pytest.raises(TypeError, match=r"^pos_weight: .* that OfAName does not have, expected pos_weights$"):
+        OfAName("bce_with_logits", TASKS, **wrong)

@@ -23,6 +23,7 @@ TWO, THREE, LABELS = torch.ones(2), torch.ones(3), torch.ones(3, 2)
 INDICES = torch.zeros(3, 2, dtype=torch.int64)
 COLUMNS = {"like": THREE, "reply": THREE}
 META = THREE.to("meta")
+EITHER_FORM = "a Tensor or a mapping task -> Tensor"
 
 # What makes the loss, and a good batch for it.
 LOSSES: dict[str, tuple[type[Loss | MultiTaskLoss], dict[str, Any], dict[str, Any]]] = {
@@ -39,10 +40,10 @@ LOSSES: dict[str, tuple[type[Loss | MultiTaskLoss], dict[str, Any], dict[str, An
 
 # which loss, what is wrong about its batch, error, how the message starts, what was expected.
 BATCHES: list[tuple[str, dict[str, Any], WrongError, str, str]] = [
-    ("tasks", {"logits": None}, TypeError, "logits: got NoneType", "a Tensor"),
-    ("tasks", {"logits": LABELS.tolist()}, TypeError, "logits: got list", "a Tensor"),
-    ("tasks", {"logits": [THREE, THREE]}, TypeError, "logits: got list", "a Tensor"),
-    ("tasks", {"logits": LABELS.numpy()}, TypeError, "logits: got ndarray", "a Tensor"),
+    ("tasks", {"logits": None}, TypeError, "logits: got NoneType", EITHER_FORM),
+    ("tasks", {"logits": LABELS.tolist()}, TypeError, "logits: got list", EITHER_FORM),
+    ("tasks", {"logits": [THREE, THREE]}, TypeError, "logits: got list", EITHER_FORM),
+    ("tasks", {"logits": LABELS.numpy()}, TypeError, "logits: got ndarray", EITHER_FORM),
     ("tasks", {"logits": INDICES}, TypeError, "logits: got torch.int64", "float16, bfloat16, float32 or float64"),
     ("tasks", {"logits": INDICES > 0}, TypeError, "logits: got torch.bool", "float16, bfloat16, float32 or float64"),
     ("tasks", {"logits": LABELS + 0j}, TypeError, "logits: got torch.complex64", "a real dtype"),
@@ -54,18 +55,18 @@ BATCHES: list[tuple[str, dict[str, Any], WrongError, str, str]] = [
     ("tasks", {"logits": LABELS.to("meta")}, ValueError, "labels: got a tensor on cpu", "meta"),
     ("tasks", {"logits": LABELS.to_sparse()}, EITHER, "logits: got", "expected"),
     ("tasks", {"logits": LABELS.to_mkldnn()}, EITHER, "logits: got", "expected"),
-    ("tasks", {"labels": None}, TypeError, "labels: got NoneType", "a Tensor"),
-    ("tasks", {"labels": LABELS.tolist()}, TypeError, "labels: got list", "a Tensor"),
-    ("tasks", {"labels": LABELS.numpy()}, TypeError, "labels: got ndarray", "a Tensor"),
+    ("tasks", {"labels": None}, TypeError, "labels: got NoneType", EITHER_FORM),
+    ("tasks", {"labels": LABELS.tolist()}, TypeError, "labels: got list", EITHER_FORM),
+    ("tasks", {"labels": LABELS.numpy()}, TypeError, "labels: got ndarray", EITHER_FORM),
     ("tasks", {"labels": LABELS + 0j}, TypeError, "labels: got torch.complex64", "a real dtype"),
     ("tasks", {"labels": torch.ones(2, 3)}, ValueError, "labels: got shape (2, 3)", "(rows, 2)"),
     ("tasks", {"labels": THREE}, ValueError, "labels: got shape (3,)", "(rows, 2)"),
     ("tasks", {"labels": torch.ones(3, 2, 1)}, ValueError, "labels: got shape (3, 2, 1)", "(rows, 2)"),
     ("tasks", {"labels": LABELS.to("meta")}, ValueError, "labels: got a tensor on meta", "cpu"),
     ("tasks", {"labels": LABELS.to_sparse()}, EITHER, "labels: got", "expected"),
-    ("tasks", {"weights": 2.0}, TypeError, "weights: got float", "a Tensor"),
-    ("tasks", {"weights": [1.0] * 3}, TypeError, "weights: got list", "a Tensor"),
-    ("tasks", {"weights": np.ones(3)}, TypeError, "weights: got ndarray", "a Tensor"),
+    ("tasks", {"weights": 2.0}, TypeError, "weights: got float", EITHER_FORM),
+    ("tasks", {"weights": [1.0] * 3}, TypeError, "weights: got list", EITHER_FORM),
+    ("tasks", {"weights": np.ones(3)}, TypeError, "weights: got ndarray", EITHER_FORM),
     ("tasks", {"weights": THREE + 0j}, TypeError, "weights: got torch.complex64", "a real dtype"),
     ("tasks", {"weights": torch.ones(())}, ValueError, "weights: got shape ()", "(3, 2), (3, 1) or (3,)"),
     ("tasks", {"weights": TWO}, ValueError, "weights: got shape (2,)", "(3, 2), (3, 1) or (3,)"),

@@ -178,6 +178,28 @@ def test_an_error_of_many_tasks_is_a_line_and_looks_at_each_once(wrong: Any, nam
     assert min(seconds_of(many, name) for _ in range(2)) < 40 * for_few
 
 
+# Sums that were not finite.
+
+
+def test_updates_that_were_not_finite_are_counted_by_task() -> None:
+    metric = GlobalLoss(TASKS)
+    for loss_sum in ([math.nan, 1.0], [1.0, math.inf], [1.0, 1.0], [math.nan, 1.0]):
+        metric.update(torch.tensor(loss_sum), 1)
+    with pytest.warns(UserWarning, match=r"^GlobalLoss: skipped updates that were not finite: like: 2, reply: 1$"):
+        metric.compute()
+    metric.nan_strategy = "error"
+    with pytest.raises(RuntimeError, match=r"^GlobalLoss: skipped updates that were not finite: like: 2, reply: 1$"):
+        metric.compute()
+
+
+def test_updates_of_many_tasks_that_were_not_finite_are_told_in_a_line() -> None:
+    metric = GlobalLoss([f"task{t}" for t in range(FEW)])
+    metric.update(torch.full((FEW,), math.nan), 1)
+    with pytest.warns(UserWarning, match=r": task0: 1, task1: 1, .*, task11: 1, … 5,000 in all$") as caught:
+        metric.compute()
+    assert len(str(caught[0].message)) < 500
+
+
 # Labels that no class index can be.
 
 

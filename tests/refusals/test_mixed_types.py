@@ -116,7 +116,7 @@ BATCHES: list[Any] = [
     ),
     ({"logits": torch.zeros(4, 2)}, ValueError, "logits: got shape (4, 2)", "(rows, 3)"),
     ({"logits": torch.zeros(4)}, ValueError, "logits: got shape (4,)", "(rows, 3)"),
-    ({"logits": [1.0]}, TypeError, "logits: got list", "a Tensor"),
+    ({"logits": [1.0]}, TypeError, "logits: got list", "a Tensor or a mapping task -> Tensor"),
     (
         {"logits": {**GOOD["logits"], "time": torch.zeros(2).long()}},
         TypeError,

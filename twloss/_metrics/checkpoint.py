@@ -42,7 +42,7 @@ def global_sums(module: nn.Module) -> Generator[None, None, None]:
     Raises:
         TypeError: for anything but a module.
         ValueError: for a module without such a metric.
-        RuntimeError: what ``compute()`` raises where ranks differ.
+        RuntimeError: what ``compute()`` raises where ranks differ, or one does not enter.
 
     Examples:
         >>> from twloss import MultiTaskLoss, global_sums

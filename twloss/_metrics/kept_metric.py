@@ -195,21 +195,25 @@ class KeptMetric(Metric):
     def _start_sum(
         self,
         value: RunningSums,
+        call: str,
         gather: Callable[..., Any] | None,
         process_group: Any = None,
         *,
         is_async: bool = False,
     ) -> PendingResult[Tensor]:
-        """Start one collective for the sums of all ranks ``(horizons, rows, tasks)``, or call a ``dist_sync_fn``."""
+        """Start one collective for the sums of all ranks ``(horizons, rows, tasks)``, or call a ``dist_sync_fn``.
+
+        If the collective fails, the error names the ``call``, which every rank has to make.
+        """
         group = process_group or self.process_group
         rows = value.rows_of_rank(place_in(group)[0])
         if gather is gather_all_tensors:
             gather = None  # torchmetrics' own would take three collectives
-        total = start_sum_over_ranks(rows, self._names, group, gather=gather, is_async=is_async)
+        total = start_sum_over_ranks(rows, self._names, group, call, gather=gather, is_async=is_async)
         return total.map(self._format.receive)
 
     def _sync_dist(self, dist_sync_fn: Callable[..., Any] = gather_all_tensors, process_group: Any = None) -> None:
-        total = self._start_sum(self._read(), dist_sync_fn, process_group).wait()
+        total = self._start_sum(self._read(), f"{type(self).__name__}.sync()", dist_sync_fn, process_group).wait()
         self.totals = self._format.write(RunningSums.own(total), self.totals.device, self._ranks)
 
     @contextmanager
@@ -307,7 +311,7 @@ class KeptMetric(Metric):
         if self._is_synced:
             sums, place = value.of_rank(0), ALL_RANKS
         elif of_all_ranks and place[0] >= 0 and self.distributed_available_fn():
-            sums, place = self._start_sum(value, self.dist_sync_fn).wait(), ALL_RANKS
+            sums, place = self._start_sum(value, "global_sums()", self.dist_sync_fn).wait(), ALL_RANKS
         else:
             sums = value.of_rank(place[0])
         return sums_to_bytes(sums, self._description, place)
@@ -340,6 +344,7 @@ class KeptMetric(Metric):
         # tensor, which tells the device, whatever the pickle makes of it.
         state = group_to_state(super().__getstate__())
         state.pop("_compiled_call_impl", None)  # as nn.Module does, of which Metric does not ask it
+        state.pop("_counterpart", None)  # that of a copy is the one that the copied loss has
         # The child that saves the sums is made anew: a shallow copy would share it.
         modules = {name: each for name, each in state["_modules"].items() if not isinstance(each, SavedSums)}
         with LOCK:

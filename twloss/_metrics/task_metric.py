@@ -6,6 +6,7 @@ over the ranks, by one collective, and the subclass makes the values ``()`` of i
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Callable, Mapping, Sequence
 from functools import cached_property, partial
 from itertools import chain
@@ -15,7 +16,7 @@ import torch
 from torch import Tensor
 from torchmetrics.utilities.prints import rank_zero_warn
 
-from twloss._arguments import NanStrategy, check_choice, check_tasks, check_window, list_some
+from twloss._arguments import NanStrategy, check_choice, check_tasks, check_window, list_counts
 from twloss._metrics.kept_metric import LOCK, KeptMetric
 from twloss._metrics.plot import plot_results
 from twloss._metrics.scalar_view import ScalarView
@@ -85,6 +86,8 @@ class TaskMetric(KeptMetric):
          'mse/stars': tensor(0.5000, dtype=torch.float64)}
     """
 
+    _counterpart: tuple[str, str, str, weakref.ref[TaskMetric]] | None = None
+
     def __init__(
         self,
         tasks: Sequence[str] | None,
@@ -116,6 +119,10 @@ class TaskMetric(KeptMetric):
         # The prefixes of the keys: of all updates, and of those in the window.
         self._horizons = ("", "window_") if window or window_rows else ("",)
 
+    def _pair_with(self, name: str, mode: str, other_name: str, other: TaskMetric) -> None:
+        """Know a loss's metric of the other mode, so that a compute() without data can name it; copies forget it."""
+        self._counterpart = name, mode, other_name, weakref.ref(other)
+
     # What a subclass brings, besides update().
 
     def _sum_batch(self, *args: Any, **kwargs: Any) -> Sequence[Tensor | float]:
@@ -146,7 +153,8 @@ class TaskMetric(KeptMetric):
         packed = self._pack(sums)
         total = packed.unsqueeze(0)
         if self.dist_sync_on_step and self.distributed_available_fn():
-            total = self._start_sum(RunningSums.own(total), self.dist_sync_fn).wait()
+            call = f"{type(self).__name__}.forward() with dist_sync_on_step=True"
+            total = self._start_sum(RunningSums.own(total), call, self.dist_sync_fn).wait()
         of_batch, _ = self._format.split(total)
         results_of = self._results_of_now()
         with torch.no_grad():
@@ -192,7 +200,8 @@ class TaskMetric(KeptMetric):
             0-dim detached float64 values; NaN where there was no data.
 
         Raises:
-            RuntimeError: with ``nan_strategy="error"``, if an update was not finite.
+            RuntimeError: with ``nan_strategy="error"``, if an update was not finite; from the backend's, if a rank does
+                not call it before the process group's timeout, or is gone.
         """
         return self._start_since(None, self.sync_on_compute, is_async=False).wait()
 
@@ -223,7 +232,8 @@ class TaskMetric(KeptMetric):
             self._refuse_between_syncs("compute() of a view that was reset")
             value -= snapshot
         if is_over_ranks and not self._is_synced and self.distributed_available_fn():
-            pending = self._start_sum(value, self.dist_sync_fn, is_async=is_async)
+            call = f"{type(self).__name__}.{'compute_async' if is_async else 'compute'}()"
+            pending = self._start_sum(value, call, self.dist_sync_fn, is_async=is_async)
             return pending.map(self._format.split).map(
                 partial(self._finish, self._results_of_now(), self._nan_strategy)
             )
@@ -240,17 +250,26 @@ class TaskMetric(KeptMetric):
         sums, counts = total
         finite, updates, *of_window = counts.tolist()
         if not any(map(any, (updates, *of_window))):
-            name = type(self).__name__
-            rank_zero_warn(f"{name}.compute() was called before update() on any rank; without data, values are NaN")
+            found = "was called before update() on any rank; without data, values are NaN"
+            rank_zero_warn(f"{type(self).__name__}.compute() {found}{self._question_of_mode()}")
         if finite != updates and nan_strategy in ("warn", "error"):
             self._report_non_finite(finite, updates, is_error=nan_strategy == "error")
         with torch.no_grad():
             return dict(zip(self._all_keys, chain.from_iterable(map(results_of, sums))))
 
+    def _question_of_mode(self) -> str:
+        """What to ask where one of a loss's two metrics has no data: whether the loss was ever in its mode."""
+        if self._counterpart is None:
+            return ""
+        name, mode, other_name, reference = self._counterpart
+        other = reference()
+        updates = 0 if other is None else other.update_count
+        counted = f", and {other_name} has {updates} updates on this rank" if updates else ""
+        return f". It is the {name} of a loss{counted}: was the model put into {mode}?"
+
     def _report_non_finite(self, finite: list[float], updates: list[float], *, is_error: bool) -> None:
         counts = {task: int(n - k) for task, n, k in zip(self.tasks or ("loss",), updates, finite) if n > k}
-        found = f"sums that were not finite, left out of the running sums: {list_some(counts, 12)} updates"
-        message = f"{type(self).__name__}: {found}"
+        message = f"{type(self).__name__}: skipped updates that were not finite: {list_counts(counts)}"
         if is_error:
             raise RuntimeError(message)
         rank_zero_warn(message)

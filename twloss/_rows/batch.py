@@ -14,7 +14,15 @@ import torch
 from torch import Tensor
 
 from twloss._arguments import IgnoreIndex, check_dense
-from twloss._rows.mappings import FLOATS, TaskTensors, all_valid, is_valid, refuse_dtype, stack_inputs
+from twloss._rows.mappings import (
+    FLOATS,
+    TENSOR_OR_MAPPING,
+    TaskTensors,
+    all_valid,
+    is_valid,
+    refuse_dtype,
+    stack_inputs,
+)
 from twloss._rows.row_loss import RowLoss
 
 
@@ -68,7 +76,7 @@ def align(  # noqa: PLR0917 (a batch and its columns)
             ignore_index=ignore_index,
             has_other_tasks=has_other_tasks,
         )
-    logits, labels, weights = _check_tensors(logits, labels, weights)
+    logits, labels, weights = _check_tensors(logits, labels, weights, tasks)
     columns, label_dtype = None if tasks is None else len(tasks), logits.dtype
     is_elementwise = row_loss.has_classes is False and labels.shape == logits.shape
     # What the check of an elementwise loss looks at, in the hot path called only to raise.
@@ -120,13 +128,15 @@ def round_weights(weights: Tensor, dtype: torch.dtype) -> Tensor:
     return weights.to(dtype)
 
 
-def _check_tensors(logits: Any, labels: Any, weights: Any) -> tuple[Tensor, Tensor, Tensor | None]:
+def _check_tensors(
+    logits: Any, labels: Any, weights: Any, tasks: tuple[str, ...] | None
+) -> tuple[Tensor, Tensor, Tensor | None]:
     for name, values in (("logits", logits), ("labels", labels), ("weights", weights)):
         if name == "weights" and values is None:
             break
         # What check_dense() looks at, in the hot path called only to raise.
         if type(values) is not Tensor or values.layout != torch.strided or values.is_nested or values.is_complex():
-            check_dense(name, values)
+            check_dense(name, values, tensor="a Tensor" if tasks is None else TENSOR_OR_MAPPING)
         if name == "logits" and values.dtype not in FLOATS:
             refuse_dtype("logits", values)
         if values.device != logits.device:

@@ -18,6 +18,7 @@ from twloss._arguments import IgnoreIndex, check_dense, check_names, label_name,
 from twloss._precision import sum_dtype
 
 TaskTensors = Tensor | Mapping[str, Tensor]
+TENSOR_OR_MAPPING = "a Tensor or a mapping task -> Tensor"
 
 FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
@@ -70,7 +71,7 @@ def by_task(name: str, values: TaskTensors, tasks: tuple[str, ...]) -> Mapping[s
     if isinstance(values, Mapping):
         check_task_names(name, values, tasks)
         return values
-    check_dense(name, values)
+    check_dense(name, values, tensor=TENSOR_OR_MAPPING)
     if name == "weights" and (values.ndim == 1 or values.shape[1:] == (1,)):
         return dict.fromkeys(tasks, values)
     if values.ndim < 2 or values.shape[1] != len(tasks):

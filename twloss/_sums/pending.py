@@ -11,6 +11,14 @@ Result = TypeVar("Result")
 Other = TypeVar("Other")
 
 
+def collective_error(call: str, error: RuntimeError, advice: str = "") -> RuntimeError:
+    """The error of a call whose collective failed: what has to be done on every rank, and what the backend said."""
+    return RuntimeError(
+        f"{call}: the collective failed; every rank has to call it, equally often and in the same order{advice}. "
+        f"The backend's error: {error}"
+    )
+
+
 class PendingResult(Generic[Result]):
     """The result of ``compute()`` at the moment at which it was started, whatever became of the metric since.
 
@@ -19,6 +27,7 @@ class PendingResult(Generic[Result]):
     Args:
         work: the collective that is under way; None: there is none.
         finish: makes the result, once the collective is done.
+        call: the call that started the collective, for the error if it fails.
 
     Examples:
         >>> import torch
@@ -31,9 +40,10 @@ class PendingResult(Generic[Result]):
         tensor(0.3000, dtype=torch.float64)
     """
 
-    def __init__(self, work: dist.Work | None, finish: Callable[[], Result]) -> None:
+    def __init__(self, work: dist.Work | None, finish: Callable[[], Result], call: str = "") -> None:
         self._work = work
         self._finish = finish
+        self._call = call
 
     def is_completed(self) -> bool:
         """True if wait() returns at once, also after a failed collective."""
@@ -43,14 +53,17 @@ class PendingResult(Generic[Result]):
         """The result, once it is there; the same at each call.
 
         Raises:
-            RuntimeError: the backend's, if a rank is gone or the time is out, and what ``compute()`` raises.
+            RuntimeError: from the backend's, if a rank is gone or the time is out, and what ``compute()`` raises.
         """
         if not hasattr(self, "_result"):
             if self._work is not None:
-                self._work.wait()
+                try:
+                    self._work.wait()
+                except RuntimeError as error:
+                    raise collective_error(self._call, error) from error
             self._result = self._finish()
         return self._result
 
     def map(self, function: Callable[[Result], Other]) -> PendingResult[Other]:
         """A function of the result, called when that is waited for."""
-        return PendingResult(self._work, lambda: function(self.wait()))
+        return PendingResult(self._work, lambda: function(self.wait()), self._call)

@@ -19,7 +19,7 @@ from torch import Tensor
 from twloss._arguments import list_some
 from twloss._constants import TaskConstants
 from twloss._precision import sum_dtype
-from twloss._sums.pending import PendingResult
+from twloss._sums.pending import PendingResult, collective_error
 from twloss._sums.sums import TaskSums
 from twloss._torch import assert_async, process_group_named
 
@@ -113,7 +113,8 @@ def sum_over_ranks_with_gradient(
         process_group: the ranks; None: all.
 
     Raises:
-        RuntimeError: where ranks have other names; on an accelerator when the device gets there.
+        RuntimeError: where ranks have other names; on an accelerator when the device gets there. Where the collective
+            fails, from the backend's; compiled code raises that itself.
     """
     ranks = world_size(process_group)
     if ranks == 1:
@@ -131,6 +132,7 @@ def start_sum_over_ranks(
     sums: Tensor,
     names: ColumnNames,
     process_group: dist.ProcessGroup | None,
+    call: str,
     *,
     gather: Callable[..., list[Tensor]] | None = None,
     is_async: bool = False,
@@ -142,19 +144,26 @@ def start_sum_over_ranks(
         sums: this rank's, ``(rows, columns)`` or numbers ``(n,)``.
         names: of the columns, or of what the numbers are.
         process_group: the ranks; None: all.
+        call: the user's call that every rank has to make, for the error if the collective fails.
         gather: a ``dist_sync_fn``, which gives each rank's tensor, to be called in place of the all-reduce.
         is_async: whether to return while the collective is under way.
         reads: whether the result may read from the device whether names agree; if not, the device raises.
 
     Returns:
         The sums of all ranks. ``wait()`` raises a RuntimeError where ranks have other names.
+
+    Raises:
+        RuntimeError: from the backend's, where the collective fails; of an asynchronous one ``wait()`` raises it.
     """
     total, work, ranks = names.pack(sums.detach()), None, world_size(process_group)
     if gather is not None:
         parts = gather(total, group=process_group)
         total, ranks = torch.stack(parts).sum(0), len(parts)
     elif ranks > 1:
-        work = dist.all_reduce(total, group=process_group, async_op=is_async)
+        try:
+            work = dist.all_reduce(total, group=process_group, async_op=is_async)
+        except RuntimeError as error:
+            raise collective_error(call, error) from error
 
     def finish() -> Tensor:
         rows, agree = names.unpack(total, ranks)
@@ -164,7 +173,7 @@ def start_sum_over_ranks(
             raise RuntimeError(names.fault)
         return rows
 
-    return PendingResult(work, finish)
+    return PendingResult(work, finish, call)
 
 
 def scale_gradient(values: Tensor, factor: float) -> Tensor:
@@ -195,7 +204,14 @@ class _SumOverRanks(torch.autograd.Function):
     def forward(ctx: Any, values: Tensor, process_group: dist.ProcessGroup | None, ranks: int) -> Tensor:
         ctx.ranks = ranks
         total = values.clone(memory_format=torch.contiguous_format)
-        dist.all_reduce(total, group=process_group)
+        if torch.compiler.is_compiling():  # compiled code does not run the handler
+            dist.all_reduce(total, group=process_group)
+            return total
+        try:
+            dist.all_reduce(total, group=process_group)
+        except RuntimeError as error:
+            advice = ", one that has run out of rows with an empty batch"
+            raise collective_error("forward with global_batch=True", error, advice) from error
         return total
 
     @staticmethod
