@@ -1,7 +1,9 @@
 """Lightning: exact losses over all rows of all ranks in its log, with DDP.
 
 ``python examples/lightning_ranker.py`` runs on two processes, of which it starts the
-second one itself; an argument sets the number of processes.
+second one itself; an argument sets the number of processes. A second one names a
+folder: the weights of the lowest evaluation loss are kept there, and training stops
+where it has not fallen for three evaluations.
 """
 
 from __future__ import annotations
@@ -11,6 +13,7 @@ from typing import Any
 
 import lightning
 import torch
+from lightning.pytorch.callbacks import Callback, EarlyStopping, ModelCheckpoint
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Subset, TensorDataset
 from torchmetrics import Metric, MetricCollection
@@ -98,13 +101,24 @@ class Ranker(lightning.LightningModule):
         return DataLoader(Subset(data, mine), batch_size=GLOBAL_BATCH // world_size)
 
 
-def main(devices: int = 2, **options: Any) -> dict[str, float]:
+def callbacks(folder: str | None) -> list[Callback]:
+    """What watches the evaluation loss, which is the same number on every rank."""
+    if folder is None:
+        return []
+    best = ModelCheckpoint(folder, filename="best", monitor="eval/loss")
+    return [EarlyStopping("eval/loss", patience=3), best]
+
+
+def main(
+    devices: int = 2, folder: str | None = None, **options: Any
+) -> dict[str, float]:
     """Evaluate, then train for two epochs with two evaluations in each."""
     torch.manual_seed(0)
     model = Ranker()
-    quiet = {
+    defaults = {
+        "max_epochs": 2,
         "logger": False,
-        "enable_checkpointing": False,
+        "enable_checkpointing": folder is not None,
         "enable_progress_bar": False,
     }
     trainer = lightning.Trainer(
@@ -112,9 +126,9 @@ def main(devices: int = 2, **options: Any) -> dict[str, float]:
         devices=devices,
         strategy="ddp" if devices > 1 else "auto",
         use_distributed_sampler=False,
-        max_epochs=2,
         val_check_interval=0.5,
-        **{**quiet, **options},
+        callbacks=callbacks(folder),
+        **{**defaults, **options},
     )
     before = trainer.validate(model, verbose=False)[0]
     trainer.fit(model)
@@ -127,4 +141,4 @@ def main(devices: int = 2, **options: Any) -> dict[str, float]:
 
 
 if __name__ == "__main__":
-    main(devices=int(sys.argv[1]) if len(sys.argv) > 1 else 2)
+    main(int(sys.argv[1]) if len(sys.argv) > 1 else 2, *sys.argv[2:3])

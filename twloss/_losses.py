@@ -76,6 +76,8 @@ class _TaskLosses(HasSettings):
             group = next(group for group in groups if group.row_loss.is_binary)
             own = own_quality(quality, group.tasks, group.ignore_index, options.process_group)
             self.add_module(name, own)
+            if own.logit_shift is not None:
+                group.logit_shift = own._shift
         counts_rows = options.quality and self.train_quality.window_rows is not None
         self._plans = options.plans(len(groups), counts_rows=counts_rows)
         self._pair_metrics()

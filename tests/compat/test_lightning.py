@@ -14,6 +14,7 @@ import torch
 import torch.distributed as dist
 from lightning.pytorch.loggers.logger import DummyLogger
 from torch import Tensor
+from torchmetrics import Metric, MetricCollection
 
 from examples import lightning_ranker as example
 from tests.support import reference
@@ -108,24 +109,50 @@ class Windows(example.Ranker):
         return loss
 
 
+class Everywhere(Metric):
+    """A number that every rank has already, as in the guide."""
+
+    value: Tensor
+
+    def __init__(self) -> None:
+        super().__init__(sync_on_compute=False)
+        self.add_state("value", torch.tensor(torch.nan))
+
+    def update(self, value: Tensor) -> None:
+        """Take a number."""
+        self.value = value
+
+    def compute(self) -> Tensor:
+        """Give it back."""
+        return self.value
+
+
 class OneCollective(example.Ranker):
     """Logs all keys at once, for one collective an epoch, and no view."""
 
+    def __init__(self) -> None:
+        super().__init__()
+        keys = self.loss.train_metric.keys()
+        self.train_values = MetricCollection({key: Everywhere() for key in keys}, prefix="train/", compute_groups=False)
+        self.eval_values = self.train_values.clone(prefix="eval/")
+
     def log(self, name: str, value: Any, **kwargs: Any) -> None:  # type: ignore[override]
-        """Lightning's, for tensors."""
+        """Lightning's, for all but views."""
         if not isinstance(value, ScalarView):
             super().log(name, value, **kwargs)
 
     def on_train_epoch_end(self) -> None:
         """All training rows since the last time."""
-        self._log_and_reset("train", self.loss.train_metric)
+        self._log_and_reset(self.train_values, self.loss.train_metric)
 
     def on_validation_epoch_end(self) -> None:
         """All evaluation rows since the last time."""
-        self._log_and_reset("eval", self.loss.eval_metric)
+        self._log_and_reset(self.eval_values, self.loss.eval_metric)
 
-    def _log_and_reset(self, mode: str, metric: GlobalLoss) -> None:
-        self.log_dict({f"{mode}/{key}": value for key, value in metric.compute().items()})
+    def _log_and_reset(self, values: MetricCollection, metric: GlobalLoss) -> None:
+        for key, value in metric.compute().items():
+            values[key].update(value)
+        self.log_dict(values)
         metric.reset()
 
 

@@ -179,7 +179,7 @@ OF_SUMS = {
 }
 PUBLIC = {
     GlobalLoss: OF_SUMS,
-    RankingQuality: OF_SUMS | {"ignore_index"},
+    RankingQuality: OF_SUMS | {"ignore_index", "logit_shift"},
     ScalarView: {"compute_async", "owner", "key", "totals"},
 }
 

@@ -63,7 +63,7 @@ ARGUMENTS: list[tuple[str, Any, WrongError, str, str]] = [
     ("global_reduction", None, TypeError, "NoneType", "one of ['mean', 'sum', 'min', 'max', 'median']"),
     *[
         (name, *row)
-        for name in ("pos_weights", "task_weights")
+        for name in ("pos_weights", "task_weights", "logit_shift")
         for row in [
             ([1.0, 2.0, 3.0], ValueError, "3 values", "2, one for each of ['like', 'reply']"),
             ([1.0, math.nan], ValueError, "nan", "a finite number"),

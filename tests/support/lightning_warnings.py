@@ -14,8 +14,6 @@ def lightnings_own_warnings() -> Iterator[None]:
         for message in (
             r".*isinstance\(treespec, LeafSpec\).* is deprecated",
             ".*does not have many workers",
-            # Every rank has the same value already.
-            ".*sync_dist=True.* when logging on epoch level in distributed setting",
         ):
             warnings.filterwarnings("ignore", message)
         yield

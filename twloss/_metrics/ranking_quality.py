@@ -17,23 +17,28 @@ from torch import Tensor
 from twloss._arguments import (
     IgnoreIndex,
     NanStrategy,
+    PerTask,
     check_choice,
     check_ignore_index,
     check_tasks,
     label_name,
     list_some,
+    per_task_numbers,
 )
+from twloss._constants import TaskConstants
 from twloss._metrics.plot import plot_results
 from twloss._metrics.task_metric import TaskMetric
 from twloss._rows.batch import align
 from twloss._rows.mappings import TaskTensors
 from twloss._rows.row_loss import BinaryCrossEntropy
 from twloss._rows.row_pass import sum_quality
+from twloss._torch import hidden_from_jit
 
 QUANTITIES = {"ne": False, "rce": True, "calibration": None, "ctr": None, "logloss": False, "weight": None}
 """The quantities that compute() gives of each task, and whether higher is better."""
 
 
+@hidden_from_jit
 class RankingQuality(TaskMetric):
     """Normalised entropy, calibration and what they are made of, from logits, of all rows of all steps and ranks.
 
@@ -60,6 +65,8 @@ class RankingQuality(TaskMetric):
         window_rows: the same of the last rows, this many over all ranks, of each rank its share. It is exact to within
             one update or a thousandth of the window, whichever has more rows: an update counts as long as its last row
             does.
+        logit_shift: a number that is added to the logits first, or one a task: ln r where the model was trained on
+            negatives that were kept at the rate r, and -ln f where it was trained with a pos_weight of f.
         nan_strategy: as for ``GlobalLoss``.
         kwargs: ``Metric``'s own, such as ``process_group``.
 
@@ -84,15 +91,25 @@ class RankingQuality(TaskMetric):
         ignore_index: IgnoreIndex = None,
         window: int | None = None,
         window_rows: int | None = None,
+        logit_shift: PerTask | None = None,
         nan_strategy: NanStrategy = "warn",
         **kwargs: Any,
     ) -> None:
-        ignore_index = check_ignore_index(ignore_index, None if tasks is None else check_tasks(tasks))
-        rule = {"ignore_index": label_name(ignore_index)}
+        tasks = None if tasks is None else check_tasks(tasks)
+        ignore_index = check_ignore_index(ignore_index, tasks)
+        columns = tasks or ("loss",)
+        shift = per_task_numbers("logit_shift", logit_shift, columns)
+        rule = {"ignore_index": label_name(ignore_index), "logit_shift": list(shift or [0.0] * len(columns))}
         super().__init__(
             tasks, 4, window=window, window_rows=window_rows, nan_strategy=nan_strategy, rule=rule, options=kwargs
         )
         self.ignore_index = ignore_index
+        self._shift = TaskConstants(shift)
+
+    @property
+    def logit_shift(self) -> tuple[float, ...] | None:
+        """The numbers that are added to the logits, one a task, or None."""
+        return self._shift.numbers
 
     if TYPE_CHECKING:
 
@@ -148,7 +165,11 @@ class RankingQuality(TaskMetric):
     ) -> Sequence[Tensor | float]:
         batch = align(logits, labels, weights, self.tasks, BinaryCrossEntropy(), self.ignore_index)
         rows, tasks = batch.logits.shape
-        return sum_quality(batch.logits, batch.labels, batch.weights, rows, tasks)
+        return sum_quality(batch.logits, batch.labels, batch.weights, rows, tasks, self._shift.like(batch.logits))
+
+    def _move(self, device: torch.device) -> None:
+        super()._move(device)
+        self._shift.place(device)
 
     def _results(self, sums: Tensor) -> Sequence[Tensor]:
         loss_sum, weight, positives, predicted = sums

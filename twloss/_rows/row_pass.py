@@ -29,8 +29,8 @@ from twloss._sums.running_sums import pack_update
 from twloss._sums.sums import BatchSums, TaskSums
 from twloss._torch import is_batch_of_gradients, is_transformed, mask, runs_compiled, tile, weigh, weigh_
 
-Inputs = tuple[Tensor, Tensor, Tensor | None, Tensor | None, Tensor | None, Tensor | None]
-"""Logits, labels, weights, valid ``(rows, tasks)``; pos_weights ``(abreast · tasks,)``; task_weights ``(tasks,)``."""
+Inputs = tuple[Tensor, Tensor, Tensor | None, Tensor | None, Tensor | None, Tensor | None, Tensor | None]
+"""Logits, labels, weights, valid ``(rows, tasks)``; pos_weights, logit_shift ``(abreast · tasks,)``; task_weights."""
 Run = Callable[..., tuple[BatchSums, Tensor | None]]
 QualitySums = tuple[Tensor, Tensor | float, Tensor, Tensor, int]
 
@@ -73,6 +73,7 @@ def sum_batch(  # noqa: PLR0917 (a plan, a batch, and its tasks)
     task_weights: TaskConstants,
     *,
     has_rows: bool,
+    logit_shift: TaskConstants | None = None,
 ) -> BatchSums:
     """One pass over a batch.
 
@@ -84,6 +85,7 @@ def sum_batch(  # noqa: PLR0917 (a plan, a batch, and its tasks)
         pos_weights: the factors of the positive terms.
         task_weights: the factors of the tasks' losses in the global one.
         has_rows: False for a callable of one task, whose result tells the rows.
+        logit_shift: what the quality adds to the logits.
     """
     logits, labels, weights, _ = batch
     if plan.quality and not row_loss.is_binary:
@@ -92,9 +94,9 @@ def sum_batch(  # noqa: PLR0917 (a plan, a batch, and its tasks)
     global_weights = None if plan.reduction is None else task_weights.like(logits)
     by_logits_alone = not (is_traced or labels.requires_grad or (weights is not None and weights.requires_grad))
     if not (row_loss.has_closed_form and by_logits_alone):
-        factors = pos_weights.like(logits)
-        rows, total, batch = sum_losses(row_loss, batch, factors, has_rows=has_rows, is_traced=is_traced)
-        return _sum_differentiable(plan, rows, total, batch, global_weights, is_traced=is_traced)
+        shift = None if logit_shift is None else logit_shift.like(logits)
+        constants = pos_weights.like(logits), shift, global_weights
+        return _sum_differentiable(plan, row_loss, batch, constants, has_rows=has_rows, is_traced=is_traced)
     run: Run = _run
     count, abreast = logits.shape[0], 1
     if plan.fused and count >= _FEWEST_ROWS and runs_compiled(logits):
@@ -105,7 +107,8 @@ def sum_batch(  # noqa: PLR0917 (a plan, a batch, and its tasks)
     elif count >= (_MANY_ROWS if pos_weights.numbers is None else _MANY_ROWS_WITH_VECTORS) and logits.is_contiguous():
         # For a small batch the second sum costs more than it saves. So does a copy of logits that are not contiguous.
         abreast = math.gcd(count, _MOST_ABREAST)
-    inputs = (*batch, pos_weights.like(logits, repeats=abreast), global_weights)
+    shift = None if logit_shift is None else logit_shift.like(logits, repeats=abreast)
+    inputs = (*batch, pos_weights.like(logits, repeats=abreast), shift, global_weights)
     if torch.is_grad_enabled() and logits.requires_grad:
         how = run, plan, row_loss, tasks, abreast
         losses, loss, sums = _ClosedForm.apply(how, *inputs)  # type: ignore[no-untyped-call]
@@ -149,6 +152,7 @@ def _run(  # noqa: PLR0917 (the compiled one takes no keywords)
     weights: Tensor | None,
     valid: Tensor | None,
     pos_weight: Tensor | None,
+    shift: Tensor | None,
     task_weights: Tensor | None,
 ) -> tuple[BatchSums, Tensor | None]:
     """The pass over rows ``(⌈rows / abreast⌉, abreast · tasks)``, with no gradient of its own.
@@ -168,21 +172,29 @@ def _run(  # noqa: PLR0917 (the compiled one takes no keywords)
     if plan.quality:
         # Without pos_weights the log loss is the loss.
         log_loss = loss_sum if pos_weight is None else None
-        quality = sum_quality(logits, labels, weights, rows, tasks, log_loss, plain, sigmoid)
+        quality = sum_quality(logits, labels, weights, rows, tasks, shift, log_loss, plain, sigmoid)
     sums = TaskSums(loss_sum, weight)
     return _reduce(plan, sums, loss_sum, quality, task_weights, logits.dtype), slopes
 
 
 def _sum_differentiable(
-    plan: Plan, rows: Tensor, total: Tensor, batch: Batch, task_weights: Tensor | None, *, is_traced: bool
+    plan: Plan,
+    row_loss: RowLoss,
+    batch: Batch,
+    constants: tuple[Tensor | None, Tensor | None, Tensor | None],
+    *,
+    has_rows: bool,
+    is_traced: bool,
 ) -> BatchSums:
-    """The sums of weighted rows ``(rows, tasks)``, of which ``total`` has the gradient that autograd computes."""
+    """The pass with the gradient that autograd computes; the constants are the last three of ``Inputs``."""
+    pos_weight, shift, task_weights = constants
+    rows, total, batch = sum_losses(row_loss, batch, pos_weight, has_rows=has_rows, is_traced=is_traced)
     count, tasks = rows.shape
     weight = _sum_weights(plan, batch.weights, batch.valid, count, tasks)
     loss_sum = None if is_traced else sum_rows(rows.detach(), tasks)
     quality = None
     if plan.quality and loss_sum is not None:
-        quality = sum_quality(batch.logits, batch.labels, batch.weights, count, tasks)
+        quality = sum_quality(batch.logits, batch.labels, batch.weights, count, tasks, shift)
     return _reduce(plan, TaskSums(total, weight), loss_sum, quality, task_weights, rows.dtype)
 
 
@@ -242,6 +254,7 @@ def sum_quality(  # noqa: PLR0917 (a batch, and what is known of it)
     weights: Tensor | None,
     rows: int,
     tasks: int,
+    shift: Tensor | None = None,
     log_loss: Tensor | None = None,
     plain: Tensor | None = None,
     sigmoid: Tensor | None = None,
@@ -254,6 +267,7 @@ def sum_quality(  # noqa: PLR0917 (a batch, and what is known of it)
         weights: None: 1.
         rows: the number of rows.
         tasks: the number of tasks.
+        shift: added to the logits ``(tasks,)``; what follows is then of other logits, and not used.
         log_loss: Σ w·l ``(tasks,)``, where it is known.
         plain: the binary cross-entropy of each row without a pos_weight, where it is known.
         sigmoid: σ(x), where it is known.
@@ -261,6 +275,8 @@ def sum_quality(  # noqa: PLR0917 (a batch, and what is known of it)
     Returns:
         Σ w·l, Σ w, Σ w·y and Σ w·σ(x), each ``(tasks,)`` or a number, and the number of rows.
     """
+    if shift is not None:
+        logits, log_loss, plain, sigmoid = logits + shift, None, None, None
     if plain is None and log_loss is None:
         if torch.compiler.is_compiling() or is_transformed(logits, labels, weights):
             _, plain, _, sigmoid = fused_bce(logits, labels, None)
@@ -321,23 +337,23 @@ class _ClosedForm(torch.autograd.Function):
         seen = inputs if abreast == 1 else _see(inputs, tasks, abreast)
         sums, slopes = run(plan, row_loss, True, inputs[0].shape[0], tasks, *seen)
         # The constants are the loss's own, which no one changes in place: nothing to save, nor to offload.
-        *batch, pos_weight, task_weights = inputs
+        *batch, pos_weight, shift, task_weights = inputs
         ctx.save_for_backward(*batch)
-        ctx.how, ctx.constants, ctx.weight = how, (pos_weight, task_weights), sums.weight
+        ctx.how, ctx.constants, ctx.weight = how, (pos_weight, shift, task_weights), sums.weight
         ctx.slopes, ctx.makes_slopes = slopes, slopes is not None
         ctx.set_materialize_grads(False)
         return sums.losses, sums.loss, sums
 
     @staticmethod
     def backward(ctx: Any, grad_losses: Tensor | None, grad_loss: Tensor | None, _: None) -> tuple[Tensor | None, ...]:
-        return None, _gradient(ctx, grad_losses, grad_loss), None, None, None, None, None
+        return None, _gradient(ctx, grad_losses, grad_loss), None, None, None, None, None, None
 
 
 def _gradient(ctx: Any, grad_losses: Tensor | None, grad_loss: Tensor | None) -> Tensor | None:
     """The gradient by the logits ``(rows, tasks)`` from those by the tasks' losses ``(tasks,)`` and the global one."""
     run, plan, row_loss, tasks, abreast = ctx.how
     logits, labels, weights, valid = ctx.saved_tensors
-    pos_weight, task_weights = ctx.constants
+    pos_weight, shift, task_weights = ctx.constants
     grad = grad_losses
     if plan.reduction is not None and not (grad_losses is None and grad_loss is None):
         grad = plan.reduction.gradient(ctx.weight, task_weights, grad_losses, grad_loss, tasks)
@@ -350,7 +366,7 @@ def _gradient(ctx: Any, grad_losses: Tensor | None, grad_loss: Tensor | None) ->
         return gradient if grad.ndim == 0 else mask_by_factor(gradient, grad)
     factor = grad if grad.ndim == 0 else tile(grad, abreast)
     slopes = ctx.slopes
-    inputs: Inputs = (logits, labels, weights, valid, pos_weight, task_weights)
+    inputs: Inputs = (logits, labels, weights, valid, pos_weight, shift, task_weights)
     seen = inputs if slopes is not None or abreast == 1 else _see(inputs, tasks, abreast)
     if ctx.makes_slopes and slopes is None:
         slopes = run(plan, row_loss, True, logits.shape[0], tasks, *seen)[1]

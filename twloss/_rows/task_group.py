@@ -51,6 +51,7 @@ class TaskGroup:
         self.columns = 1 if tasks is None else len(tasks)
         self.has_rows = tasks is not None or self.row_loss.has_classes is not None
         self.pos_weights = TaskConstants(pos_weights)
+        self.logit_shift: TaskConstants | None = None  # that of the quality of these tasks, where there is one
         self.ignore_index = ignore_index if tasks is None else labels_of(ignore_index, tasks)
         self.row_loss.check_ignore_index(self.ignore_index)
 
@@ -58,7 +59,14 @@ class TaskGroup:
         """The sums of a batch of these tasks."""
         batch = align(*inputs, self.tasks, self.row_loss, self.ignore_index, has_other_tasks=self.has_other_tasks)
         return sum_batch(
-            plan, self.row_loss, batch, self.columns, self.pos_weights, task_weights, has_rows=self.has_rows
+            plan,
+            self.row_loss,
+            batch,
+            self.columns,
+            self.pos_weights,
+            task_weights,
+            has_rows=self.has_rows,
+            logit_shift=self.logit_shift,
         )
 
 
