@@ -7,6 +7,7 @@ of calling: what a subclass has to reach.
 from __future__ import annotations
 
 import inspect
+import zlib
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, ExitStack
 from typing import Any, TypeVar
@@ -105,9 +106,18 @@ def tensor_of(numbers: Sequence[float], dtype: torch.dtype, device: torch.device
     There, deep copies of tensors corrupt memory once one was made of numbers (torch 2.13), and ``Metric`` copies its
     states deeply. There is no public way to ask for the mode.
     """
-    if not torch.compiler.is_compiling() and torch._C._get_dispatch_mode(torch._C._TorchDispatchModeKey.FAKE):
+    if _has_no_values():
         return torch.empty(len(numbers), dtype=dtype, device=device)
     return torch.tensor(numbers, dtype=dtype, device=device)
+
+
+def crc32_of(values: Tensor) -> int:
+    """The CRC-32 of a tensor's bytes ``(bytes,)`` on the CPU; 0 in FakeTensorMode, where they have no values."""
+    return 0 if _has_no_values() else zlib.crc32(values.numpy().tobytes())
+
+
+def _has_no_values() -> bool:
+    return not torch.compiler.is_compiling() and bool(torch._C._get_dispatch_mode(torch._C._TorchDispatchModeKey.FAKE))
 
 
 def is_batch_of_gradients(grad: Tensor) -> bool:

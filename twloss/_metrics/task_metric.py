@@ -49,7 +49,8 @@ class TaskMetric(KeptMetric):
         window: also give the result of the last ``window`` updates of each rank, under keys that begin "window_".
         window_rows: the same of the last rows, this many over all ranks, of each rank its share.
         nan_strategy: what becomes of a task's sums in an update in which they are not finite; as for ``GlobalLoss``.
-        rule: what else the sums are of, in JSON's types; sums by another rule are neither loaded nor merged.
+        rule: what else the sums are of, in JSON's types; sums by another rule, of other tasks or windows, or of another
+            class are neither loaded nor merged.
         settings: what else makes its results, in JSON's types: a ``MetricCollection`` takes metrics with equal sums and
             equal settings for one.
         options: ``Metric``'s own, such as ``process_group``; ``compute_with_cache`` can't be True, as a rank with a
@@ -101,10 +102,14 @@ class TaskMetric(KeptMetric):
         check_window(window, window_rows)
         tasks = None if tasks is None else check_tasks(tasks)
         names = tasks or ("loss",)
+        # No module's name: a script's is "__main__", and its file's where it is imported.
+        known = {"class": type(self).__qualname__, "tasks": tasks, "window": window, "window_rows": window_rows}
+        if taken := [name for name in rule or {} if name in {*known, "shape", "settings"}]:
+            raise ValueError(f"rule: got {list_some(taken)}, expected other names: these are known of all sums")
         super().__init__(
             names,
             SumsFormat(sums, len(names), window, window_rows),
-            description={"tasks": tasks and list(tasks), "window": window, "window_rows": window_rows, **(rule or {})},
+            description={**known, **(rule or {})},
             settings={"nan_strategy": nan_strategy, **(settings or {})},
             options=options or {},
         )
