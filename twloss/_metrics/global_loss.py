@@ -136,8 +136,8 @@ class GlobalLoss(TaskMetric):
     def _keys(self) -> dict[str, bool | None]:
         return dict.fromkeys(self._reduction.keys, False)
 
-    def _results_of_now(self) -> Callable[[Tensor], Sequence[Tensor]]:
-        reduction = self._reduction.of_now()
+    def _results_of_now(self, *, is_async: bool) -> Callable[[Tensor], Sequence[Tensor]]:
+        reduction = self._reduction.of_now(is_async=is_async)
         numbers = self._task_weights.numbers
 
         def results(sums: Tensor) -> Sequence[Tensor]:

@@ -47,7 +47,8 @@ class TaskMetric(KeptMetric):
         tasks: the tasks' names, or None for the one-task form, whose keys have no name in them.
         sums: how many sums a task has.
         window: also give the result of the last ``window`` updates of each rank, under keys that begin "window_".
-        window_rows: the same of the last rows, this many over all ranks, of each rank its share.
+        window_rows: the same of the last rows, this many over all ranks, of each rank its share; one number of rows for
+            all tasks.
         nan_strategy: what becomes of a task's sums in an update in which they are not finite; as for ``GlobalLoss``.
         rule: what else the sums are of, in JSON's types; sums by another rule, of other tasks or windows, or of another
             class are neither loaded nor merged.
@@ -132,8 +133,12 @@ class TaskMetric(KeptMetric):
     def _results(self, sums: Tensor) -> Sequence[Tensor]:
         raise NotImplementedError
 
-    def _results_of_now(self) -> Callable[[Tensor], Sequence[Tensor]]:
-        """``_results`` as it is at this moment; a subclass whose settings can change brings this in its place."""
+    def _results_of_now(self, *, is_async: bool) -> Callable[[Tensor], Sequence[Tensor]]:  # noqa: ARG002 (a subclass's)
+        """``_results`` as it is at this moment; a subclass whose settings can change brings this in its place.
+
+        Args:
+            is_async: whether they may have changed by the time that it is called.
+        """
         return self._checked_results
 
     def _checked_results(self, sums: Tensor) -> Sequence[Tensor]:
@@ -153,7 +158,7 @@ class TaskMetric(KeptMetric):
         if self.dist_sync_on_step and self.distributed_available_fn():
             total = self._start_sum(RunningSums.own(total), self.dist_sync_fn).wait()
         of_batch, _ = self._format.split(total)
-        results_of = self._results_of_now()
+        results_of = self._results_of_now(is_async=False)
         with torch.no_grad():
             of_horizons = of_batch.expand(len(self._horizons), -1, -1)
             results = dict(zip(self._all_keys, [value for each in of_horizons for value in results_of(each)]))
@@ -205,8 +210,9 @@ class TaskMetric(KeptMetric):
         """Start what compute() does, and return at once, without waiting for the device or for a slower rank.
 
         The result is that of this moment, whatever becomes of the metric before it is asked for: updates, reset(),
-        other task_weights, a training step of a learned reduction's parameters. (Not what a callable that is no module
-        reads elsewhere.)
+        other task_weights, a training step of a learned reduction, its mode and other attributes. A reduction that is a
+        module is copied for it, which is refused with an error where ``copy.deepcopy()`` can't. (It is not the moment's
+        for what a callable that is no module reads elsewhere.)
 
         It is one collective, and as all of them has its place in an order that must be the same on every rank, those of
         DistributedDataParallel's backward included; else gloo may end the process. A later collective of the same
@@ -214,13 +220,18 @@ class TaskMetric(KeptMetric):
 
         Returns:
             The pending result: ``wait()`` gives it, and ``is_completed()`` says whether that would take a while.
-            Warnings and errors come at ``wait()``. Without other ranks it is complete at once.
+            Warnings and errors of the sums come at ``wait()``. Without other ranks it is complete at once.
+
+        Raises:
+            TypeError: for a reduction that is a module and can't be copied.
         """
         return self._start_since(None, self.sync_on_compute, is_async=True)
 
     def _start_since(
         self, snapshot: RunningSums | None, is_over_ranks: bool, *, is_async: bool
     ) -> PendingResult[dict[str, Tensor]]:
+        # First, since it may be refused, or be a collective that waits.
+        finish = partial(self._finish, self._results_of_now(is_async=is_async), self._nan_strategy)
         rank, _ = place_in(self.process_group)
         with LOCK:
             value = self._format.read_horizons(self.totals)
@@ -228,12 +239,8 @@ class TaskMetric(KeptMetric):
             self._refuse_between_syncs("compute() of a view that was reset")
             value -= snapshot
         if is_over_ranks and not self._is_synced and self.distributed_available_fn():
-            pending = self._start_sum(value, self.dist_sync_fn, is_async=is_async)
-            return pending.map(self._format.split).map(
-                partial(self._finish, self._results_of_now(), self._nan_strategy)
-            )
-        total = self._format.split(value.of_rank(rank))
-        return PendingResult(None, partial(self._finish, self._results_of_now(), self._nan_strategy, total))
+            return self._start_sum(value, self.dist_sync_fn, is_async=is_async).map(self._format.split).map(finish)
+        return PendingResult(None, partial(finish, self._format.split(value.of_rank(rank))))
 
     def _finish(
         self,
