@@ -6,7 +6,9 @@ of calling: what a subclass has to reach.
 
 from __future__ import annotations
 
+import copy
 import inspect
+import zlib
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, ExitStack
 from typing import Any, TypeVar
@@ -105,9 +107,18 @@ def tensor_of(numbers: Sequence[float], dtype: torch.dtype, device: torch.device
     There, deep copies of tensors corrupt memory once one was made of numbers (torch 2.13), and ``Metric`` copies its
     states deeply. There is no public way to ask for the mode.
     """
-    if not torch.compiler.is_compiling() and torch._C._get_dispatch_mode(torch._C._TorchDispatchModeKey.FAKE):
+    if _has_no_values():
         return torch.empty(len(numbers), dtype=dtype, device=device)
     return torch.tensor(numbers, dtype=dtype, device=device)
+
+
+def crc32_of(values: Tensor) -> int:
+    """The CRC-32 of a tensor's bytes ``(bytes,)`` on the CPU; 0 in FakeTensorMode, where they have no values."""
+    return 0 if _has_no_values() else zlib.crc32(values.numpy().tobytes())
+
+
+def _has_no_values() -> bool:
+    return not torch.compiler.is_compiling() and bool(torch._C._get_dispatch_mode(torch._C._TorchDispatchModeKey.FAKE))
 
 
 def is_batch_of_gradients(grad: Tensor) -> bool:
@@ -182,18 +193,71 @@ def tile(values: Tensor, repeats: int) -> Tensor:
     return tiled
 
 
-def uncompiled(function: Any) -> Any:
-    """The module that a compiled one was made of, which has no public name; anything else as it is.
+def unwrapped(function: Any) -> Any:
+    """The module in the wrappers of torch.compile and DistributedDataParallel; anything else as it is.
 
-    Without it the parameters of its forward would not be seen, and other tensors in its place would have it compiled
-    again.
+    Without it the parameters of its forward would not be seen. Other tensors in its place would have it compiled again,
+    and a copy of DDP's wrapper hooks into the gradients of the parameters. That of torch.compile has no public name.
     """
-    return getattr(function, "_orig_mod", function)
+    while True:
+        inner = getattr(function, "_orig_mod", function)
+        inner = inner.module if isinstance(inner, nn.parallel.DistributedDataParallel) else inner
+        if inner is function:
+            return inner
+        function = inner
+
+
+def copy_to_call(module: nn.Module, argument: str) -> nn.Module:
+    """A deep copy of a module, for ``functional_call``, which gives it parameters and buffers: it shares the module's.
+
+    It shares process groups too, which can't be copied and do not change. FSDP2's modules refuse to be copied, and the
+    hooks by which it gathers parameters would put those of the time of the call in place of those that are given; there
+    is no public way to leave them out.
+
+    Args:
+        module: with attributes of its own, to any depth.
+        argument: the name of the argument that it is, for the error.
+
+    Raises:
+        TypeError: for a module that can't be copied.
+    """
+    memo: dict[int, Any] = {id(each): each for each in (*module.parameters(), *module.buffers())}
+    sharded = [each for each in module.modules() if any(map(_is_distributed, _forward_hooks_of(each)))]
+    memo |= {id(each): object.__new__(type(each)) for each in sharded}
+    for each in module.modules():
+        for name, value in vars(each).items():
+            if name.startswith("__composable_api") or hasattr(value, "group_name"):
+                memo[id(value)] = value
+            elif isinstance(value, Tensor):
+                memo[id(value)] = value.detach().clone()  # with a graph it could not be copied either
+    try:
+        for each in sharded:
+            state = each.__getstate__()
+            for name in ("_forward_hooks", "_forward_pre_hooks"):
+                kept = [item for item in state[name].items() if not _is_distributed(item[1])]
+                state[name] = type(state[name])(kept)
+            memo[id(each)].__setstate__(copy.deepcopy(state, memo))
+        twin: nn.Module = copy.deepcopy(module, memo)
+    except Exception as error:
+        raise TypeError(
+            f"{argument}: got a module that can't be copied ({type(error).__name__}: {error}), expected one that "
+            "copy.deepcopy() takes, as compute_async() does; compute() needs no copy"
+        ) from error
+    return twin
+
+
+def _forward_hooks_of(module: nn.Module) -> list[Any]:
+    return [*module._forward_pre_hooks.values(), *module._forward_hooks.values()]
+
+
+def _is_distributed(hook: Any) -> bool:
+    """Whether a hook is one of torch.distributed's own."""
+    return str(getattr(hook, "__module__", None)).startswith("torch.distributed")
 
 
 def takes_keyword(function: Any, name: str) -> bool:
     """Whether a callable has a parameter of this name, to be given as a keyword."""
-    function = uncompiled(function)
+    function = unwrapped(function)
     try:
         # The signature of a module itself is (*args, **kwargs).
         parameters = inspect.signature(function.forward if isinstance(function, nn.Module) else function).parameters
@@ -207,7 +271,7 @@ def takes_keyword(function: Any, name: str) -> bool:
 
 def has_forward_hooks(module: nn.Module) -> bool:
     """Whether a call of it runs hooks, which torch.fx traces too; there is no public way to ask."""
-    return bool(module._forward_hooks or module._forward_pre_hooks)
+    return bool(_forward_hooks_of(module))
 
 
 def assert_async(condition: Tensor, message: str) -> None:

@@ -13,10 +13,12 @@ from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 
+from benchmarks.counts import CollectiveLog
 from tests.support import reference
 from tests.support.cases import Ranker, Rows, Settings, columns, joined
 from tests.support.gradient_errors import case_parts
 from tests.support.rank_pool import RankPool
+from tests.support.results import numbers
 from twloss import MultiTaskLoss
 
 SCALES, BIAS = [0.3, -0.5, 1.1], [0.25]
@@ -50,17 +52,24 @@ def whole(values: Any) -> list[float]:
     return numbers
 
 
+def sharded(shard: str) -> tuple[Ranker, Any]:
+    """A model that is sharded, and its loss or the loss's reduction before it, or the model alone."""
+    reduction = Uncertainty()
+    loss = MultiTaskLoss("bce_with_logits", CASE.names(), "mean", reduction, global_batch=True)
+    model = Ranker(loss, CASE.tasks)
+    mesh = init_device_mesh("cpu", (dist.get_world_size(),))
+    if shard != "model":
+        fully_shard({"loss": loss, "reduction": reduction}[shard], mesh=mesh)
+    fully_shard(model, mesh=mesh)
+    return model, loss
+
+
 def train(rank: int, parts: list[Rows], shard: str, backward: bool) -> list[Any]:
     """The running losses of each mode, after a batch, with the parameters of then."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", UserWarning)  # of a reduction that is no mean, and of views
-        reduction = Uncertainty()
-        loss = MultiTaskLoss("bce_with_logits", CASE.names(), "mean", reduction, global_batch=True)
-        model = Ranker(loss, CASE.tasks)
-        mesh = init_device_mesh("cpu", (dist.get_world_size(),))
-        if shard != "model":
-            fully_shard({"loss": loss, "reduction": reduction}[shard], mesh=mesh)
-        fully_shard(model, mesh=mesh)
+        model, loss = sharded(shard)
+        reduction = loss.global_reduction
         losses = model(parts[rank])
         if backward:
             losses["loss"].backward()
@@ -88,3 +97,39 @@ def test_running_losses_of_a_sharded_reduction(two_ranks: RankPool, shard: str, 
         assert eval_result == pytest.approx(evaluated, rel=1e-12)
         if not backward:
             assert eval_result == pytest.approx(exact, rel=1e-12)
+
+
+def log_a_step_later(rank: int, parts: list[Rows], shard: str) -> list[Any]:
+    """What two steps logged before the parameters changed, and with which; and the collectives that waiting took."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", UserWarning)
+        model, loss = sharded(shard)
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+        logged = []
+        for _ in range(2):
+            losses = model(parts[rank])
+            pending = loss.train_metric.compute_async()
+            losses["loss"].backward()
+            parameters = [whole(loss.global_reduction.scales), whole(loss.global_reduction.bias)]
+            optimizer.step()
+            loss.global_reduction.eval()
+            with CollectiveLog() as log:
+                result = pending.wait()
+            logged.append((numbers(result), *parameters, log.names))
+            loss.train_metric.reset()
+    return logged
+
+
+@pytest.mark.parametrize("shard", ["model", "loss", "reduction"])
+def test_a_pending_result_is_of_the_sharded_parameters_of_the_call(two_ranks: RankPool, shard: str) -> None:
+    parts = case_parts(CASE, 2, weighted=True)
+    for first, second in two_ranks.run(log_a_step_later, parts, shard):
+        assert first[1:] == (SCALES, BIAS, [])
+        assert first[0]["loss"] == pytest.approx(expected(joined(parts), SCALES, BIAS)["loss"], rel=1e-12)
+        later, scales, bias, waited = second
+        assert scales != SCALES
+        assert waited == []
+        # The heads have moved too: by hand, of the tasks' losses there are.
+        losses = [later[f"loss/{task}"] for task in CASE.names()]
+        reduced = math.fsum([*(math.exp(-s) * x + s for s, x in zip(scales, losses)), *bias])
+        assert later["loss"] == pytest.approx(reduced, rel=1e-12)

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import copy
 import gc
 import math
+import threading
 import time
 import warnings
+from collections.abc import Callable
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -269,6 +272,141 @@ def test_it_has_the_settings_and_the_parameters_of_the_call(two_ranks: RankPool,
         assert first == again == other == pytest.approx({"loss/a": a, "loss/b": b, "loss": a + 2 * b + 11})
         assert after["loss"] == pytest.approx(100 * (3 * a + 6 * b) + 31)
         assert other_after["loss"] == pytest.approx(3 * a + 6 * b + 31)
+
+
+class Schedule:
+    """A number that is no tensor, in an object that is no module."""
+
+    def __init__(self, factor: float) -> None:
+        self.factor = factor
+
+
+class Scheduled(nn.Module):
+    """A reduction that depends on its mode, on attributes of all kinds, and on those of a module in it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.scale = nn.Parameter(torch.tensor(1.0))
+        self.factor = 2.0
+        self.factors = {"all": [Schedule(3.0)]}
+        self.past = 5.0 * self.scale  # a tensor with a graph
+        self.reduce: Callable[[Tensor], Tensor] = lambda losses: losses.sum()
+        self.group = dist.group.WORLD if dist.is_initialized() else None
+        self.inner = nn.Dropout(0.0)
+        self.inner.register_forward_hook(self.add_bias)
+        self.bias = 0.0
+        self.calls = 0
+
+    def add_bias(self, _: nn.Module, inputs: tuple[Tensor], output: Tensor) -> Tensor:
+        """A hook that is a method of the module."""
+        return (output if output.ndim == 0 else inputs[0]) + self.bias
+
+    def forward(self, losses: Tensor) -> Tensor:
+        """A product of all of them."""
+        self.calls += 1
+        factor: Tensor = self.factor * self.factors["all"][0].factor * self.past * self.scale
+        reduced: Tensor = self.inner(self.reduce(losses))
+        return reduced * factor * (7.0 if self.training else 1.0)
+
+    def change(self) -> None:
+        """Change all that the result depends on."""
+        self.eval()
+        self.factor, self.factors["all"][0].factor, self.bias = 100.0, 100.0, 100.0
+        self.past = self.past * 100.0
+        self.reduce = lambda losses: 100.0 * losses.sum()
+        with torch.no_grad():
+            self.scale.mul_(100.0)
+
+    def __deepcopy__(self, memo: Any) -> Scheduled:
+        """Copies are counted, and nothing else is different."""
+        Scheduled.copies += 1
+        twin = object.__new__(type(self))
+        memo[id(self)] = twin
+        vars(twin).update(copy.deepcopy(vars(self), memo))
+        return twin
+
+    copies = 0
+
+
+WRAPPED: dict[str, Callable[[Scheduled], Any]] = {
+    "plain": lambda module: module,
+    "compiled": lambda module: torch.compile(module, backend="eager"),
+    "in another": lambda module: nn.Sequential(module, nn.Identity()),
+}
+
+
+def change_a_reduction(rank: int, name: str) -> tuple[float, float, float, int]:
+    """The global loss of before a change and of after it, that of the same metric at once, and the calls of it."""
+    module = Scheduled()
+    wrap = DistributedDataParallel if name == "distributed" else WRAPPED[name]
+    metric = GlobalLoss(["a", "b"], "mean", wrap(module))
+    metric.update(torch.tensor([3.0, 1.0]), 2)
+    at_once = metric.compute()["loss"].item()
+    pending = metric.compute_async()
+    calls = module.calls
+    module.change()
+    before = pending.wait()["loss"].item()
+    calls = module.calls - calls
+    return before, metric.compute()["loss"].item(), at_once, calls
+
+
+BEFORE, AFTER = 2.0 * (2.0 * 3.0 * 5.0 * 7.0), (200.0 + 100.0) * (100.0 * 100.0 * 500.0 * 100.0)
+
+
+@pytest.mark.parametrize("name", WRAPPED)
+def test_a_module_is_as_it_was_at_the_call_with_all_that_it_has(name: str) -> None:
+    before, after, at_once, calls = change_a_reduction(0, name)
+    assert before == at_once == pytest.approx(BEFORE)
+    assert after == pytest.approx(AFTER)
+    assert calls == 0  # a copy was called
+
+
+@pytest.mark.parametrize("name", [*WRAPPED, "distributed"])
+def test_so_it_is_on_ranks_and_with_their_process_group(two_ranks: RankPool, name: str) -> None:
+    for before, after, at_once, _ in two_ranks.run(change_a_reduction, name):
+        assert before == at_once == pytest.approx(BEFORE)
+        assert after == pytest.approx(AFTER)
+
+
+def test_a_module_is_copied_for_a_later_result_alone() -> None:
+    metric = GlobalLoss(["a", "b"], "mean", Scheduled())
+    Scheduled.copies = 0
+    metric(torch.tensor([3.0, 1.0]), 2)
+    metric.compute()
+    metric.scalar("loss").compute()
+    assert Scheduled.copies == 0
+    metric.compute_async().wait()
+    assert Scheduled.copies == 1
+
+
+def test_a_module_that_can_not_be_copied_is_refused_at_the_call() -> None:
+    module: Any = Scheduled()
+    module.lock = threading.Lock()
+    metric = GlobalLoss(["a", "b"], "mean", module)
+    metric.update(torch.tensor([3.0, 1.0]), 2)
+    with pytest.raises(TypeError, match=r"^global_reduction: got a module that can't be copied .*lock.*expected one"):
+        metric.compute_async()
+    assert metric.compute()["loss"].item() == pytest.approx(BEFORE)
+
+
+def test_a_copy_is_no_second_hook_of_the_gradients(two_ranks: RankPool) -> None:
+    for first, second in two_ranks.run(train_beside_a_pending_result):
+        assert first == second
+
+
+def train_beside_a_pending_result(rank: int) -> tuple[float, float]:
+    """The gradient of a distributed reduction's parameter, without and with a result that is pending."""
+    gradients = []
+    for is_logged in (False, True):
+        reduction = DistributedDataParallel(Learned())
+        loss = MultiTaskLoss("bce_with_logits", ["a", "b"], "mean", reduction, global_batch=True)
+        losses = loss(torch.ones(3 + rank, 2, dtype=torch.float64), torch.zeros(3 + rank, 2))
+        pending = loss.train_metric.compute_async() if is_logged else None
+        losses["loss"].backward()
+        if pending is not None:
+            pending.wait()
+        gradients.append(reduction.module.scale.grad.sum().item())
+    return gradients[0], gradients[1]
 
 
 def views_of(rank: int, kind: Kind) -> list[tuple[float, float]]:

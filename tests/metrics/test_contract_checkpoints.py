@@ -5,6 +5,8 @@ from __future__ import annotations
 import io
 import json
 import math
+import struct
+import zlib
 from collections.abc import Callable
 from typing import Any
 
@@ -16,6 +18,7 @@ from torch import Tensor
 from tests.support.metrics import KEY, Kind, expect_result_of, of_every_kind, persistent
 from tests.support.rank_pool import RankPool
 from tests.support.results import assert_close, fed, numbers
+from twloss import GlobalLoss, RankingQuality
 
 State = dict[str, Any]
 
@@ -142,25 +145,44 @@ def test_sums_of_something_else_are_refused(kind: Kind) -> None:
         expect_result_of(kind, metric, batches)
 
 
-HEAD = 3 * 8
+HEAD = 4 * 8  # the checksum of what follows it, the number of sums, the rank and the number of ranks
+
+
+def as_tensor(entry: bytes) -> Tensor:
+    return torch.tensor(list(entry), dtype=torch.uint8)
+
+
+def parts_of(entry: Tensor) -> tuple[list[int], list[float], bytes]:
+    """The head of an entry, its sums and its text."""
+    found = bytes(entry.tolist())
+    head = struct.unpack("<4q", found[:HEAD])
+    end = HEAD + 8 * head[1]
+    return [*head], [*struct.unpack(f"<{head[1]}d", found[HEAD:end])], found[end:]
+
+
+def sealed(head: list[int], sums: list[float], text: bytes) -> Tensor:
+    """An entry of these parts, with the checksum that it has to have."""
+    rest = struct.pack("<3q", *head[1:]) + struct.pack(f"<{len(sums)}d", *sums) + text
+    return as_tensor(struct.pack("<q", zlib.crc32(rest)) + rest)
 
 
 def with_text(entry: Tensor, change: Callable[[dict[str, Any]], object]) -> Tensor:
-    """An entry with another text after its numbers."""
-    end = HEAD + 8 * int(entry[:8].view(torch.float64))
-    text = change(json.loads(bytes(entry[end:].tolist())))
-    return torch.cat((entry[:end], as_bytes(text if isinstance(text, bytes) else json.dumps(text).encode())))
+    """An entry that was saved with another text after its numbers."""
+    head, sums, text = parts_of(entry)
+    changed = change(json.loads(text))
+    return sealed(head, sums, changed if isinstance(changed, bytes) else json.dumps(changed).encode())
 
 
-def as_bytes(text: bytes) -> Tensor:
-    return torch.tensor(list(text), dtype=torch.uint8)
+def with_sum(entry: Tensor, value: float) -> Tensor:
+    """An entry that was saved with another first sum."""
+    head, sums, text = parts_of(entry)
+    return sealed(head, [value, *sums[1:]], text)
 
 
-def with_number(entry: Tensor, place: int, value: float) -> Tensor:
-    """An entry with another number at a place; the last are the counts of updates."""
+def with_number(entry: Tensor, place: int, value: int) -> Tensor:
+    """An entry with another number in its head, which was changed afterwards."""
     changed = entry.clone()
-    count = int(entry[:8].view(torch.float64))
-    changed[: HEAD + 8 * count].view(torch.float64)[place] = value
+    changed[:HEAD].view(torch.int64)[place] = value
     return changed
 
 
@@ -171,25 +193,24 @@ DAMAGED: dict[str, tuple[Callable[[Tensor], Any], str]] = {
     "meta": (lambda entry: entry.to("meta"), "meta"),
     "nothing": (lambda entry: entry[:0], "damaged"),
     "half a head": (lambda entry: entry[:20], "damaged"),
-    "half": (lambda entry: entry[: len(entry) // 2], "damaged|text"),
-    "no text": (lambda entry: entry[: HEAD + 8 * int(entry[:8].view(torch.float64))], "text"),
-    "half a text": (lambda entry: entry[:-5], "text"),
-    "more": (lambda entry: torch.cat((entry, entry)), "text"),
+    "half": (lambda entry: entry[: len(entry) // 2], "damaged"),
+    "no text": (lambda entry: entry[: HEAD + 8 * len(parts_of(entry)[1])], "damaged"),
+    "half a text": (lambda entry: entry[:-5], "damaged"),
+    "more": (lambda entry: torch.cat((entry, entry)), "damaged"),
+    "something else": (lambda _: torch.get_rng_state(), "damaged"),
+    "zeros": (torch.zeros_like, "damaged"),
     "another text": (lambda entry: with_text(entry, lambda _: [1]), "expected a JSON object"),
     "no JSON": (lambda entry: with_text(entry, lambda _: b"\xff\xfe"), "text"),
     "deep nesting": (lambda entry: with_text(entry, lambda _: b"[" * 100_000), "text"),
-    "a text without names": (lambda entry: with_text(entry, lambda _: {}), "tasks"),
+    "a text without names": (lambda entry: with_text(entry, lambda _: {}), "no class"),
     "another shape": (lambda entry: with_text(entry, lambda text: {**text, "shape": [1, 2]}), "shape"),
-    "a count": (lambda entry: with_number(entry, 0, 1e9), "damaged"),
-    "a negative count": (lambda entry: with_number(entry, 0, -1.0), "damaged"),
-    "a count of NaN": (lambda entry: with_number(entry, 0, math.nan), "damaged"),
-    "a rank of NaN": (lambda entry: with_number(entry, 1, math.nan), "damaged"),
-    "an infinite rank": (lambda entry: with_number(entry, 2, math.inf), "damaged"),
-    "half an update": (lambda entry: with_number(entry, -1, 0.5), "damaged"),
-    "updates of NaN": (lambda entry: with_number(entry, -1, math.nan), "damaged"),
-    "fewer updates than none": (lambda entry: with_number(entry, -1, -2.0), "damaged"),
-    "sums of NaN": (lambda entry: with_number(entry, 3, math.nan), "not finite"),
-    "infinite sums": (lambda entry: with_number(entry, 3, -math.inf), "not finite"),
+    "a checksum": (lambda entry: with_number(entry, 0, 0), "damaged"),
+    "a count": (lambda entry: with_number(entry, 1, 10**9), "damaged"),
+    "a negative count": (lambda entry: with_number(entry, 1, -1), "damaged"),
+    "a rank": (lambda entry: with_number(entry, 2, 1), "damaged"),
+    "ranks": (lambda entry: with_number(entry, 3, 2), "damaged"),
+    "sums of NaN": (lambda entry: with_sum(entry, math.nan), "not finite"),
+    "infinite sums": (lambda entry: with_sum(entry, -math.inf), "not finite"),
 }
 
 
@@ -206,19 +227,49 @@ def test_a_damaged_entry_is_one_clear_error_and_changes_nothing(
     expect_result_of(kind, metric, kind.batches(3))
 
 
-@of_every_kind
-def test_any_byte_that_is_wrong_is_an_error_or_a_number(kind: Kind) -> None:
+@pytest.mark.parametrize("kind", [Kind(GlobalLoss), Kind(RankingQuality, window=2)], ids=["losses", "a window"])
+def test_any_bit_that_is_wrong_is_an_error(kind: Kind) -> None:
+    """Each in turn; a damaged description too is called what it is, and not sums of something else."""
     entry = fed(persistent(kind), kind.batches(2)).state_dict()[KEY]
-    generator = torch.Generator().manual_seed(0)
-    for _ in range(100):
-        changed, place = entry.clone(), int(torch.randint(len(entry), (), generator=generator))
-        changed[place] = int(torch.randint(256, (), generator=generator))
-        metric = fed(persistent(kind), kind.batches(3))
-        try:
-            metric.load_state_dict({KEY: changed})
-        except RuntimeError as error:
-            assert f"{KEY}: got" in str(error)  # noqa: PT017
-            expect_result_of(kind, metric, kind.batches(3))
+    metric = fed(persistent(kind), kind.batches(3))
+    for place in range(len(entry)):
+        for bit in range(8):
+            changed = entry.clone()
+            changed[place] ^= 1 << bit
+            with pytest.raises(RuntimeError, match=rf"sums\._extra_state: got {len(entry)} bytes that are damaged"):
+                metric.load_state_dict({KEY: changed})
+    expect_result_of(kind, metric, kind.batches(3))
+    metric.load_state_dict({KEY: entry})
+    expect_result_of(kind, metric, kind.batches(2))
+
+
+@of_every_kind
+def test_an_entry_is_laid_out_as_its_format_says(kind: Kind) -> None:
+    metric = fed(persistent(kind), kind.batches(2))
+    entry = metric.state_dict()[KEY]
+    head, sums, text = parts_of(entry)
+    assert torch.equal(sealed(head, sums, text), entry)
+    assert head[1:] == [len(sums), 0, 1]
+    assert sorted(sums) == sorted(metric.totals.sum(0).flatten().tolist())  # a window's from old to new
+    description = json.loads(text)
+    assert description["class"] == kind.of.__name__
+    assert description["tasks"] == (kind.tasks and list(kind.tasks))
+    assert math.prod(description["shape"]) == len(sums)
+
+
+def test_every_value_goes_through_to_the_last_bit() -> None:
+    """NaN with its payload, and what has no other digits to lose."""
+    numbers = [math.nan, math.inf, -math.inf, 5e-324, -1.7976931348623157e308, 1 / 3, 0.0]
+    payload = torch.tensor([0x7FF8_0000_0000_0123])
+    values = torch.cat((torch.tensor(numbers, dtype=torch.float64).view(torch.int64), payload))
+    metric, again = (GlobalLoss([f"task {i}" for i in range(8)], nan_strategy="disable") for _ in range(2))
+    metric.totals[0, 0, 0] = values.view(torch.float64)
+    for each in (metric, again):
+        each.persistent(True)
+    again.load_state_dict(through_a_file(metric.state_dict()))
+    saved = parts_of(again.state_dict()[KEY])
+    assert torch.equal(again.totals[1, 0, 0].view(torch.int64), values)
+    assert repr(saved) == repr(parts_of(metric.state_dict()[KEY]))
 
 
 @of_every_kind

@@ -107,6 +107,7 @@ RULES: dict[str, tuple[str, dict[str, Any], dict[str, Any]]] = {
     "ignore_index or NaN": ("ignore_index", {"ignore_index": -1}, {"ignore_index": math.nan}),
     "loss type": ("cross_entropy", {}, {"loss_type": "cross_entropy"}),
     "callable": ("squared", {}, {"loss_type": squared}),
+    "reduction over rows": ("task_loss_reduction", {}, {"task_loss_reduction": "sum"}),
 }
 
 
@@ -119,7 +120,9 @@ def many(loss_type: Any = "bce_with_logits", **options: Any) -> Any:
 def one(loss_type: Any = "bce_with_logits", **options: Any) -> Any:
     if "pos_weights" in options:
         options["pos_weight"] = options.pop("pos_weights")[0]
-    return Loss(loss_type, **options)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", UserWarning)
+        return Loss(loss_type, options.pop("task_loss_reduction", "mean"), **options)
 
 
 def trained(loss: Any, mode: bool = True) -> GlobalLoss:
@@ -202,7 +205,6 @@ def test_sums_of_the_same_rule_are_loaded_and_merged(
 OTHERWISE: dict[str, dict[str, Any]] = {
     "task_weights": {"task_weights": [3.0, 4.0]},
     "reduction over tasks": {"global_reduction": "max"},
-    "reduction over rows": {"task_loss_reduction": "sum"},
     "quality": {"quality": True},
     "global_batch": {"global_batch": True},
 }
@@ -238,6 +240,40 @@ def test_sums_whose_rule_nobody_knows_mix_with_any(make: Callable[..., Any], swa
     assert torch.equal(sums_of(into), expected)
     into.load_state_dict(other.state_dict())
     assert torch.equal(sums_of(into), sums_of(other))
+
+
+@both_ways
+@pytest.mark.parametrize("make", [many, one])
+def test_a_sum_over_rows_is_never_taken_for_a_mean(make: Callable[..., Any], swap: bool) -> None:
+    """Weights that cancel are data of a sum, which keeps their absolute values, and none of a mean."""
+    tasks = TASKS if make is many else None
+    total, mean = GlobalLoss(tasks, "sum"), trained(make())
+    total.update(torch.ones(len(TASKS) if tasks else 1), -1.0)
+    total.persistent(True)
+    for one_mean in (mean, fed(GlobalLoss(tasks), [(torch.ones(len(TASKS) if tasks else 1), 2.0)])):
+        one_mean.persistent(True)
+        into, other = (one_mean, total) if swap else (total, one_mean)
+        before = into.totals.clone()
+        with pytest.raises(ValueError, match=r"got sums of task_loss_reduction='\w+', expected task_loss_reduction="):
+            into.merge_state(other)
+        with pytest.raises(RuntimeError, match=r"got sums of task_loss_reduction='\w+', expected task_loss_reduction="):
+            into.load_state_dict(other.state_dict())
+        assert torch.equal(into.totals, before)
+
+
+# Sums that an update could not make.
+
+
+@of_every_kind
+def test_sums_that_are_not_finite_are_merged_where_they_may_be(kind: Kind) -> None:
+    bad = fed(kind.make(nan_strategy="disable"), [kind.changed(kind.batch(0), 0, math.nan)])
+    metric = fed(kind.make(), kind.batches(3))
+    with pytest.raises(ValueError, match=r"incoming_state: got sums that are not finite, expected finite ones"):
+        metric.merge_state(bad)
+    expect_result_of(kind, metric, kind.batches(3))
+    lenient = kind.make(nan_strategy="disable")
+    lenient.merge_state(bad)
+    assert repr(numbers(lenient.compute())) == repr(numbers(bad.compute()))
 
 
 # Groups of a collection.

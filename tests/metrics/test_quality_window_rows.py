@@ -136,3 +136,18 @@ def test_attached_to_a_loss_it_counts_the_rows(way: str, new_compiler: None) -> 
 def test_the_two_windows_exclude_each_other() -> None:
     with pytest.raises(ValueError, match="window_rows: got 5 beside window=3, expected one of the two"):
         RankingQuality(TASKS, window=3, window_rows=5)
+
+
+def test_an_update_has_as_many_rows_as_its_largest_task() -> None:
+    """Tasks of 10 rows and of 2, and one whose labels are missing in half of 10: the last two updates are 20 rows."""
+    tasks = ["many", "few", "missing"]
+    metric = RankingQuality(tasks, ignore_index=-1, window_rows=20)
+    half = torch.tensor([1.0, -1.0] * 5)
+    for _ in range(5):
+        metric.update(
+            {"many": torch.zeros(10), "few": torch.zeros(2), "missing": torch.zeros(10)},
+            {"many": torch.ones(10), "few": torch.ones(2), "missing": half},
+        )
+    found = numbers(metric.compute())
+    assert [found[f"window_weight/{task}"] for task in tasks] == [20.0, 4.0, 10.0]
+    assert [found[f"weight/{task}"] for task in tasks] == [50.0, 10.0, 25.0]

@@ -156,6 +156,80 @@ def test_sums_by_another_rule_are_not_merged() -> None:
         metric.merge_state(other)
 
 
+class AbsoluteError(SquaredError):
+    """Other sums under the same names and of the same shape."""
+
+    def _sum_batch(self, predictions: Tensor, targets: Tensor) -> Sequence[Tensor | float]:
+        return (predictions - targets).abs().sum(0), len(targets)
+
+
+def in_a_function() -> type[SquaredError]:
+    """A class that another function, too, may have under its name."""
+
+    class AbsoluteError(SquaredError):
+        pass
+
+    return AbsoluteError
+
+
+def refused(pair: Sequence[SquaredError], message: str) -> None:
+    """The one takes the other's sums neither by a merge nor by a load."""
+    metric, other = pair
+    before = metric.totals.clone()
+    for each in (metric, other):
+        each.persistent(True)
+    for incoming in (other, other.metric_state):
+        with pytest.raises(ValueError, match="incoming_state: got") as caught:
+            metric.merge_state(incoming)
+    assert message in str(caught.value)
+    with pytest.raises(RuntimeError, match=re.escape(message)):
+        metric.load_state_dict(other.state_dict())
+    assert torch.equal(metric.totals, before)
+
+
+def test_sums_of_another_class_are_neither_loaded_nor_merged() -> None:
+    kinds: list[type[SquaredError]] = [SquaredError, AbsoluteError, in_a_function()]
+    for kind in kinds:
+        for other in kinds:
+            if kind is not other:
+                pair = [fed(each(TASKS), [batch(0)]) for each in (kind, other)]
+                refused(pair, f"got sums of class='{other.__qualname__}', expected class='{kind.__qualname__}'")
+
+
+def taken(metric: SquaredError, other: SquaredError) -> None:
+    """Both are fed alike; the one merges the other's sums, and loads them."""
+    once = metric.totals.clone()
+    for each in (metric, other):
+        each.persistent(True)
+    metric.merge_state(other.metric_state)
+    assert torch.equal(metric.totals, 2 * once)
+    metric.load_state_dict(other.state_dict())
+    assert torch.equal(metric.totals.sum(0), once.sum(0))
+
+
+def test_a_class_that_moves_to_another_file_has_the_same_sums() -> None:
+    moved: Any = type("SquaredError", (SquaredError,), {"__module__": "another.file", "__qualname__": "SquaredError"})
+    taken(fed(moved(TASKS), [batch(0)]), fed(SquaredError(TASKS), [batch(0)]))
+
+
+def test_a_rule_that_one_of_two_lacks_is_another_rule() -> None:
+    for value in (3, None):
+        pair = [fed(SquaredError(TASKS, rule=rule), [batch(0)]) for rule in ({"limit": value}, {})]
+        refused(pair, f"got sums of no limit, expected limit={value}")
+        refused(pair[::-1], f"got sums of limit={value}, expected no limit")
+
+
+@pytest.mark.parametrize("value", [(0.5, 1.5), [math.nan], math.nan, {"a": (1, 2)}, {1: 2}, 30, None, True])
+def test_a_rule_may_be_anything_that_json_has(value: Any) -> None:
+    taken(*[fed(SquaredError(TASKS, rule={"limits": value}), [batch(0)]) for _ in range(2)])
+
+
+@pytest.mark.parametrize("name", ["class", "tasks", "window", "window_rows", "shape", "settings"])
+def test_a_rule_can_not_contradict_what_is_known_of_all_sums(name: str) -> None:
+    with pytest.raises(ValueError, match=rf"^rule: got \['{name}'\], expected other names"):
+        SquaredError(TASKS, rule={"limit": 3, name: None})
+
+
 def test_without_its_methods_nothing_is_computed() -> None:
     class Nothing(TaskMetric):
         def update(self) -> None:

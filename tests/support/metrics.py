@@ -5,12 +5,14 @@ A ``Kind`` is made of plain values, so that it travels to ranks; a batch is what
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
 import pytest
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
 from tests.support import quality_reference, reference
@@ -166,8 +168,10 @@ def numbers_of_this_rank(metric: Summing) -> dict[str, float]:
 
 
 def weights_of(metric: GlobalLoss) -> list[float]:
-    """The weights that its sums have, task by task, where no loss is 0: the sum of a task's losses over their mean."""
-    total = GlobalLoss(metric.tasks, "sum")
-    total.merge_state(metric)
-    sums, means = numbers(total.compute()), numbers(metric.compute())
-    return [sums[key] / means[key] for key in sums if key != "loss" or metric.tasks is None]
+    """The weights that its sums have, task by task: what a loss without a weight, of each rank, adds to the means."""
+    more, added = copy.deepcopy(metric), 2.0**50
+    more.update(torch.full((len(metric.tasks or "1"),), added, dtype=torch.float64, device=metric.device), 0)
+    ranks = dist.get_world_size() if dist.is_initialized() else 1
+    before, after = numbers(metric.compute()), numbers(more.compute())
+    keys = [key for key in before if key != "loss" or metric.tasks is None]
+    return [ranks * added / (after[key] - before[key]) for key in keys]

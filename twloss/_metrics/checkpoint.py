@@ -7,7 +7,6 @@ Float64 sums come in, bytes go out, which ``torch.load(weights_only=True)`` read
 from __future__ import annotations
 
 import json
-import math
 from collections.abc import Generator, Mapping
 from contextlib import contextmanager
 from typing import Any, Protocol
@@ -16,12 +15,13 @@ import torch
 from torch import Tensor, nn
 
 from twloss._arguments import list_some
-from twloss._sums.running_sums import SumsFormat
-from twloss._torch import hidden_from_jit, plain_tensors, tensor_of
+from twloss._torch import crc32_of, hidden_from_jit, plain_tensors, tensor_of
 
 ALL_RANKS = (0, 1)
 """The place of sums of all ranks: that of a process without others."""
-_HEAD = 3  # numbers before the sums: how many these are, and the place of the rank that they are of
+ANY = "*"
+"""The name that stands, in a description, for all that nobody knows of its sums, which are then of any."""
+_CHECKSUM, _HEAD = 8, 4 * 8  # bytes: of the checksum, and of all before the sums
 
 
 @contextmanager
@@ -132,37 +132,51 @@ def decode(text: Tensor) -> dict[str, Any]:
 
 
 def check_same(found: dict[str, Any], expected: dict[str, Any]) -> None:
-    """Raise a ValueError that names the first difference in what is known of both, their tasks and window at least."""
-    for name in ("tasks", "window", *(name for name in expected if name in found)):
-        pair = [each.get(name, "unknown") for each in (found, expected)]
-        if pair[0] != pair[1]:
-            shown = [list_some(value, 12) if isinstance(value, (list, dict)) else repr(value) for value in pair]
-            raise ValueError(f"got sums of {name}={shown[0]}, expected {name}={shown[1]}")
+    """Raise a ValueError that names the first difference between two descriptions, names that one lacks included."""
+    both = found, json.loads(json.dumps(expected))  # with lists for tuples, as in what was found
+    for name in {**both[1], **found}:
+        if name == ANY or any(ANY in each and name not in each for each in both):
+            continue
+        pair = [{name: each[name]} if name in each else {} for each in both]
+        if pair[0] != pair[1] and json.dumps(pair[0]) != json.dumps(pair[1]):  # two NaNs differ, and their texts do not
+            shown = [_show(name, each) for each in pair]
+            raise ValueError(f"got sums of {shown[0]}, expected {shown[1]}")
+
+
+def _show(name: str, values: dict[str, Any]) -> str:
+    if name not in values:
+        return f"no {name}"
+    value = values[name]
+    return f"{name}={list_some(value, 12) if isinstance(value, (list, dict)) else repr(value)}"
 
 
 def sums_to_bytes(sums: Tensor, description: dict[str, Any], place: tuple[int, int]) -> Tensor:
     """An entry ``(bytes,)`` uint8 on the CPU, of a length that only the shape and the description decide.
 
+    Its parts are, in this order: the CRC-32 of all the others, the number of sums, the rank that they are of and the
+    number of ranks, an int64 each; the sums, float64; the description, a JSON text.
+
     Args:
-        sums: float64.
+        sums: float64, of the description's shape.
         description: what the sums are of.
         place: the rank that they are of, and the number of ranks.
     """
-    head = tensor_of((sums.numel(), *place), torch.float64, torch.device("cpu"))
-    numbers = torch.cat((head, sums.detach().cpu().flatten()))
-    return torch.cat((numbers.view(torch.uint8), encode({**description, "shape": list(sums.shape)})))
+    head = tensor_of((sums.numel(), *place), torch.int64, torch.device("cpu"))
+    parts = head, sums.detach().cpu().flatten(), encode(description)
+    rest = torch.cat([part.view(torch.uint8) for part in parts])
+    return torch.cat((_checksum(rest), rest))
 
 
-def sums_from_bytes(
-    entry: Any, layout: SumsFormat, description: dict[str, Any], *, is_finite: bool
-) -> tuple[Tensor, tuple[int, int]]:
+def _checksum(rest: Tensor) -> Tensor:
+    return tensor_of((crc32_of(rest),), torch.int64, torch.device("cpu")).view(torch.uint8)
+
+
+def sums_from_bytes(entry: Any, description: dict[str, Any]) -> tuple[Tensor, tuple[int, int]]:
     """The sums of an entry, and their place.
 
     Args:
         entry: the result of ``sums_to_bytes``.
-        layout: of the sums.
         description: what they have to be of.
-        is_finite: whether they have to be finite.
 
     Raises:
         TypeError: for anything that can't be an entry.
@@ -175,23 +189,11 @@ def sums_from_bytes(
             f"got {entry.dtype} of shape {tuple(entry.shape)} on {entry.device}, expected the bytes of saved sums, of "
             "torch.uint8 and shape (bytes,)"
         )
-    damaged = ValueError(f"got {len(entry)} bytes that are damaged, expected those of saved sums")
     entry = entry.detach().cpu().clone()
-    start = 8 * _HEAD
-    if len(entry) < start:
-        raise damaged
-    count, rank, ranks = entry[:start].view(torch.float64).tolist()
-    if not (0 <= count <= len(entry) / 8 - _HEAD and math.isfinite(rank) and math.isfinite(ranks)):
-        raise damaged
-    end = start + 8 * int(count)
-    check_same(decode(entry[end:]), {**description, "shape": list(layout.shape)})
-    if count != math.prod(layout.shape):
-        raise damaged
-    sums = entry[start:end].view(torch.float64).view(layout.shape)
-    if not layout.has_counts(sums):
-        raise damaged
-    if is_finite and not sums.isfinite().all():
-        raise ValueError(
-            "got sums that are not finite, expected finite ones: those of nan_strategy='disable' alone may be"
-        )
-    return sums, (int(rank), int(ranks))
+    # First of all, so that a damaged description is not taken for that of something else.
+    if len(entry) < _HEAD or not torch.equal(entry[:_CHECKSUM], _checksum(entry[_CHECKSUM:])):
+        raise ValueError(f"got {len(entry)} bytes that are damaged, or of no sums, expected those of saved sums")
+    count, rank, ranks = entry[_CHECKSUM:_HEAD].view(torch.int64).tolist()
+    end = _HEAD + 8 * count
+    check_same(decode(entry[end:]), description)
+    return entry[_HEAD:end].view(torch.float64).view(description["shape"]), (rank, ranks)

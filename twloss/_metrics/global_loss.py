@@ -23,6 +23,7 @@ from twloss._arguments import (
     per_task_numbers,
 )
 from twloss._constants import TaskConstants
+from twloss._metrics.checkpoint import ANY
 from twloss._metrics.task_metric import TaskMetric
 from twloss._sums.reduction import GlobalReduction, Reduction
 from twloss._sums.sums import TaskSums
@@ -77,11 +78,10 @@ class GlobalLoss(TaskMetric):
     ) -> None:
         check_choice("task_loss_reduction", task_loss_reduction, get_args(RowReduction))
         check_global_reduction(global_reduction)
-        settings = {
-            "task_loss_reduction": task_loss_reduction,
-            "global_reduction": getattr(global_reduction, "__qualname__", str(global_reduction)),
-        }
-        super().__init__(tasks, 2, nan_strategy=nan_strategy, settings=settings, options=kwargs)
+        # A sum keeps the absolute weights, and a mean those that cancel. The rest of the rule a loss alone knows.
+        rule = {"task_loss_reduction": task_loss_reduction, ANY: "unknown"}
+        settings = {"global_reduction": getattr(global_reduction, "__qualname__", str(global_reduction))}
+        super().__init__(tasks, 2, nan_strategy=nan_strategy, rule=rule, settings=settings, options=kwargs)
         # Within it a module is no submodule: the loss that trains it registers it.
         self._reduction = Reduction.of(self.tasks, task_loss_reduction, global_reduction)
         self._task_weights = TaskConstants(per_task_numbers("task_weights", task_weights, self.tasks or ("loss",)))
@@ -89,7 +89,7 @@ class GlobalLoss(TaskMetric):
     def _become_part_of(self, task_weights: TaskConstants, rule: dict[str, Any]) -> None:
         """Take a loss's task_weights, as they are at any time, and the rule by which it makes the sums."""
         self._task_weights = task_weights
-        self._description = {**self._description, **rule}
+        self._description = {name: value for name, value in {**self._description, **rule}.items() if name != ANY}
         self._describe_state()
 
     if TYPE_CHECKING:
@@ -136,8 +136,8 @@ class GlobalLoss(TaskMetric):
     def _keys(self) -> dict[str, bool | None]:
         return dict.fromkeys(self._reduction.keys, False)
 
-    def _results_of_now(self) -> Callable[[Tensor], Sequence[Tensor]]:
-        reduction = self._reduction.of_now()
+    def _results_of_now(self, *, is_async: bool) -> Callable[[Tensor], Sequence[Tensor]]:
+        reduction = self._reduction.of_now(is_async=is_async)
         numbers = self._task_weights.numbers
 
         def results(sums: Tensor) -> Sequence[Tensor]:

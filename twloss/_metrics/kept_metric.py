@@ -41,7 +41,7 @@ class KeptMetric(Metric):
         names: the columns' names, which all ranks share.
         layout: of the state.
         description: what the sums are of, in JSON's types; those of something else are neither loaded nor merged.
-        settings: what else tells it from a metric with the same sums, in JSON's types.
+        settings: what else tells it from a metric with the same sums, in JSON's types; it may change.
         options: ``Metric``'s own.
     """
 
@@ -73,8 +73,8 @@ class KeptMetric(Metric):
         self._device = torch.empty(0).device  # torchmetrics 1.0.3 says "cpu" whatever it is
         self._names = ColumnNames(names)
         self._format = layout
-        self._description = dict(description)
-        self._settings = {"class": type(self).__qualname__, **settings}
+        self._description = {**description, "shape": list(layout.shape)}
+        self._settings = dict(settings)
         self._describe_state()  # the first state, the only one that torchmetrics 1.0.3 compares
         with plain_tensors():
             super().add_state("totals", layout.zeros(self.device), dist_reduce_fx="sum")
@@ -269,11 +269,22 @@ class KeptMetric(Metric):
                 found = f"{state.dtype} on {state.device}" if isinstance(state, Tensor) else type(state).__name__
                 raise ValueError(f"incoming_state: got {found} as {name}, expected the metric_state of such a metric")
         try:
-            check_same(decode(incoming_state["sums_of"]), self._description)
+            description = decode(incoming_state["sums_of"])
+            description.pop("settings", None)
+            check_same(description, self._description)
+            value = self._format.read(incoming_state["totals"], self._ranks)
+            self._check_finite(value.parts)
         except ValueError as error:
             raise ValueError(f"incoming_state: {error}") from None
-        merged = self._read() + self._format.read(incoming_state["totals"], self._ranks)
+        merged = self._read() + value
         self._put(self._format.write(merged, self.totals.device, self._ranks))
+
+    def _check_finite(self, sums: Tensor) -> None:
+        """Raise for sums, made elsewhere, that this metric's own updates can't make."""
+        if self._drops_non_finite and not sums.isfinite().all():
+            raise ValueError(
+                "got sums that are not finite, expected finite ones: those of nan_strategy='disable' alone may be"
+            )
 
     # Devices: a cast of the model must not round the sums, nor the defaults that reset() restores.
 
@@ -320,7 +331,8 @@ class KeptMetric(Metric):
         """Take the sums of an entry in place of these: those of all ranks are carried, this rank's own are added."""
         if self._is_synced:
             raise ValueError("got sums between sync() and unsync(), which would drop what is loaded")
-        sums, place = sums_from_bytes(entry, self._format, self._description, is_finite=self._drops_non_finite)
+        sums, place = sums_from_bytes(entry, self._description)
+        self._check_finite(sums)
         here = place_in(self.process_group)
         if place not in (ALL_RANKS, here) and sums.any():
             raise ValueError(

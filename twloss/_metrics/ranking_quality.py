@@ -64,7 +64,8 @@ class RankingQuality(TaskMetric):
         window: also give the quality of the last ``window`` updates of each rank, under keys that begin "window_".
         window_rows: the same of the last rows, this many over all ranks, of each rank its share. It is exact to within
             one update or a thousandth of the window, whichever has more rows: an update counts as long as its last row
-            does.
+            does. All tasks have one window: where their numbers of rows differ, an update has as many as the task with
+            the most, so that of one with fewer has fewer rows of it.
         logit_shift: a number that is added to the logits first, or one a task: ln r where the model was trained on
             negatives that were kept at the rate r, and -ln f where it was trained with a pos_weight of f.
         nan_strategy: as for ``GlobalLoss``.

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 from torchmetrics.utilities.prints import rank_zero_warn
 
-from twloss._arguments import NanStrategy, check_choice, check_tasks, check_window, list_counts
+from twloss._arguments import NanStrategy, check_choice, check_tasks, check_window, list_counts, list_some
 from twloss._metrics.kept_metric import LOCK, KeptMetric
 from twloss._metrics.plot import plot_results
 from twloss._metrics.scalar_view import ScalarView
@@ -48,9 +48,11 @@ class TaskMetric(KeptMetric):
         tasks: the tasks' names, or None for the one-task form, whose keys have no name in them.
         sums: how many sums a task has.
         window: also give the result of the last ``window`` updates of each rank, under keys that begin "window_".
-        window_rows: the same of the last rows, this many over all ranks, of each rank its share.
+        window_rows: the same of the last rows, this many over all ranks, of each rank its share; one number of rows for
+            all tasks.
         nan_strategy: what becomes of a task's sums in an update in which they are not finite; as for ``GlobalLoss``.
-        rule: what else the sums are of, in JSON's types; sums by another rule are neither loaded nor merged.
+        rule: what else the sums are of, in JSON's types; sums by another rule, of other tasks or windows, or of another
+            class are neither loaded nor merged.
         settings: what else makes its results, in JSON's types: a ``MetricCollection`` takes metrics with equal sums and
             equal settings for one.
         options: ``Metric``'s own, such as ``process_group``; ``compute_with_cache`` can't be True, as a rank with a
@@ -104,10 +106,14 @@ class TaskMetric(KeptMetric):
         check_window(window, window_rows)
         tasks = None if tasks is None else check_tasks(tasks)
         names = tasks or ("loss",)
+        # No module's name: a script's is "__main__", and its file's where it is imported.
+        known = {"class": type(self).__qualname__, "tasks": tasks, "window": window, "window_rows": window_rows}
+        if taken := [name for name in rule or {} if name in {*known, "shape", "settings"}]:
+            raise ValueError(f"rule: got {list_some(taken)}, expected other names: these are known of all sums")
         super().__init__(
             names,
             SumsFormat(sums, len(names), window, window_rows),
-            description={"tasks": tasks and list(tasks), "window": window, "window_rows": window_rows, **(rule or {})},
+            description={**known, **(rule or {})},
             settings={"nan_strategy": nan_strategy, **(settings or {})},
             options=options or {},
         )
@@ -134,8 +140,12 @@ class TaskMetric(KeptMetric):
     def _results(self, sums: Tensor) -> Sequence[Tensor]:
         raise NotImplementedError
 
-    def _results_of_now(self) -> Callable[[Tensor], Sequence[Tensor]]:
-        """``_results`` as it is at this moment; a subclass whose settings can change brings this in its place."""
+    def _results_of_now(self, *, is_async: bool) -> Callable[[Tensor], Sequence[Tensor]]:  # noqa: ARG002 (a subclass's)
+        """``_results`` as it is at this moment; a subclass whose settings can change brings this in its place.
+
+        Args:
+            is_async: whether they may have changed by the time that it is called.
+        """
         return self._checked_results
 
     def _checked_results(self, sums: Tensor) -> Sequence[Tensor]:
@@ -156,7 +166,7 @@ class TaskMetric(KeptMetric):
             call = f"{type(self).__name__}.forward() with dist_sync_on_step=True"
             total = self._start_sum(RunningSums.own(total), call, self.dist_sync_fn).wait()
         of_batch, _ = self._format.split(total)
-        results_of = self._results_of_now()
+        results_of = self._results_of_now(is_async=False)
         with torch.no_grad():
             of_horizons = of_batch.expand(len(self._horizons), -1, -1)
             results = dict(zip(self._all_keys, [value for each in of_horizons for value in results_of(each)]))
@@ -209,8 +219,9 @@ class TaskMetric(KeptMetric):
         """Start what compute() does, and return at once, without waiting for the device or for a slower rank.
 
         The result is that of this moment, whatever becomes of the metric before it is asked for: updates, reset(),
-        other task_weights, a training step of a learned reduction's parameters. (Not what a callable that is no module
-        reads elsewhere.)
+        other task_weights, a training step of a learned reduction, its mode and other attributes. A reduction that is a
+        module is copied for it, which is refused with an error where ``copy.deepcopy()`` can't. (It is not the moment's
+        for what a callable that is no module reads elsewhere.)
 
         It is one collective, and as all of them has its place in an order that must be the same on every rank, those of
         DistributedDataParallel's backward included; else gloo may end the process. A later collective of the same
@@ -218,13 +229,18 @@ class TaskMetric(KeptMetric):
 
         Returns:
             The pending result: ``wait()`` gives it, and ``is_completed()`` says whether that would take a while.
-            Warnings and errors come at ``wait()``. Without other ranks it is complete at once.
+            Warnings and errors of the sums come at ``wait()``. Without other ranks it is complete at once.
+
+        Raises:
+            TypeError: for a reduction that is a module and can't be copied.
         """
         return self._start_since(None, self.sync_on_compute, is_async=True)
 
     def _start_since(
         self, snapshot: RunningSums | None, is_over_ranks: bool, *, is_async: bool
     ) -> PendingResult[dict[str, Tensor]]:
+        # First, since it may be refused, or be a collective that waits.
+        finish = partial(self._finish, self._results_of_now(is_async=is_async), self._nan_strategy)
         rank, _ = place_in(self.process_group)
         with LOCK:
             value = self._format.read_horizons(self.totals)
@@ -234,11 +250,8 @@ class TaskMetric(KeptMetric):
         if is_over_ranks and not self._is_synced and self.distributed_available_fn():
             call = f"{type(self).__name__}.{'compute_async' if is_async else 'compute'}()"
             pending = self._start_sum(value, call, self.dist_sync_fn, is_async=is_async)
-            return pending.map(self._format.split).map(
-                partial(self._finish, self._results_of_now(), self._nan_strategy)
-            )
-        total = self._format.split(value.of_rank(rank))
-        return PendingResult(None, partial(self._finish, self._results_of_now(), self._nan_strategy, total))
+            return pending.map(self._format.split).map(finish)
+        return PendingResult(None, partial(finish, self._format.split(value.of_rank(rank))))
 
     def _finish(
         self,

@@ -95,8 +95,9 @@ def sum_batch(  # noqa: PLR0917 (a plan, a batch, and its tasks)
     by_logits_alone = not (is_traced or labels.requires_grad or (weights is not None and weights.requires_grad))
     if not (row_loss.has_closed_form and by_logits_alone):
         shift = None if logit_shift is None else logit_shift.like(logits)
-        constants = pos_weights.like(logits), shift, global_weights
-        return _sum_differentiable(plan, row_loss, batch, constants, has_rows=has_rows, is_traced=is_traced)
+        factors = pos_weights.like(logits)
+        rows, total, batch = sum_losses(row_loss, batch, factors, has_rows=has_rows, is_traced=is_traced)
+        return _sum_differentiable(plan, rows, total, batch, (shift, global_weights), is_traced=is_traced)
     run: Run = _run
     count, abreast = logits.shape[0], 1
     if plan.fused and count >= _FEWEST_ROWS and runs_compiled(logits):
@@ -179,16 +180,18 @@ def _run(  # noqa: PLR0917 (the compiled one takes no keywords)
 
 def _sum_differentiable(
     plan: Plan,
-    row_loss: RowLoss,
+    rows: Tensor,
+    total: Tensor,
     batch: Batch,
-    constants: tuple[Tensor | None, Tensor | None, Tensor | None],
+    constants: tuple[Tensor | None, Tensor | None],
     *,
-    has_rows: bool,
     is_traced: bool,
 ) -> BatchSums:
-    """The pass with the gradient that autograd computes; the constants are the last three of ``Inputs``."""
-    pos_weight, shift, task_weights = constants
-    rows, total, batch = sum_losses(row_loss, batch, pos_weight, has_rows=has_rows, is_traced=is_traced)
+    """The pass over weighted rows ``(rows, tasks)``, of which ``total`` has the gradient that autograd computes.
+
+    The constants are the last two of ``Inputs``.
+    """
+    shift, task_weights = constants
     count, tasks = rows.shape
     weight = _sum_weights(plan, batch.weights, batch.valid, count, tasks)
     loss_sum = None if is_traced else sum_rows(rows.detach(), tasks)

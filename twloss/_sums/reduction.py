@@ -19,7 +19,7 @@ from twloss._arguments import RowReduction, TaskReduction, check_dense, check_nu
 from twloss._precision import sum_dtype
 from twloss._sums.ranks import scale_gradient
 from twloss._sums.sums import TaskSums
-from twloss._torch import takes_keyword, uncompiled, weigh
+from twloss._torch import copy_to_call, takes_keyword, unwrapped, weigh
 
 
 class TakesPresent(Protocol):
@@ -56,11 +56,18 @@ class Reduction:
         """A copy without keys, so that passes that differ only in names share compiled code."""
         return replace(self, keys=())
 
-    def of_now(self) -> Reduction:
-        """A copy in which a module's parameters are frozen at their present values."""
+    def of_now(self, *, is_async: bool) -> Reduction:
+        """A copy in which a module is as it is now, and is left as it is.
+
+        Args:
+            is_async: whether it is called later, when the module may have changed: its parameters, and its attributes.
+
+        Raises:
+            TypeError: with ``is_async``, for a module that can't be copied.
+        """
         if not isinstance(self.over_tasks, nn.Module):
             return self
-        return replace(self, over_tasks=_ModuleOfNow(self.over_tasks))
+        return replace(self, over_tasks=_ModuleOfNow(self.over_tasks, is_async=is_async))
 
     def check_normalizer(self, normalizer: Tensor | float, loss_sum: Tensor) -> Tensor | float:
         """Check a normalizer and return it as the divisor of the means, in place of the weights."""
@@ -219,11 +226,13 @@ def _call_reduction(reduction: Callable[..., Tensor], losses: Tensor, options: d
 
 
 class _ModuleOfNow:
-    """A module as it is at this moment, to be called later: with copies of its parameters and buffers."""
+    """A module with copies of its parameters and buffers; to be called later, it is a copy itself."""
 
-    def __init__(self, module: nn.Module) -> None:
-        self.module = uncompiled(module)
-        named = (*self.module.named_parameters(), *self.module.named_buffers())
+    def __init__(self, module: nn.Module, *, is_async: bool) -> None:
+        module = unwrapped(module)
+        named = (*module.named_parameters(), *module.named_buffers())
+        # Before the collective that full_tensor() is.
+        self.module = copy_to_call(module, "global_reduction") if is_async else module
         # Outside of its wrapped model's forward, FSDP2 leaves a rank no more than its shards of them.
         whole = {name: each.full_tensor() if hasattr(each, "full_tensor") else each for name, each in named}
         self.tensors = {name: each.detach().clone() for name, each in whole.items()}
