@@ -35,7 +35,7 @@ from twloss._rows.task_group import group_tasks, inputs_by_task, join, order_of_
 from twloss._sums.ranks import sum_over_ranks_with_gradient, world_size
 from twloss._sums.reduction import GlobalReduction
 from twloss._sums.sums import BatchSums, TaskSums
-from twloss._torch import hidden_from_jit
+from twloss._torch import hidden_from_jit, refuse_trace
 
 _METRICS = ("train_metric", "eval_metric")
 _QUALITY = ("train_quality", "eval_quality")
@@ -209,12 +209,10 @@ class _TaskLosses(nn.Module):
         raise AttributeError(f"{name}: got a loss with quality=False, expected one that is made with quality=True")
 
     def __dir__(self) -> list[str]:
-        return sorted(
-            {
-                *super().__dir__(),  # type: ignore[no-untyped-call]
-                *self._options.settings,
-            }
-        )
+        return sorted({*super().__dir__(), *self._options.settings})  # type: ignore[no-untyped-call]
+
+    def _slow_forward(self, *_: Any, **__: Any) -> None:
+        refuse_trace(self)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> _TaskLosses:
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
