@@ -29,7 +29,8 @@ MeanOver = Literal["rows", "weights"]
 GradientReduction = Literal["mean", "sum"]
 NanStrategy = Literal["warn", "error", "ignore", "disable"]
 
-_INT64_BITS = 63
+_LARGEST_INT = torch.iinfo(torch.int64).max
+_LARGEST_FLOAT = torch.finfo(torch.float64).max
 
 
 def list_some(values: Collection[object], most: int = 5) -> str:
@@ -144,11 +145,10 @@ def check_number(name: str, value: object) -> float:
     """A Python number that a float can hold, and that is finite."""
     if isinstance(value, bool) or not isinstance(value, Real):
         raise TypeError(f"{name}: got {type(value).__name__}, expected a Tensor or a number")
-    try:
-        finite = math.isfinite(value)
-    except OverflowError:
-        finite = False
-    if not finite or (isinstance(value, int) and value.bit_length() > _INT64_BITS):
+    # Compared, as of a symbolic number torch.compile knows no isfinite().
+    number: Any = value
+    largest = _LARGEST_INT if isinstance(value, int) else _LARGEST_FLOAT
+    if not -largest <= number <= largest:
         raise ValueError(f"{name}: got {value}, expected a finite number")
     return value if isinstance(value, (int, float)) else float(value)
 

@@ -36,13 +36,15 @@ class TaskConstants:
     def place(self, device: torch.device) -> None:
         """Create the tensors on a device ahead of time; creating one inside a compiled forward would recompile it."""
         self._tensors: dict[tuple[torch.device, torch.dtype, int], Tensor] = {}
+        if self.numbers is None and self._compiled_default is None:
+            return
         for dtype in {self.dtype or torch.float32, self.dtype or sum_dtype(device)}:
             self._make((device, dtype, 1))
 
     def set(self, numbers: tuple[float, ...] | None) -> None:
         """Take other numbers, in new tensors: a backward pass may still need those that were."""
         self.numbers = numbers
-        for key in self._tensors:
+        for key in list(self._tensors):
             self._make(key)
 
     def like(self, values: Tensor, repeats: int = 1) -> Tensor | None:
@@ -52,21 +54,24 @@ class TaskConstants:
         if (self._compiled_default is None or not is_compiling) and self.numbers is None:
             return None
         key = values.device, self.dtype or values.dtype, 1 if is_compiling else repeats
-        if key not in self._tensors:
-            self._make(key)
+        made = self._tensors[key] if key in self._tensors else self._make(key)
         # Repeated in a graph: a tensor that is kept there would have it compiled again.
-        return tile(self._tensors[key], repeats) if is_compiling else self._tensors[key]
+        return tile(made, repeats) if is_compiling else made
 
-    def _make(self, key: tuple[torch.device, torch.dtype, int]) -> None:
+    def _make(self, key: tuple[torch.device, torch.dtype, int]) -> Tensor:
+        """The tensor of a key, to be kept: but not a fake one, of FakeTensorMode or an export, which has no values."""
         device, dtype, repeats = key
         numbers = self._compiled_default if self.numbers is None else self.numbers
-        if numbers is not None:
-            with plain_tensors():
-                if repeats == 1:
-                    self._tensors[key] = tensor_of(numbers, dtype, device)
-                    return
+        assert numbers is not None
+        with plain_tensors():
+            if repeats == 1:
+                made = tensor_of(numbers, dtype, device)
+            else:
                 once = device, dtype, 1
-                if once not in self._tensors:
-                    self._make(once)
                 # On the device: numbers from Python would make a GPU's host wait.
-                self._tensors[key] = tile(self._tensors[once], repeats)
+                made = tile(self._tensors[once] if once in self._tensors else self._make(once), repeats)
+        if type(made) is Tensor:
+            self._tensors[key] = made
+        else:
+            self._tensors.pop(key, None)
+        return made

@@ -34,7 +34,7 @@ from twloss._settings import METRICS, QUALITY, HasSettings
 from twloss._sums.ranks import sum_over_ranks_with_gradient, world_size
 from twloss._sums.reduction import GlobalReduction
 from twloss._sums.sums import BatchSums, TaskSums
-from twloss._torch import hidden_from_jit
+from twloss._torch import hidden_from_jit, refuse_trace
 
 _PLAIN = (Tensor, float, int, type(None))
 
@@ -154,6 +154,9 @@ class _TaskLosses(HasSettings):
         if is_averaged and not torch.compiler.is_compiling() and world_size(options.process_group) > 1:
             warn_local_normalizer()
         return self._reduction.check_normalizer(normalizer, loss_sum)
+
+    def _slow_forward(self, *_: Any, **__: Any) -> None:
+        refuse_trace(self)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> _TaskLosses:
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]

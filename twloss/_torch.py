@@ -17,6 +17,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch._functorch.pyfunctorch import temporarily_clear_interpreter_stack
+from torch._subclasses.fake_tensor import is_fake
 from torch.autograd import forward_ad
 
 Kind = TypeVar("Kind", bound=type)
@@ -33,6 +34,8 @@ OVERRIDDEN = {
     "_defaults": "reset() would bring the sums back to the device that they were made on.",
     "_device": "metric.device would stay what it was.",
     "_modules": "A loss would ask nn.Module for its metrics by two calls of Python at each step.",
+    "_slow_forward": "torch.jit.trace, which alone calls it, would make the number of rows a constant.",
+    "_replicate_for_data_parallel": "nn.DataParallel would add rows to replicas, which it drops after each forward.",
     "_forward_hooks": "In a graph of torch.fx a loss's hooks would run twice.",
     "_forward_pre_hooks": "As for those above.",
     "_forward_cache": "MetricCollection and Lightning read there what forward() gave.",
@@ -59,14 +62,17 @@ def split_last(values: Sequence[Any]) -> tuple[Sequence[Any], Any]:
 
 
 def is_transformed(*inputs: object) -> bool:
-    """Whether torch.func transforms this call, or forward-mode automatic differentiation goes through an input.
+    """Whether torch.func or torch.export transforms this call, or forward-mode differentiation goes through an input.
 
     There is no public way to ask for the transforms; without it they fail at the first update in place of a tensor from
-    outside. The compiler can't trace the question about forward mode, and outside of its levels there is none.
+    outside. The compiler can't trace the question about forward mode, and outside of its levels there is none. Torch
+    2.6 can't tell an export from a compilation.
     """
     if torch._C._are_functorch_transforms_active():
         return True
-    if torch.compiler.is_compiling() or forward_ad._current_level < 0:
+    if torch.compiler.is_compiling():
+        return hasattr(torch.compiler, "is_exporting") and torch.compiler.is_exporting()
+    if forward_ad._current_level < 0:
         return False
     for values in inputs:  # noqa: SIM110 (a generator is entered anew at each input)
         if isinstance(values, Tensor) and forward_ad.unpack_dual(values).tangent is not None:
@@ -84,6 +90,15 @@ def runs_compiled(values: Tensor) -> bool:
         return False
     is_plain = type(values) in (Tensor, nn.Parameter) and not values.is_meta
     return is_plain and not (torch._C._is_tracing() or torch._C._len_torch_dispatch_stack())
+
+
+def refuse_trace(module: nn.Module) -> None:
+    """Raise within torch.jit.trace, for which there is no public question that the compiler and mypy know."""
+    if torch._C._get_tracing_state() is not None:
+        raise RuntimeError(
+            f"torch.jit.trace: got a call of a {type(module).__name__}, whose number of rows a trace would make a "
+            "constant, expected a forward without one, or torch.export.export"
+        )
 
 
 def plain_tensors() -> AbstractContextManager[object]:
@@ -119,6 +134,14 @@ def crc32_of(values: Tensor) -> int:
 
 def _has_no_values() -> bool:
     return not torch.compiler.is_compiling() and bool(torch._C._get_dispatch_mode(torch._C._TorchDispatchModeKey.FAKE))
+
+
+def is_valueless(values: Tensor, state: Tensor) -> bool:
+    """Whether a tensor has no values that a state could take: one of a meta device, or a fake one beside a real state.
+
+    There is no public way to ask for those of FakeTensorMode and of an export, in which no state may stay.
+    """
+    return values.is_meta or (type(values) is not type(state) and is_fake(values) and not is_fake(state))
 
 
 def is_batch_of_gradients(grad: Tensor) -> bool:

@@ -133,9 +133,10 @@ def sync_pairs(rank: int) -> tuple[float, float]:
     try:
         loss = MultiTaskLoss("bce_with_logits", ["a"])
         loss.train_metric.update(torch.tensor([2.0**24 if rank else 1.0]), 1)
-        merged = GlobalLoss(["a"], "sum")
-        merged.merge_state(loss.train_metric)
-        merged.merge_state(loss.train_metric)
+        total, merged = GlobalLoss(["a"], "sum"), GlobalLoss(["a"], "sum")
+        total.update(torch.tensor([2.0**24 if rank else 1.0]), 1)
+        merged.merge_state(total)
+        merged.merge_state(total)
         return loss.train_metric.compute()["loss"].item(), numbers_of_this_rank(merged)["loss"]
     finally:
         _precision.SUM_DTYPES.pop("cpu", None)

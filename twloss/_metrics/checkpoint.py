@@ -133,11 +133,11 @@ def decode(text: Tensor) -> dict[str, Any]:
 
 def check_same(found: dict[str, Any], expected: dict[str, Any]) -> None:
     """Raise a ValueError that names the first difference between two descriptions, names that one lacks included."""
-    both = found, json.loads(json.dumps(expected))  # with lists for tuples, as in what was found
-    for name in {**both[1], **found}:
-        if name == ANY or any(ANY in each and name not in each for each in both):
+    expected = json.loads(json.dumps(expected))  # with lists for tuples, as in what was found
+    for name in {**expected, **found}:
+        if name == ANY or any(ANY in each and name not in each for each in (found, expected)):
             continue
-        pair = [{name: each[name]} if name in each else {} for each in both]
+        pair = [{name: each[name]} if name in each else {} for each in (found, expected)]
         if pair[0] != pair[1] and json.dumps(pair[0]) != json.dumps(pair[1]):  # two NaNs differ, and their texts do not
             shown = [_show(name, each) for each in pair]
             raise ValueError(f"got sums of {shown[0]}, expected {shown[1]}")

@@ -10,7 +10,7 @@ import os
 import threading
 from collections.abc import Callable, Generator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from torch import Tensor
@@ -23,7 +23,7 @@ from twloss._metrics.checkpoint import ALL_RANKS, SavedSums, check_same, decode,
 from twloss._sums.pending import PendingResult
 from twloss._sums.ranks import ColumnNames, group_from_state, group_to_state, place_in, start_sum_over_ranks
 from twloss._sums.running_sums import RunningSums, SumsFormat, is_captured
-from twloss._torch import hidden_from_jit, plain_tensors
+from twloss._torch import hidden_from_jit, is_valueless, plain_tensors
 
 # So that no update is lost, nor seen by half, where another thread updates, computes or calls the metric. One for all:
 # it is held for microseconds, and a metric with a lock of its own could not be copied.
@@ -105,13 +105,14 @@ class KeptMetric(Metric):
         """Move the running sums to the device of a batch's sums. Raises between sync() and unsync()."""
         if self._is_synced:
             self._refuse_between_syncs("update")
-        if self.totals.device != like.device and not like.is_meta:
+        if self.totals.device != like.device and not is_valueless(like, self.totals):
             # FSDP moves no module without parameters; the first update then brings the sums to the inputs' device.
             self._move(like.device)
 
     def _add_packed(self, packed: Tensor, *, in_place: bool = True) -> None:
         """Add a batch's packed sums ``(rows, tasks)``, outside of any transform."""
-        if packed.is_meta:
+        # Alike in the hot path, where no call is made to find out.
+        if packed.is_meta or (type(packed) is not type(self.totals) and is_valueless(packed, self.totals)):
             return
         ranks = 1 if self._format.window_rows is None else self._ranks
         if torch.compiler.is_compiling():
@@ -297,9 +298,9 @@ class KeptMetric(Metric):
             return
         if self.totals.is_meta or device.type == "meta":
             self._restarts += 1
-        with LOCK:
+        with LOCK, plain_tensors():
             self.totals = self._format.move(self.totals, device)
-        self._defaults["totals"] = torch.zeros_like(self.totals)
+            self._defaults["totals"] = torch.zeros_like(self.totals)
         self._device = device
         self._names.hashes.place(device)
         self._forward_cache: Any = None
@@ -350,6 +351,12 @@ class KeptMetric(Metric):
         super(Metric, self)._load_from_state_dict(*args)
 
     # Copies and pickles.
+
+    def _replicate_for_data_parallel(self) -> NoReturn:
+        raise RuntimeError(
+            f"nn.DataParallel: got a model with a {type(self).__name__}, whose sums would be without the rows of all "
+            "devices but the first, expected DistributedDataParallel, or one device"
+        )
 
     def __getstate__(self) -> dict[str, Any]:
         # Numbers, since multiprocessing would put a tensor into memory that all processes share; beside them an empty

@@ -23,7 +23,7 @@ from twloss._metrics.scalar_view import ScalarView
 from twloss._sums.pending import PendingResult
 from twloss._sums.ranks import place_in
 from twloss._sums.running_sums import RunningSums, SumsFormat
-from twloss._torch import hidden_from_jit, is_transformed
+from twloss._torch import hidden_from_jit, is_transformed, refuse_trace
 
 
 @hidden_from_jit
@@ -182,6 +182,7 @@ class TaskMetric(KeptMetric):
 
     def _pack(self, sums: Sequence[Tensor | float]) -> Tensor:
         """A batch's sums ``(tasks,)`` with their counters, ``(rows, tasks)``, where the running sums are."""
+        refuse_trace(self)
         like, *_ = sums
         assert isinstance(like, Tensor)
         self._prepare_for(like)

@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from twloss._arguments import IgnoreIndex, check_dense, check_names, label_name, label_of
+from twloss._arguments import IgnoreIndex, check_dense, check_names, label_of
 from twloss._precision import sum_dtype
 
 TaskTensors = Tensor | Mapping[str, Tensor]
@@ -94,12 +94,16 @@ def is_valid(labels: Tensor, tasks: tuple[str, ...] | None, ignore_index: Ignore
     if not isinstance(ignore_index, Mapping):
         return _differ(labels, ignore_index)
     assert tasks is not None
-    names = [label_name(label_of(ignore_index, task)) for task in tasks]
+    own = [label_of(ignore_index, task) for task in tasks]
     # Numbers that came from Python would make a GPU's host wait.
     yes, no = (torch.full((), value, device=labels.device) for value in (True, False))
     valid = torch.ones_like(labels, dtype=torch.bool)
-    for label in {label_name(label): label for label in ignore_index.values()}.values():
-        others = torch.stack([no if name == label_name(label) else yes for name in names])
+    done: list[float] = []
+    for label in ignore_index.values():
+        if any(_is_same(label, each) for each in done):
+            continue
+        done.append(label)
+        others = torch.stack([no if _is_same(label, each) else yes for each in own])
         valid = valid & (_differ(labels, label) | others.view(-1, *(1,) * (labels.ndim - 2)))
     return valid
 
@@ -112,12 +116,21 @@ def all_valid(valid: Tensor, dimensions: int) -> Tensor:
 def _differ(labels: Tensor, ignore_index: float | None) -> Tensor:
     if ignore_index is None:
         return torch.ones_like(labels, dtype=torch.bool)
-    if math.isnan(ignore_index):
+    if _is_nan(ignore_index):
         return ~labels.isnan()
     if labels.is_floating_point():
         return labels != ignore_index
     # A comparison wraps the number into the labels' dtype (156 == -100 in uint8); int64 holds every label.
     return labels.to(torch.int64) != ignore_index
+
+
+def _is_nan(number: float | None) -> bool:
+    """``math.isnan``, which torch.compile does not know of a symbolic number; so is a float with ``dynamic=True``."""
+    return number != number  # noqa: PLR0124
+
+
+def _is_same(label: float, other: float | None) -> bool:
+    return label == other or (_is_nan(label) and _is_nan(other))
 
 
 def _are_valid(

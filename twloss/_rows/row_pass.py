@@ -19,7 +19,7 @@ from torch import Tensor
 
 from twloss._arguments import MeanOver, RowReduction
 from twloss._constants import TaskConstants
-from twloss._precision import SUM_DTYPES
+from twloss._precision import SUM_DTYPES, sum_dtype
 from twloss._rows.batch import Batch
 from twloss._rows.binary_cross_entropy import fused_bce, values_of_bce
 from twloss._rows.differentiable import mask_by_factor, sum_losses, weigh_losses
@@ -194,6 +194,9 @@ def _sum_differentiable(
     shift, task_weights = constants
     count, tasks = rows.shape
     weight = _sum_weights(plan, batch.weights, batch.valid, count, tasks)
+    if is_traced and not isinstance(weight, Tensor):
+        # A program of torch.export would take for granted that there are rows.
+        weight = torch.full((tasks,), weight, dtype=sum_dtype(rows.device), device=rows.device)
     loss_sum = None if is_traced else sum_rows(rows.detach(), tasks)
     quality = None
     if plan.quality and loss_sum is not None:

@@ -13,7 +13,7 @@ extending the available precision").
 from __future__ import annotations
 
 import weakref
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
@@ -121,7 +121,7 @@ class SumsFormat:
         """
         advance = self._advance(ranks) if self.places else (0, 1, 1, -1)
         if torch.compiler.is_compiling():
-            torch.ops.twloss.add_once(state, packed, *advance)
+            _ADD_ONCE(state, packed, *advance)
         else:
             add_once(state, packed, *advance)
 
@@ -337,8 +337,20 @@ def _finite(values: Tensor) -> Tensor:
     return values.nan_to_num(0.0, 0.0, 0.0)
 
 
-# Not torch.library.custom_op: its checks at run time cost a compiled step 60 µs. Once: a reload finds it defined.
+def _define() -> tuple[torch.library.Library, Callable[..., None]]:
+    """Define ``add_once`` as an operator, which is there for as long as the library that is returned beside it.
+
+    This module may be imported anew while what it was before is in use, and its operator is then another one.
+    """
+    # Not torch.library.custom_op: its checks at run time cost a compiled step 60 µs.
+    library, name = torch.library.Library("twloss", "FRAGMENT"), "add_once"
+    while hasattr(torch.ops.twloss, name):
+        name += "_"
+    library.define(f"{name}(Tensor(a!) state, Tensor packed, int places, int every, int per, int counter) -> ()")
+    library.impl(name, add_once, "CompositeExplicitAutograd")
+    return library, getattr(torch.ops.twloss, name)
+
+
+# Once: a reload finds it defined.
 if "_LIBRARY" not in globals():
-    _LIBRARY = torch.library.Library("twloss", "DEF")
-    _LIBRARY.define("add_once(Tensor(a!) state, Tensor packed, int places, int every, int per, int counter) -> ()")
-    _LIBRARY.impl("add_once", add_once, "CompositeExplicitAutograd")
+    _LIBRARY, _ADD_ONCE = _define()
