@@ -201,17 +201,25 @@ def test_a_loss_without_a_binary_task_can_not_be_fused(loss_type: Any) -> None:
 # What it keeps, and hands over.
 
 
-def test_a_second_backward_gives_the_same_gradient() -> None:
-    loss = both()[1]
-    logits, labels, weights = batch()
+@pytest.mark.parametrize("rows", [ROWS, 512])
+@pytest.mark.parametrize("fused", [False, True])
+def test_a_second_backward_gives_the_same_gradient(fused: bool, rows: int) -> None:
+    pos_weights = torch.tensor([0.5, 27.3, 4.0])
+    loss = both(pos_weights=pos_weights)[fused]
+    logits, labels, weights = batch(rows)
     logits.requires_grad_()
     result = loss(logits, labels, weights)
-    first, second, of_a_task, fourth = (
+    found = [
         torch.autograd.grad(result[key], logits, retain_graph=True)[0] for key in ("loss", "loss", "loss/reply", "loss")
-    )
+    ]
+    assert len({each.data_ptr() for each in found}) == 4
+    first, second, of_a_task, fourth = found
     assert torch.equal(first, second)
     assert torch.equal(first, fourth)
-    torch.testing.assert_close(of_a_task[:, 1], 3 * first[:, 1])
+    x, y, w = (each.detach().double() for each in (logits, labels, weights))
+    exact = w * ((1 - y) * x.sigmoid() - pos_weights * y * (-x).sigmoid()) / rows
+    torch.testing.assert_close(first.double(), exact / 3, rtol=1e-5, atol=1e-9)
+    torch.testing.assert_close(of_a_task[:, 1].double(), exact[:, 1], rtol=1e-5, atol=1e-9)
     assert not of_a_task[:, [0, 2]].any()
     result["loss"].backward()
     with pytest.raises(RuntimeError, match="second time"):

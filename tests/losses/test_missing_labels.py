@@ -211,6 +211,19 @@ def test_class_labels_of_several_integer_dtypes_are_not_rounded(narrow: torch.dt
     assert result["loss/a"].item() == pytest.approx(2 / 3 - 2**24, rel=1e-15)
 
 
+@pytest.mark.parametrize("narrow", [torch.bfloat16, torch.float32])
+def test_labels_and_weights_of_integers_beside_floats_are_not_rounded(narrow: torch.dtype) -> None:
+    logits = {"a": torch.zeros(3, dtype=torch.float64), "b": torch.zeros(3, dtype=torch.float64)}
+    labels = {"a": torch.tensor([0, 1, 1]).to(narrow), "b": torch.tensor([2**24 + 1, 2**24 + 3, 2**24 + 5])}
+    result = MultiTaskLoss(lambda x, y: 0.0 * x + (y - 2**24), ["a", "b"])(logits, labels)
+    assert result["loss/b"].item() == 3.0
+    weights = {"a": torch.ones(3).to(narrow), "b": torch.tensor([2**24 + 1, 1, 1])}
+    loss = MultiTaskLoss("bce_with_logits", ["a", "b"], "sum", global_batch=True)
+    loss(logits, {task: torch.ones(3) for task in logits}, weights)
+    computed = loss.train_metric.compute()
+    assert computed["loss/b"].item() / math.log(2) == pytest.approx(16_777_219, rel=1e-14)
+
+
 @pytest.mark.parametrize("narrow", [torch.bool, torch.uint8, torch.int16, torch.int32])
 @pytest.mark.parametrize("ignore_index", [2**24 + 1, 2**53 + 1])
 def test_missing_labels_of_several_integer_dtypes_are_told_from_their_neighbours(
@@ -238,6 +251,16 @@ def test_class_counts_may_differ_between_tasks() -> None:
         (grad,) = torch.autograd.grad(expected / 2, values)
         assert values.grad is not None
         assert torch.allclose(values.grad, grad, rtol=1e-12, atol=1e-15)
+
+
+def test_a_class_that_only_another_task_has_costs_infinity() -> None:
+    """It has a probability of 0."""
+    logits = {"few": torch.tensor([[0.5, -1.0], [2.0, 0.0]]), "many": torch.randn(2, 5)}
+    leaves = {task: each.requires_grad_() for task, each in logits.items()}
+    labels = {"few": torch.tensor([0, 3]), "many": torch.tensor([4, 1])}
+    result = MultiTaskLoss("cross_entropy", ["few", "many"])(leaves, labels)
+    assert result["loss/few"].item() == math.inf
+    assert result["loss/many"].item() == pytest.approx(F.cross_entropy(logits["many"], labels["many"]).item(), rel=1e-6)
 
 
 def test_missing_and_unknown_tasks_are_named() -> None:

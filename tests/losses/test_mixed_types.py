@@ -143,6 +143,22 @@ def test_a_callable_sees_real_rows_where_a_task_has_fewer() -> None:
     assert losses["loss/b"].item() == pytest.approx((math.log(4) - math.log(5)) ** 2, rel=1e-6)
 
 
+def test_a_task_with_fewer_rows_is_padded_by_its_own_first_row() -> None:
+    """A row of another task may be one that its loss is not finite at."""
+    seen: list[list[list[float]]] = []
+
+    def record(logits: Tensor, labels: Tensor) -> Tensor:
+        seen.extend((logits.T.tolist(), labels.T.tolist()))
+        return squared(logits, labels)
+
+    logits = {"a": torch.tensor([1.0]), "b": torch.tensor([5.0, 6.0, 7.0]), "c": torch.tensor([2.0, 3.0])}
+    labels = {task: 10 * each for task, each in logits.items()}
+    losses = MultiTaskLoss(record, list(logits))(logits, labels)
+    assert seen[0] == [[1.0, 1.0, 1.0], [5.0, 6.0, 7.0], [2.0, 3.0, 2.0]]
+    assert seen[1] == [[10.0, 10.0, 10.0], [50.0, 60.0, 70.0], [20.0, 30.0, 20.0]]
+    assert losses["loss/a"].item() == 81.0
+
+
 def test_a_callable_is_told_which_rows_a_task_has() -> None:
     seen = []
 

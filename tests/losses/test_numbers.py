@@ -263,6 +263,38 @@ def test_half_precision_logits_are_computed_in_float32(dtype: torch.dtype) -> No
     assert logits.grad.dtype == dtype
 
 
+def difference(logits: Tensor, labels: Tensor) -> Tensor:
+    return logits - labels
+
+
+@pytest.mark.parametrize("way", ["plain", "weighted", "compiled", "learned labels", "learned weights", "a callable"])
+def test_losses_of_float32_rows_are_summed_in_float64(way: str) -> None:
+    """2^30 and a thousand times 40, losses that are exact; their sum is no float32 in whatever order."""
+    logits = torch.tensor([2.0**30] + [40.0] * 1000).unsqueeze(1).requires_grad_()
+    labels = torch.zeros(1001, 1, requires_grad=way == "learned labels")
+    weights = torch.ones(1001, 1, requires_grad=way == "learned weights")
+    loss = multi_task_loss(difference if way == "a callable" else "bce_with_logits", ["like"], "sum")
+    step = torch.compile(loss, fullgraph=True) if way == "compiled" else loss
+    step(logits, labels, *([] if way in ("plain", "a callable") else [weights]))
+    assert loss.train_metric.compute()["loss"].item() == 2**30 + 40_000
+
+
+@pytest.mark.parametrize("is_compiled", [False, True])
+@pytest.mark.parametrize("pos_weights", [None, 3.0])
+def test_weights_labels_and_predictions_of_float32_rows_are_summed_in_float64(
+    pos_weights: float | None, is_compiled: bool
+) -> None:
+    """The weights are 2^24, 1, 1 and 1; their sum is no float32, which are even there."""
+    weights = torch.tensor([[2.0**24], [1.0], [1.0], [1.0]])
+    loss = multi_task_loss("bce_with_logits", ["like"], pos_weights=pos_weights, mean_over="weights", quality=True)
+    step = torch.compile(loss, fullgraph=True) if is_compiled else loss
+    step(torch.zeros(4, 1, requires_grad=True), torch.ones(4, 1), weights)
+    total = loss.train_metric.totals[0, 0, 1, 0].item()
+    log_loss, *of_quality = loss.train_quality.totals[0, 0, :4, 0].tolist()
+    assert (total, *of_quality) == (2**24 + 3, 2**24 + 3, 2**24 + 3, (2**24 + 3) / 2)
+    assert log_loss == pytest.approx((2**24 + 3) * torch.tensor(2.0).log().item(), rel=1e-12)
+
+
 @pytest.mark.parametrize("bad", [float("nan"), float("inf"), -float("inf")])
 @pytest.mark.parametrize("where", ["logits", "labels", "both"])
 @pytest.mark.parametrize("loss_type", ["bce_with_logits", "cross_entropy", squared_error])

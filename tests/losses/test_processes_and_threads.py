@@ -12,6 +12,7 @@ import sys
 import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from multiprocessing.reduction import ForkingPickler
 from pathlib import Path
 from threading import Event
@@ -26,7 +27,9 @@ from tests.support import reference
 from tests.support.metrics import weights_of
 from tests.support.patience import SECONDS
 from twloss import GlobalLoss, MultiTaskLoss, RankingQuality
+from twloss._metrics.kept_metric import LOCK
 
+Kept = GlobalLoss | RankingQuality
 TASKS = ["like", "reply"]
 BEFORE = (5, 0.5)
 UPDATES = 2000
@@ -205,6 +208,53 @@ def test_calls_of_a_metric_from_two_threads_are_all_counted(other: str) -> None:
     assert weights_of(metric) == pytest.approx([2.0 * (1 + feeders * steps)] * 2, rel=1e-12)
     total = math.fsum([1.0, feeders * steps * (steps + 1) / 2])
     assert metric.compute()["loss/like"].item() == pytest.approx(total / (1 + feeders * steps), rel=1e-12)
+
+
+def can_be_taken_by_another_thread(lock: Any) -> bool:
+    def take() -> bool:
+        taken: bool = lock.acquire(blocking=False)
+        if taken:
+            lock.release()
+        return taken
+
+    with ThreadPoolExecutor(1) as pool:
+        return pool.submit(take).result()
+
+
+ACCESSES: dict[str, Callable[[Kept], Any]] = {
+    "compute": lambda metric: metric.compute(),
+    "compute_async": lambda metric: metric.compute_async(),
+    "reset of a view": lambda metric: metric.scalar(metric.keys()[0]).reset(),
+    "metric_state": lambda metric: metric.metric_state,
+    "merge_state": lambda metric: metric.merge_state(metric),
+    "state_dict": lambda metric: metric.state_dict(),
+    "load_state_dict": lambda metric: metric.load_state_dict(metric.state_dict()),
+    "forward": lambda metric: metric(torch.zeros(1), torch.zeros(1)),
+    "update": lambda metric: metric.update(torch.zeros(1), torch.zeros(1)),
+}
+
+
+@pytest.mark.parametrize("access", ACCESSES.values(), ids=ACCESSES)
+@pytest.mark.parametrize("make", [GlobalLoss, partial(RankingQuality, window=2)], ids=["loss", "quality"])
+def test_no_other_thread_comes_in_while_the_sums_are_read_or_changed(
+    make: Callable[[None], Kept], access: Callable[[Kept], Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    metric = make(None)
+    metric.persistent(True)
+    metric.update(torch.zeros(1), torch.zeros(1))
+    assert can_be_taken_by_another_thread(LOCK)
+    seen: list[bool] = []
+
+    def watched(original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        seen.append(can_be_taken_by_another_thread(LOCK))
+        return original(*args, **kwargs)
+
+    layout = metric._format
+    for name in ("add", "read", "read_horizons"):
+        monkeypatch.setattr(layout, name, partial(watched, getattr(layout, name)))
+    access(metric)
+    assert seen
+    assert not any(seen)
 
 
 def test_a_fork_while_another_thread_computes_leaves_a_child_that_can_update() -> None:

@@ -198,6 +198,21 @@ def test_a_batch_that_is_not_finite_leaves_the_sums_of_its_task_alone() -> None:
     assert_close(found, expected([batches[0], batches[1]._replace(weights=weights)]))
 
 
+@pytest.mark.parametrize("lets_in", ["loss", "quality"])
+def test_the_loss_and_its_quality_each_have_their_own_rule_for_what_is_not_finite(lets_in: str) -> None:
+    loss = Loss("bce_with_logits", quality=True)
+    quality = train_and_eval(loss)[0]
+    loss.train_metric.nan_strategy = "disable" if lets_in == "loss" else "ignore"
+    quality.nan_strategy = "disable" if lets_in == "quality" else "ignore"
+    for logits in ([0.0, 0.0], [math.nan, 0.0]):
+        loss(torch.tensor(logits), torch.tensor([1, 0]))
+    own, of_quality = numbers(loss.train_metric.compute()), numbers(quality.compute())
+    finite = pytest.approx(math.log(2), rel=1e-6)
+    assert own["loss"] == (pytest.approx(math.nan, nan_ok=True) if lets_in == "loss" else finite)
+    assert of_quality["logloss"] == (pytest.approx(math.nan, nan_ok=True) if lets_in == "quality" else finite)
+    assert of_quality["weight"] == (4.0 if lets_in == "quality" else 2.0)
+
+
 # Copies, and ranks.
 
 

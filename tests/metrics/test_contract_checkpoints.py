@@ -8,6 +8,7 @@ import math
 import struct
 import zlib
 from collections.abc import Callable
+from itertools import product
 from typing import Any
 
 import pytest
@@ -224,6 +225,21 @@ def test_a_damaged_entry_is_one_clear_error_and_changes_nothing(
     for strict in (True, False):
         with pytest.raises(RuntimeError, match=rf"sums\._extra_state: got .*({message})"):
             metric.load_state_dict({KEY: damage(entry)}, strict=strict)
+    expect_result_of(kind, metric, kind.batches(3))
+
+
+@of_every_kind
+@pytest.mark.parametrize("count", [-2.0, 0.5])
+def test_a_count_that_no_updates_give_is_damage_whatever_it_counts(kind: Kind, count: float) -> None:
+    """The finite updates, the rows in a window of rows, or all updates; since reset() or in a window."""
+    metric = fed(persistent(kind), kind.batches(3))
+    _, horizons, rows, _ = metric.totals.shape
+    sums = 2 if kind.of is GlobalLoss else 4
+    for horizon, counter in product((0, horizons - 1), range(sums, rows)):
+        spoilt = fed(persistent(kind), kind.batches(1))
+        spoilt.totals[0, horizon, counter, -1] = count
+        with pytest.raises(RuntimeError, match=r"sums\._extra_state: got .*damaged"):
+            metric.load_state_dict(spoilt.state_dict())
     expect_result_of(kind, metric, kind.batches(3))
 
 

@@ -28,7 +28,7 @@ from tests.support.metrics import (
 )
 from tests.support.rank_pool import RankPool
 from tests.support.results import assert_close, fed, numbers
-from twloss import MultiTaskLoss, RankingQuality, global_sums
+from twloss import GlobalLoss, MultiTaskLoss, RankingQuality, global_sums
 
 State = dict[str, Any]
 Numbers = dict[str, float]
@@ -347,6 +347,24 @@ def test_in_a_group_its_own_first_rank_adds_them(three_ranks: RankPool, kind: Ki
         metric = persistent(kind)
         metric.load_state_dict(state_of_all)
         assert_close(numbers(metric.compute()), found)
+
+
+def state_in_a_group(rank: int, state: State) -> list[float]:
+    """The sums of a loss, with their counters, that a rank of the last two adds to those of the group."""
+    metric = GlobalLoss(None, process_group=dist.new_group([1, 2]))
+    metric.persistent(True)
+    metric.load_state_dict(state)
+    metric.update(torch.tensor(10.0 * rank), 1)
+    totals: list[float] = metric.metric_state["totals"].sum((0, 1)).flatten().tolist()
+    return totals
+
+
+def test_in_a_group_the_state_of_its_own_first_rank_has_what_is_carried(three_ranks: RankPool) -> None:
+    metric = GlobalLoss(None)
+    metric.persistent(True)
+    metric.update(torch.tensor(3.0), 5)
+    first, second = three_ranks.run(state_in_a_group, metric.state_dict())[1:]
+    assert (first, second) == ([13.0, 6.0, 2.0, 2.0], [20.0, 1.0, 1.0, 1.0])
 
 
 class Model(nn.Module):

@@ -76,6 +76,17 @@ def test_in_even_updates_it_is_the_last_rows_exactly(size: int) -> None:
             assert metric.compute()["window_weight/like"].item() == expected
 
 
+def test_in_updates_of_one_row_it_is_the_last_rows_exactly_as_soon_as_it_is_full() -> None:
+    """The oldest of them lies in a place of two that is filled last."""
+    metric = windowed(2_000)
+    row = torch.zeros(1, 3), torch.ones(1, 3)
+    for _ in range(2_000):
+        metric.update(*row)
+    assert metric.compute()["window_weight/like"].item() == 2_000
+    metric.update(*row)
+    assert metric.compute()["window_weight/like"].item() == 1_999
+
+
 def test_what_was_left_out_as_not_finite_takes_its_rows_of_the_window() -> None:
     batches = [random_rows(5, seed) for seed in range(4)]
     batches[1].logits[0, :] = math.nan

@@ -93,6 +93,21 @@ def test_what_is_not_finite_stays_so(bad: float) -> None:
 
 
 @pytest.mark.usefixtures("pairs")
+def test_what_a_pair_can_not_hold_is_infinite_and_not_nan() -> None:
+    """As float32 has it, whether it is written or added."""
+    values = torch.tensor([math.inf, -math.inf, 1e300, -1e300], dtype=torch.float64)
+    expected = [math.inf, -math.inf, math.inf, -math.inf]
+    layout = SumsFormat(1, 4)
+    written = layout.write(RunningSums.own(values.expand(1, 3, 4)), CPU)
+    assert written.dtype == torch.float32
+    assert sums_of(layout, layout.read(written)).flatten().tolist() == expected
+    state = layout.zeros(CPU)
+    for _ in range(2):
+        layout.add(state, values.expand(3, 4))
+    assert sums_of(layout, layout.read(state)).flatten().tolist() == expected
+
+
+@pytest.mark.usefixtures("pairs")
 @pytest.mark.parametrize("reduction", ["mean", "median"])
 def test_losses_are_those_of_the_oracle_to_float32_and_the_sums_exact(reduction: str) -> None:
     case = Settings(global_reduction=reduction, ignore_index=-1.0, mean_over="weights", task_weights=[1.0, 2.0, 0.5])
@@ -347,6 +362,34 @@ def test_what_the_first_rank_does_not_carry_is_an_error(kind: Kept, ranks: int, 
     sent = torch.stack([value.rows_of_rank(rank) for rank, value in enumerate(values)])
     with pytest.raises(RuntimeError, match="the first rank of the process group does not have"):
         kind.layout.receive(sent.sum(0))
+
+
+def received(carried: Sequence[Sequence[float]]) -> list[float]:
+    """What ranks get that carry these rows of one task each, two sums and two counters."""
+    layout = SumsFormat(2, 1)
+    values = [RunningSums.carried(torch.tensor(rows, dtype=torch.float64).view(layout.shape)) for rows in carried]
+    # In the order of a ring: sums of sums of many at once would be rounded otherwise.
+    sent = functools.reduce(torch.add, [value.rows_of_rank(rank) for rank, value in enumerate(values)])
+    return layout.receive(sent).flatten().tolist()
+
+
+@pytest.mark.parametrize("loss_sum", [math.nan, math.inf, -30.0, -7.0])
+def test_carried_sums_of_any_sign_that_need_not_be_finite_are_told_from_none(loss_sum: float) -> None:
+    """Also where all that is carried of a task adds up to 0."""
+    carried, nothing = [loss_sum, 5.0, 1.0, 1.0], [0.0, 0.0, 0.0, 0.0]
+    for ranks in ([carried, carried], [carried, nothing]):
+        assert repr(received(ranks)) == repr(carried)
+    with pytest.raises(RuntimeError, match="the first rank of the process group does not have"):
+        received([nothing, carried])
+
+
+@pytest.mark.parametrize("loss_sum", [0.1, 0.7, 1e-9, 1e9 / 7])
+def test_many_ranks_that_carry_the_same_do_so_whatever_the_rounding_of_their_sum(loss_sum: float) -> None:
+    carried = [loss_sum, 5.0, 1.0, 1.0]
+    for ranks in range(1, 101):
+        assert received([carried] * ranks) == carried
+        with pytest.raises(RuntimeError, match="the first rank of the process group does not have"):
+            received([carried] * ranks + [[loss_sum, 6.0, 1.0, 1.0]])
 
 
 def test_a_state_of_another_shape_is_refused() -> None:

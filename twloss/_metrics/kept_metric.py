@@ -333,6 +333,10 @@ class KeptMetric(Metric):
         if self._is_synced:
             raise ValueError("got sums between sync() and unsync(), which would drop what is loaded")
         sums, place = sums_from_bytes(entry, self._description)
+        if not self._format.has_counts(sums):
+            raise ValueError(
+                f"got {len(entry)} bytes that are damaged, expected those of saved sums, which have counts"
+            )
         self._check_finite(sums)
         here = place_in(self.process_group)
         if place not in (ALL_RANKS, here) and sums.any():

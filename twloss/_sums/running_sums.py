@@ -180,6 +180,11 @@ class SumsFormat:
         """
         return total[:, : self.sums], torch.cat((total[:1, self.sums], total[:, -1]))
 
+    def has_counts(self, sums: Tensor) -> bool:
+        """Whether the counters of ``(1 + places, rows, tasks)`` can be counts."""
+        counts = sums[:, self.sums :]
+        return bool((counts.isfinite() & (counts >= 0) & (counts == counts.round())).all())
+
     def _advance(self, ranks: int) -> tuple[int, int, int, int]:
         """The ring buffer's advance: its places; so many are begun in so many counted; the row that counts."""
         if self.window_rows is None:
