@@ -95,7 +95,7 @@ class _TaskLosses(nn.Module):
             own = own_quality(quality, group.tasks, group.ignore_index, options.process_group)
             self.add_module(name, own)
             if own.logit_shift is not None:
-                group.logit_shift = own._shift
+                group.logit_shift = own._shift  # the same in both modes
         counts_rows = options.quality and self.train_quality.window_rows is not None
         self._plans = options.plans(len(self._groups), counts_rows=counts_rows)
 
