@@ -77,7 +77,7 @@ class _TaskLosses(HasSettings):
             own = own_quality(quality, group.tasks, group.ignore_index, options.process_group)
             self.add_module(name, own)
             if own.logit_shift is not None:
-                group.logit_shift = own._shift
+                group.logit_shift = own._shift  # the same in both modes
         counts_rows = options.quality and self.train_quality.window_rows is not None
         self._plans = options.plans(len(groups), counts_rows=counts_rows)
         self._pair_metrics()

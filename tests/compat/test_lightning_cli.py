@@ -112,14 +112,16 @@ def test_kinds_by_task_and_a_quality_with_options(tmp_path: Path) -> None:
               loss_type: {{click: bce_with_logits, watch_time: {__name__}.squared_error, stars: cross_entropy}}
               tasks: [click, watch_time, stars]
               ignore_index: {{click: -1}}
-              quality: {{class_path: twloss.RankingQuality, init_args: {{tasks: [click], ignore_index: -1, window: 9}}}}
+              quality:
+                class_path: twloss.RankingQuality
+                init_args: {{tasks: [click], ignore_index: -1, window: 9, logit_shift: {{click: -2.5}}}}
         """
     )
     loss = loss_of(f"--config={config}")
     kinds = LossType.BCE_WITH_LOGITS, squared_error, LossType.CROSS_ENTROPY
     assert loss.loss_type == dict(zip(("click", "watch_time", "stars"), kinds))
     assert isinstance(loss.train_quality, RankingQuality)
-    assert loss.train_quality.window == 9
+    assert (loss.train_quality.window, loss.train_quality.logit_shift) == (9, (-2.5,))
 
 
 def test_nan_as_the_missing_label() -> None:
