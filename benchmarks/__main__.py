@@ -34,6 +34,7 @@ from benchmarks.step_cost import step_cost
 from benchmarks.sync_cost import sync_cost
 from benchmarks.torchrec_metrics import torchrec_metrics
 from benchmarks.tracking_cost import tracking_cost
+from benchmarks.validate_cost import validate_cost
 from benchmarks.workload import Setting
 
 Benchmark = Callable[[Setting], Iterator[Row]]
@@ -42,6 +43,7 @@ BENCHMARKS: dict[str, Benchmark] = {
     "step_cost": step_cost,
     "tracking_cost": tracking_cost,
     "quality_cost": quality_cost,
+    "validate_cost": validate_cost,
     "mixed_types": mixed_types,
     "limit": limit,
     "kernels": kernels,

@@ -82,9 +82,9 @@ def kind_of(*, weighted: bool) -> str:
     return "weights, pos_weights" if weighted else "no weights"
 
 
-def make_loss(work: Workload, *, quality: bool = False, fused: bool = False) -> MultiTaskLoss:
+def make_loss(work: Workload, **options: bool) -> MultiTaskLoss:
     """The module of twloss for a workload, with every guarantee on."""
-    loss = MultiTaskLoss("bce_with_logits", work.tasks, pos_weights=work.pos_weights, quality=quality, fused=fused)
+    loss = MultiTaskLoss("bce_with_logits", work.tasks, pos_weights=work.pos_weights, **options)  # type: ignore[arg-type]
     return loss.to(work.logits.device)
 
 

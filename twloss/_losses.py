@@ -68,6 +68,7 @@ class _TaskLosses(HasSettings):
                 options.tasks,
                 options.task_loss_reduction,
                 options.global_reduction,
+                validate_args=options.validate_args,
                 process_group=options.process_group,
             )
             metric._become_part_of(self._task_weights, rule)
@@ -213,6 +214,7 @@ class Loss(_TaskLosses):
         gradient_reduction: GradientReduction = "mean",
         process_group: dist.ProcessGroup | None = None,
         quality: bool | RankingQuality = False,
+        validate_args: bool = False,
         fused: bool = False,
     ) -> None:
         options = LossOptions(
@@ -227,6 +229,7 @@ class Loss(_TaskLosses):
             gradient_reduction=gradient_reduction,
             process_group=process_group,
             quality=is_wanted(quality),
+            validate_args=validate_args,
             fused=fused,
         )
         super().__init__(options, None, quality)
@@ -292,6 +295,10 @@ class MultiTaskLoss(_TaskLosses):
         process_group: the ranks to sum over; None: all.
         quality: True, or a ``RankingQuality`` to be copied, for running sums of the quality of the predictions, without
             the pos_weights, from the logits at hand; of the tasks with BCE_WITH_LOGITS, which a given one has to have.
+        validate_args: count the rows whose label can't be, outside of [0, 1] or no class, and those of negative weight,
+            on the device and without waiting for it; ``compute()`` of ``train_metric`` and ``eval_metric`` warns with
+            the counts by task. Labels of a callable may be anything. A class that does not exist then has a loss of
+            infinity, where torch otherwise raises on a CPU and aborts the process on a GPU.
         fused: compile the pass over the rows of the tasks with BCE_WITH_LOGITS into one kernel with ``torch.compile``:
             faster where batches are large. It needs a C++ compiler for tensors on a CPU, and Triton for those on a GPU.
 
@@ -330,6 +337,7 @@ class MultiTaskLoss(_TaskLosses):
         gradient_reduction: GradientReduction = "mean",
         process_group: dist.ProcessGroup | None = None,
         quality: bool | RankingQuality = False,
+        validate_args: bool = False,
         fused: bool = False,
     ) -> None:
         options = LossOptions(
@@ -344,6 +352,7 @@ class MultiTaskLoss(_TaskLosses):
             gradient_reduction=gradient_reduction,
             process_group=process_group,
             quality=is_wanted(quality),
+            validate_args=validate_args,
             fused=fused,
         )
         super().__init__(options, per_task_numbers("task_weights", task_weights, options.columns), quality)

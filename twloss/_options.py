@@ -65,6 +65,7 @@ class LossOptions:
     gradient_reduction: GradientReduction
     process_group: dist.ProcessGroup | None
     quality: bool
+    validate_args: bool
     fused: bool
 
     def __post_init__(self) -> None:
@@ -77,6 +78,7 @@ class LossOptions:
         check_process_group(self.process_group)
         check_choice("mean_over", self.mean_over, get_args(MeanOver))
         check_bool("global_batch", self.global_batch)
+        check_bool("validate_args", self.validate_args)
         check_bool("fused", self.fused)
         check_choice("gradient_reduction", self.gradient_reduction, get_args(GradientReduction))
         self._set("ignore_index", check_ignore_index(self.ignore_index, self.tasks))
@@ -128,6 +130,7 @@ class LossOptions:
             tracks=groups == 1,
             quality=self.quality,
             quality_counts_rows=counts_rows,
+            validates=self.validate_args,
             fused=self.fused,
         )
         return [

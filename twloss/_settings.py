@@ -59,6 +59,7 @@ class HasSettings(nn.Module):
     gradient_reduction: GradientReduction
     process_group: dist.ProcessGroup | None
     quality: bool
+    validate_args: bool
     fused: bool
 
     def __init__(

@@ -22,6 +22,7 @@ BENCHMARKS = [
     "step_cost",
     "tracking_cost",
     "quality_cost",
+    "validate_cost",
     "mixed_types",
     "limit",
     "kernels",

@@ -45,6 +45,8 @@ class GlobalLoss(TaskMetric):
         global_reduction: as for ``MultiTaskLoss``. A module is used but not registered here: the loss that trains it
             owns it.
         task_weights: a factor for each task's loss inside the reduction over tasks.
+        validate_args: count the updates whose weight is negative; compute() warns with the counts by task. That of a
+            loss counts rows, those whose label can't be included.
         nan_strategy: what becomes of a task's sums in an update in which they are not finite. "warn" leaves them out,
             counts them and says so at compute(); "ignore" leaves them out silently; "error" raises at compute();
             "disable" lets them in.
@@ -73,6 +75,7 @@ class GlobalLoss(TaskMetric):
         global_reduction: GlobalReduction = "mean",
         *,
         task_weights: PerTask | None = None,
+        validate_args: bool = False,
         nan_strategy: NanStrategy = "warn",
         **kwargs: Any,
     ) -> None:
@@ -81,7 +84,8 @@ class GlobalLoss(TaskMetric):
         # A sum keeps the absolute weights, and a mean those that cancel. The rest of the rule a loss alone knows.
         rule = {"task_loss_reduction": task_loss_reduction, ANY: "unknown"}
         settings = {"global_reduction": getattr(global_reduction, "__qualname__", str(global_reduction))}
-        super().__init__(tasks, 2, nan_strategy=nan_strategy, rule=rule, settings=settings, options=kwargs)
+        checks: dict[str, Any] = {"validate_args": validate_args, "nan_strategy": nan_strategy}
+        super().__init__(tasks, 2, **checks, rule=rule, settings=settings, options=kwargs)
         # Within it a module is no submodule: the loss that trains it registers it.
         self._reduction = Reduction.of(self.tasks, task_loss_reduction, global_reduction)
         self._task_weights = TaskConstants(per_task_numbers("task_weights", task_weights, self.tasks or ("loss",)))
@@ -111,7 +115,7 @@ class GlobalLoss(TaskMetric):
         """
         self._add(self._sum_batch(loss_sum, weight))
 
-    def _sum_batch(self, loss_sum: Tensor, weight: Tensor | float) -> TaskSums:
+    def _sum_batch(self, loss_sum: Tensor, weight: Tensor | float) -> Sequence[Tensor | float]:
         check_dense("loss_sum", loss_sum)
         tasks = 1 if self.tasks is None else len(self.tasks)
         if self.tasks is None and loss_sum.ndim == 0:
@@ -128,10 +132,16 @@ class GlobalLoss(TaskMetric):
         elif not torch.compiler.is_compiling():
             # A number of rows that is traced has no value to look at.
             check_number("weight", weight)
+        faults = (self._count_faults(loss_sum, weight),) if self.validate_args else ()
         if self._reduction.over_rows == "sum":
             # It only tells whether there is data, and weights that cancel are.
             weight = weight.abs() if isinstance(weight, Tensor) else abs(weight)
-        return TaskSums(loss_sum, weight)
+        return loss_sum, weight, *faults
+
+    @staticmethod
+    def _count_faults(loss_sum: Tensor, weight: Tensor | float) -> Tensor:
+        none = torch.zeros_like(loss_sum.detach())
+        return torch.stack((none, none + (weight < 0)))
 
     def _keys(self) -> dict[str, bool | None]:
         return dict.fromkeys(self._reduction.keys, False)

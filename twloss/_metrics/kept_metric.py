@@ -73,7 +73,7 @@ class KeptMetric(Metric):
         self._device = torch.empty(0).device  # torchmetrics 1.0.3 says "cpu" whatever it is
         self._names = ColumnNames(names)
         self._format = layout
-        self._description = {**description, "shape": list(layout.shape)}
+        self._description = {**description, "shape": list(layout.saved_shape)}
         self._settings = dict(settings)
         self._describe_state()  # the first state, the only one that torchmetrics 1.0.3 compares
         with plain_tensors():
@@ -326,7 +326,7 @@ class KeptMetric(Metric):
             sums, place = self._start_sum(value, "global_sums()", self.dist_sync_fn).wait(), ALL_RANKS
         else:
             sums = value.of_rank(place[0])
-        return sums_to_bytes(sums, self._description, place)
+        return sums_to_bytes(self._format.to_saved(sums), self._description, place)
 
     def _load_sums(self, entry: Any) -> None:
         """Take the sums of an entry in place of these: those of all ranks are carried, this rank's own are added."""
@@ -344,6 +344,7 @@ class KeptMetric(Metric):
                 f"got the sums of rank {place[0]} of {place[1]} alone, expected those of rank {here[0]} of {here[1]}, "
                 "or of all ranks, as saved within twloss.global_sums(); or leave this key out, to load the weights"
             )
+        sums = self._format.from_saved(sums)
         value = RunningSums.carried(sums) if place == ALL_RANKS else RunningSums.own(sums)
         with LOCK:
             device = sums.device if self.totals.is_meta else self.totals.device

@@ -31,7 +31,7 @@ from twloss._metrics.task_metric import TaskMetric
 from twloss._rows.batch import align
 from twloss._rows.mappings import TaskTensors
 from twloss._rows.row_loss import BinaryCrossEntropy
-from twloss._rows.row_pass import sum_quality
+from twloss._rows.row_pass import count_faults, sum_quality
 from twloss._torch import hidden_from_jit
 
 QUANTITIES = {"ne": False, "rce": True, "calibration": None, "ctr": None, "logloss": False, "weight": None}
@@ -68,6 +68,8 @@ class RankingQuality(TaskMetric):
             the most, so that of one with fewer has fewer rows of it.
         logit_shift: a number that is added to the logits first, or one a task: ln r where the model was trained on
             negatives that were kept at the rate r, and -ln f where it was trained with a pos_weight of f.
+        validate_args: count the rows whose label is outside of [0, 1], and those of negative weight, on the device and
+            without waiting for it; compute() warns with the counts by task. Of a loss's own, the loss has it.
         nan_strategy: as for ``GlobalLoss``.
         kwargs: ``Metric``'s own, such as ``process_group``.
 
@@ -93,6 +95,7 @@ class RankingQuality(TaskMetric):
         window: int | None = None,
         window_rows: int | None = None,
         logit_shift: PerTask | None = None,
+        validate_args: bool = False,
         nan_strategy: NanStrategy = "warn",
         **kwargs: Any,
     ) -> None:
@@ -101,9 +104,8 @@ class RankingQuality(TaskMetric):
         columns = tasks or ("loss",)
         shift = per_task_numbers("logit_shift", logit_shift, columns)
         rule = {"ignore_index": label_name(ignore_index), "logit_shift": list(shift or [0.0] * len(columns))}
-        super().__init__(
-            tasks, 4, window=window, window_rows=window_rows, nan_strategy=nan_strategy, rule=rule, options=kwargs
-        )
+        checks: dict[str, Any] = {"validate_args": validate_args, "nan_strategy": nan_strategy}
+        super().__init__(tasks, 4, window=window, window_rows=window_rows, **checks, rule=rule, options=kwargs)
         self.ignore_index = ignore_index
         self._shift = TaskConstants(shift)
 
@@ -164,9 +166,13 @@ class RankingQuality(TaskMetric):
     def _sum_batch(
         self, logits: TaskTensors, labels: TaskTensors, weights: TaskTensors | None = None
     ) -> Sequence[Tensor | float]:
-        batch = align(logits, labels, weights, self.tasks, BinaryCrossEntropy(), self.ignore_index)
-        rows, tasks = batch.logits.shape
-        return sum_quality(batch.logits, batch.labels, batch.weights, rows, tasks, self._shift.like(batch.logits))
+        row_loss = BinaryCrossEntropy()
+        logits, labels, weights, _ = align(logits, labels, weights, self.tasks, row_loss, self.ignore_index)
+        rows, tasks = logits.shape
+        sums = sum_quality(logits, labels, weights, rows, tasks, self._shift.like(logits))
+        if not self.validate_args:
+            return sums
+        return *sums, count_faults(row_loss.wrong_labels(logits, labels), weights, sums[0])
 
     def _move(self, device: torch.device) -> None:
         super()._move(device)
@@ -213,6 +219,8 @@ def own_quality(
             f"ignore_index={quality.ignore_index}, expected tasks={tasks and list_some(tasks)}, "
             f"ignore_index={ignore_index}, as the loss's tasks with BCE_WITH_LOGITS have"
         )
+    if quality.validate_args:
+        raise ValueError("quality: got one with validate_args=True, expected the loss to have it, for both")
     if quality.process_group not in (None, process_group):
         raise ValueError("quality: got one with another process_group, expected that of the loss, or none")
     own = copy.deepcopy(quality)

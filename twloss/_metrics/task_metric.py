@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 from torchmetrics.utilities.prints import rank_zero_warn
 
-from twloss._arguments import NanStrategy, check_choice, check_tasks, check_window, list_counts, list_some
+from twloss._arguments import NanStrategy, check_bool, check_choice, check_tasks, check_window, list_counts, list_some
 from twloss._metrics.kept_metric import LOCK, KeptMetric
 from twloss._metrics.plot import plot_results
 from twloss._metrics.scalar_view import ScalarView
@@ -50,6 +50,8 @@ class TaskMetric(KeptMetric):
         window: also give the result of the last ``window`` updates of each rank, under keys that begin "window_".
         window_rows: the same of the last rows, this many over all ranks, of each rank its share; one number of rows for
             all tasks.
+        validate_args: whether the last thing that ``_sum_batch`` returns is ``(2, tasks)``: the rows whose label can't
+            be, and those of negative weight, with which ``compute()`` warns.
         nan_strategy: what becomes of a task's sums in an update in which they are not finite; as for ``GlobalLoss``.
         rule: what else the sums are of, in JSON's types; sums by another rule, of other tasks or windows, or of another
             class are neither loaded nor merged.
@@ -97,6 +99,7 @@ class TaskMetric(KeptMetric):
         *,
         window: int | None = None,
         window_rows: int | None = None,
+        validate_args: bool = False,
         nan_strategy: NanStrategy = "warn",
         rule: Mapping[str, Any] | None = None,
         settings: Mapping[str, Any] | None = None,
@@ -104,6 +107,7 @@ class TaskMetric(KeptMetric):
     ) -> None:
         check_choice("nan_strategy", nan_strategy, get_args(NanStrategy))
         check_window(window, window_rows)
+        check_bool("validate_args", validate_args)
         tasks = None if tasks is None else check_tasks(tasks)
         names = tasks or ("loss",)
         # No module's name: a script's is "__main__", and its file's where it is imported.
@@ -112,14 +116,15 @@ class TaskMetric(KeptMetric):
             raise ValueError(f"rule: got {list_some(taken)}, expected other names: these are known of all sums")
         super().__init__(
             names,
-            SumsFormat(sums, len(names), window, window_rows),
+            SumsFormat(sums, len(names), window, window_rows, counts_faults=validate_args),
             description={**known, **(rule or {})},
-            settings={"nan_strategy": nan_strategy, **(settings or {})},
+            settings={"nan_strategy": nan_strategy, "validate_args": validate_args, **(settings or {})},
             options=options or {},
         )
         self.tasks = tasks
         self.window = window
         self.window_rows = window_rows
+        self.validate_args = validate_args
         self._nan_strategy = nan_strategy
         self._drops_non_finite = nan_strategy != "disable"
         # The prefixes of the keys: of all updates, and of those in the window.
@@ -262,12 +267,15 @@ class TaskMetric(KeptMetric):
     ) -> dict[str, Tensor]:
         """The result of the total of all ranks, as ``SumsFormat.split`` gives it."""
         sums, counts = total
-        finite, updates, *of_window = counts.tolist()
+        numbers, horizons = counts.tolist(), len(self._horizons)
+        *faults, finite = numbers[:-horizons]
+        updates, *of_window = numbers[-horizons:]
         if not any(map(any, (updates, *of_window))):
             found = "was called before update() on any rank; without data, values are NaN"
             rank_zero_warn(f"{type(self).__name__}.compute() {found}{self._question_of_mode()}")
         if finite != updates and nan_strategy in ("warn", "error"):
             self._report_non_finite(finite, updates, is_error=nan_strategy == "error")
+        self._report_faults(*faults)
         with torch.no_grad():
             return dict(zip(self._all_keys, chain.from_iterable(map(results_of, sums))))
 
@@ -287,6 +295,16 @@ class TaskMetric(KeptMetric):
         if is_error:
             raise RuntimeError(message)
         rank_zero_warn(message)
+
+    def _report_faults(self, labels: Sequence[float] = (), weights: Sequence[float] = ()) -> None:
+        """Warn of rows whose label can't be, and of rows of negative weight."""
+        found = []
+        for name, counts in (("labels outside of [0, 1] or of no class", labels), ("negative weights", weights)):
+            if any(counts):
+                by_task = {task: int(n) for task, n in zip(self.tasks or ("loss",), counts) if n}
+                found.append(f"{name}: {list_counts(by_task)}")
+        if found:
+            rank_zero_warn(f"{type(self).__name__}: got rows with {'; '.join(found)}")
 
     # The result's keys, and single ones.
 

@@ -6,6 +6,7 @@ as are the gradients there.
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
@@ -18,7 +19,13 @@ from twloss._torch import mask, weigh
 
 
 def sum_losses(
-    row_loss: RowLoss, batch: Batch, pos_weight: Tensor | None, *, has_rows: bool, is_traced: bool
+    row_loss: RowLoss,
+    batch: Batch,
+    pos_weight: Tensor | None,
+    wrong: Tensor | None,
+    *,
+    has_rows: bool,
+    is_traced: bool,
 ) -> tuple[Tensor, Tensor, Batch]:
     """``weigh_losses`` with its sum over the rows, by which no task that adds nothing to the loss has a gradient.
 
@@ -45,9 +52,8 @@ def sum_losses(
     if is_isolated:
         logits = logits.view_as(logits)
         logits.register_hook(mask_noted)
-    rows, batch = weigh_losses(
-        row_loss, batch._replace(logits=logits), pos_weight, has_rows=has_rows, is_traced=is_traced
-    )
+    batch = batch._replace(logits=logits)
+    rows, batch = weigh_losses(row_loss, batch, pos_weight, wrong, has_rows=has_rows, is_traced=is_traced)
     total = rows.sum(0)
     if is_isolated and total.requires_grad:
         total.register_hook(note)
@@ -58,6 +64,7 @@ def weigh_losses(
     row_loss: RowLoss,
     batch: Batch,
     pos_weight: Tensor | None,
+    wrong: Tensor | None = None,
     *,
     has_rows: bool = True,
     is_traced: bool = False,
@@ -69,6 +76,7 @@ def weigh_losses(
         row_loss: the loss.
         batch: ``(rows, tasks)``, or with ``has_rows=False`` as the inputs came.
         pos_weight: ``(tasks,)``, the factor of the positive term; of binary losses only.
+        wrong: ``(rows, tasks)`` bool, labels that can't be, and which the formula does not take; None: it is not known.
         has_rows: False for a callable of one task, of which the result tells which of the labels' dimensions are rows.
         is_traced: whether a transform of torch.func, or forward-mode differentiation, runs this.
         shape: of the rows, where it is known without ``has_rows``.
@@ -94,7 +102,12 @@ def weigh_losses(
         else:
             column, mask = labels.reshape(-1, 1), missing.reshape(-1, 1)
             labels = row_loss.replace_masked(column, mask, mask, logits).view(labels.shape)
+    if wrong is not None:
+        labels = row_loss.replace_masked(labels, ~wrong, None, logits)
     loss = row_loss.losses(logits, labels, pos_weight, given)
+    if wrong is not None and row_loss.has_classes:
+        # -log 0: it is predicted with certainty that a class that does not exist is not there.
+        loss = loss.masked_fill(wrong, math.inf)
     if not has_rows:
         found = labels.shape[: max(loss.ndim, min(labels.ndim, 1))]
         if is_masked and found != rows.shape and torch.compiler.is_compiling():

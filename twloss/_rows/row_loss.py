@@ -6,6 +6,7 @@ sums, no state. All that differs between losses is behind ``RowLoss``; no other 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping
 from enum import Enum
 from types import MethodType
@@ -97,6 +98,10 @@ class RowLoss:
         """
         return labels
 
+    def wrong_labels(self, logits: Tensor, labels: Tensor) -> Tensor | None:
+        """A mask of the labels that can't be, ``(rows, tasks)``; None: any may be."""
+        return None
+
     def losses(self, logits: Tensor, labels: Tensor, pos_weight: Tensor | None, valid: Tensor | None) -> Tensor:
         """The loss, for autograd to differentiate.
 
@@ -131,6 +136,10 @@ class BinaryCrossEntropy(RowLoss):
     gradient = staticmethod(gradient_of_bce)
     fused = staticmethod(fused_bce)
 
+    def wrong_labels(self, logits: Tensor, labels: Tensor) -> Tensor:
+        """Those outside of [0, 1], NaN included."""
+        return ~((labels >= 0) & (labels <= 1))
+
     def losses(self, logits: Tensor, labels: Tensor, pos_weight: Tensor | None, valid: Tensor | None) -> Tensor:
         """The loss, for autograd to differentiate."""
         return differentiable_bce(logits, labels, pos_weight)
@@ -164,6 +173,12 @@ class CrossEntropy(RowLoss):
     def replace_masked(self, labels: Tensor, counted: Tensor, valid: Tensor | None, logits: Tensor) -> Tensor:
         """Clamp masked labels to valid classes; they may hold any value."""
         return labels.where(counted, labels.clamp(0, logits.shape[-1] - 1))
+
+    def wrong_labels(self, logits: Tensor, labels: Tensor) -> Tensor:
+        """Indices of no class, or of one whose logit is -inf, as those are that a task has not, but others have."""
+        classes = labels.clamp(0, logits.shape[-1] - 1)
+        logit = logits.detach().gather(-1, classes.unsqueeze(-1)).squeeze(-1)
+        return (labels != classes) | logit.eq(-math.inf)
 
     def losses(self, logits: Tensor, labels: Tensor, pos_weight: Tensor | None, valid: Tensor | None) -> Tensor:
         """The loss, for autograd to differentiate."""

@@ -60,6 +60,8 @@ class Plan(NamedTuple):
     """Whether the sums of the quality leave out what is not finite."""
     quality_counts_rows: bool = False
     """Whether the sums of the quality have the number of rows beside them."""
+    validates: bool = False
+    """Whether labels that can't be, and negative weights, are counted."""
     fused: bool = False
     """Whether the pass is compiled, where its gradient is in closed form."""
 
@@ -96,8 +98,9 @@ def sum_batch(  # noqa: PLR0917 (a plan, a batch, and its tasks)
     if not (row_loss.has_closed_form and by_logits_alone):
         shift = None if logit_shift is None else logit_shift.like(logits)
         factors = pos_weights.like(logits)
-        rows, total, batch = sum_losses(row_loss, batch, factors, has_rows=has_rows, is_traced=is_traced)
-        return _sum_differentiable(plan, rows, total, batch, (shift, global_weights), is_traced=is_traced)
+        wrong = row_loss.wrong_labels(logits, labels) if plan.validates else None
+        rows, total, batch = sum_losses(row_loss, batch, factors, wrong, has_rows=has_rows, is_traced=is_traced)
+        return _sum_differentiable(plan, rows, total, batch, (shift, global_weights), wrong, is_traced=is_traced)
     run: Run = _run
     count, abreast = logits.shape[0], 1
     if plan.fused and count >= _FEWEST_ROWS and runs_compiled(logits):
@@ -174,16 +177,20 @@ def _run(  # noqa: PLR0917 (the compiled one takes no keywords)
         # Without pos_weights the log loss is the loss.
         log_loss = loss_sum if pos_weight is None else None
         quality = sum_quality(logits, labels, weights, rows, tasks, shift, log_loss, plain, sigmoid)
+    faults = None
+    if plan.validates:
+        faults = count_faults(row_loss.wrong_labels(logits, labels), weights, loss_sum)
     sums = TaskSums(loss_sum, weight)
-    return _reduce(plan, sums, loss_sum, quality, task_weights, logits.dtype), slopes
+    return _reduce(plan, sums, loss_sum, quality, faults, task_weights, logits.dtype), slopes
 
 
-def _sum_differentiable(
+def _sum_differentiable(  # noqa: PLR0917 (a pass, and what is known of its batch)
     plan: Plan,
     rows: Tensor,
     total: Tensor,
     batch: Batch,
     constants: tuple[Tensor | None, Tensor | None],
+    wrong: Tensor | None,
     *,
     is_traced: bool,
 ) -> BatchSums:
@@ -201,7 +208,8 @@ def _sum_differentiable(
     quality = None
     if plan.quality and loss_sum is not None:
         quality = sum_quality(batch.logits, batch.labels, batch.weights, count, tasks, shift)
-    return _reduce(plan, TaskSums(total, weight), loss_sum, quality, task_weights, rows.dtype)
+    faults = count_faults(wrong, batch.weights, loss_sum) if plan.validates and loss_sum is not None else None
+    return _reduce(plan, TaskSums(total, weight), loss_sum, quality, faults, task_weights, rows.dtype)
 
 
 def _reduce(  # noqa: PLR0917
@@ -209,6 +217,7 @@ def _reduce(  # noqa: PLR0917
     sums: TaskSums,
     loss_sum: Tensor | None,
     quality: QualitySums | None,
+    faults: Tensor | None,
     task_weights: Tensor | None,
     dtype: torch.dtype,
 ) -> BatchSums:
@@ -220,21 +229,23 @@ def _reduce(  # noqa: PLR0917
         loss_sum: the same, detached and in the widest dtype; None where a transform runs the forward, which may then
             run any number of times and counts as none.
         quality: what ``sum_quality`` returns.
+        faults: what ``count_faults`` returns.
         task_weights: ``(tasks,)``
         dtype: of the losses.
     """
     tracked = loss_sum
     if plan.tracks and loss_sum is not None:
-        tracked = pack_update((loss_sum, sums.weight), drops_non_finite=plan.drops_non_finite)
+        tracked = pack_update((loss_sum, sums.weight), drops_non_finite=plan.drops_non_finite, faults=faults)
+        faults = None
     packed = None
     if quality is not None:
         *of_quality, count = quality
         rows = count if plan.quality_counts_rows else None
         packed = pack_update(of_quality, drops_non_finite=plan.quality_drops_non_finite, rows=rows)
     if plan.reduction is None:
-        return BatchSums(sums.loss_sum.to(dtype), None, sums.weight, tracked, packed)
+        return BatchSums(sums.loss_sum.to(dtype), None, sums.weight, tracked, packed, faults)
     losses, loss = plan.reduction.values(sums, task_weights, dtype, is_final=False)
-    return BatchSums(losses, loss, sums.weight, tracked, packed)
+    return BatchSums(losses, loss, sums.weight, tracked, packed, faults)
 
 
 def sum_rows(values: Tensor, tasks: int) -> Tensor:
@@ -251,6 +262,22 @@ def _sum_weights(plan: Plan, weights: Tensor | None, valid: Tensor | None, rows:
     if weights is not None and plan.mean_over == "weights":
         return sum_rows(weights if plan.over_rows == "mean" else weights.abs(), tasks)
     return rows if valid is None else sum_rows(valid, tasks)
+
+
+def count_faults(wrong: Tensor | None, weights: Tensor | None, like: Tensor) -> Tensor:
+    """The rows whose label can't be, of those that count, and the rows of negative weight, ``(2, tasks)``.
+
+    Args:
+        wrong: ``(rows, tasks)``, what ``RowLoss.wrong_labels`` returns; several rows may be seen as one.
+        weights: likewise; None: 1.
+        like: ``(tasks,)``, in the dtype of the counts.
+    """
+    tasks, labels, negative = like.numel(), torch.zeros_like(like), torch.zeros_like(like)
+    if wrong is not None:
+        labels = sum_rows(wrong if weights is None else wrong & (weights != 0), tasks)
+    if weights is not None:
+        negative = sum_rows(weights < 0, tasks)
+    return torch.stack((labels, negative))
 
 
 @torch.no_grad()

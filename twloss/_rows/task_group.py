@@ -128,8 +128,16 @@ def join(sums: Sequence[BatchSums], order: TaskConstants, plan: Plan) -> BatchSu
         weight = _restore_order([torch.zeros_like(each.losses, dtype=dtype) + each.weight for each in sums], order)
     packed = None
     if len(tracked) == len(sums):
-        packed = pack_update((_restore_order(tracked, order), weight), drops_non_finite=plan.drops_non_finite)
-    return BatchSums(_restore_order(loss_sums, order), None, weight, packed, quality)
+        of_all = _restore_order(tracked, order), weight
+        packed = pack_update(of_all, drops_non_finite=plan.drops_non_finite, faults=_join_faults(sums, order))
+    return BatchSums(_restore_order(loss_sums, order), None, weight, packed, quality, None)
+
+
+def _join_faults(sums: Sequence[BatchSums], order: TaskConstants) -> Tensor | None:
+    faults = [each.faults for each in sums if each.faults is not None]
+    if not faults:
+        return None
+    return torch.stack([_restore_order(each, order) for each in zip(*faults)])
 
 
 def _restore_order(parts: Sequence[Tensor], order: TaskConstants) -> Tensor:

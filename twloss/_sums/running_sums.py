@@ -24,6 +24,7 @@ from twloss._torch import plain_tensors, split_last
 
 # A window of rows ends, on the old side, within a thousandth of itself or one update, whichever is more.
 _MOST_PLACES = 1000
+_FAULTS = 2  # rows: labels that can't be, negative weights
 _MARKS = 3  # rows that tell whether all ranks carry the same sums
 _TRACKER = ModuleTracker()
 # Addresses of states that a CUDA graph adds to. No flag of a metric, since compiled code, which knows none, is captured
@@ -84,19 +85,32 @@ class SumsFormat:
 
     First what was added here, the sums of all updates and a ring buffer of the last ones; then, in the same order, what
     is carried from a checkpoint. Updates that fall into one place of the ring buffer are summed there. The rows are the
-    sums, the number of finite updates, for a window of rows that of the rows, and the number of all updates.
+    sums, the number of finite updates, where faults are counted those of labels and of weights, for a window of rows
+    the number of rows, and the number of all updates.
 
     Args:
         sums: how many sums a task has.
         tasks: how many tasks there are.
         window: how many of the last updates are kept; None: none.
         window_rows: how many of the last rows of all ranks are kept; None: none.
+        counts_faults: whether labels that can't be, and negative weights, are counted.
     """
 
-    def __init__(self, sums: int, tasks: int, window: int | None = None, window_rows: int | None = None) -> None:
+    def __init__(
+        self,
+        sums: int,
+        tasks: int,
+        window: int | None = None,
+        window_rows: int | None = None,
+        *,
+        counts_faults: bool = False,
+    ) -> None:
         self.sums = sums
+        self.faults = _FAULTS if counts_faults else 0
         self.places = window or min(window_rows or 0, _MOST_PLACES)
-        self.shape = (1 + self.places, sums + 2 + (window_rows is not None), tasks)
+        rows = sums + 2 + (window_rows is not None)
+        self.shape = (1 + self.places, rows + self.faults, tasks)
+        self.saved_shape = (1 + self.places, rows, tasks)
         self.window_rows = window_rows
 
     def zeros(self, device: torch.device) -> Tensor:
@@ -104,12 +118,19 @@ class SumsFormat:
         return _state_of(torch.empty((2, *self.shape), device="meta"), device)
 
     def pack(self, sums: Sequence[Tensor | float], *, drops_non_finite: bool) -> Tensor:
-        """``pack_update`` of a batch's sums; the batch's number of rows, which a window of rows needs, may follow."""
-        own, rows = (sums, None) if len(sums) == self.sums else split_last(sums)
+        """``pack_update`` of a batch's sums, and what may follow.
+
+        That is the batch's number of rows, which a window of rows needs, and where they are counted the faults
+        ``(2, tasks)``.
+        """
+        own, faults = split_last(sums) if self.faults else (sums, None)
+        own, rows = (own, None) if len(own) == self.sums else split_last(own)
         if len(own) != self.sums or isinstance(rows, Tensor) or (rows is None and self.window_rows is not None):
             rows_too = "" if self.window_rows is None else ", and the number of rows below them"
-            raise ValueError(f"_sum_batch: got {len(sums)} sums, expected {self.sums}{rows_too}")
-        return pack_update(own, drops_non_finite=drops_non_finite, rows=rows if self.window_rows else None)
+            faults_too = ", and last the faults (2, tasks)" if self.faults else ""
+            raise ValueError(f"_sum_batch: got {len(sums)} sums, expected {self.sums}{rows_too}{faults_too}")
+        rows = rows if self.window_rows else None
+        return pack_update(own, drops_non_finite=drops_non_finite, rows=rows, faults=faults)
 
     def add(self, state: Tensor, packed: Tensor, ranks: int = 1) -> None:
         """Add a packed batch ``(rows, tasks)`` in place; see ``add_once``.
@@ -175,13 +196,25 @@ class SumsFormat:
         """The parts of a total ``(horizons, rows, tasks)`` that results are made of.
 
         Returns:
-            The sums ``(horizons, sums, tasks)``, and counts ``(1 + horizons, tasks)``: of the finite updates, and of
-            the updates of each horizon.
+            The sums ``(horizons, sums, tasks)``, and counts ``(faults + 1 + horizons, tasks)``: the faults, where they
+            are counted, the finite updates, and the updates of each horizon.
         """
-        return total[:, : self.sums], torch.cat((total[:1, self.sums], total[:, -1]))
+        faults = total[0, self.sums + 1 :][: self.faults]
+        return total[:, : self.sums], torch.cat((faults, total[:1, self.sums], total[:, -1]))
+
+    def to_saved(self, sums: Tensor) -> Tensor:
+        """Sums ``(1 + places, rows, tasks)`` without the faults, which a checkpoint does not have."""
+        before, after = self.sums + 1, self.sums + 1 + self.faults
+        return torch.cat((sums[:, :before], sums[:, after:]), 1) if self.faults else sums
+
+    def from_saved(self, sums: Tensor) -> Tensor:
+        """Sums of a checkpoint, with faults of 0."""
+        before = self.sums + 1
+        none = torch.zeros_like(sums[:, : self.faults])
+        return torch.cat((sums[:, :before], none, sums[:, before:]), 1) if self.faults else sums
 
     def has_counts(self, sums: Tensor) -> bool:
-        """Whether the counters of ``(1 + places, rows, tasks)`` can be counts."""
+        """Whether the counters of saved sums ``(1 + places, rows, tasks)`` can be counts."""
         counts = sums[:, self.sums :]
         return bool((counts.isfinite() & (counts >= 0) & (counts == counts.round())).all())
 
@@ -202,16 +235,24 @@ class SumsFormat:
         return torch.cat((parts[:, :1], parts[:, 1:].index_select(1, order)), 1)
 
 
-def pack_update(sums: Sequence[Tensor | float], *, drops_non_finite: bool, rows: float | None = None) -> Tensor:
+def pack_update(
+    sums: Sequence[Tensor | float],
+    *,
+    drops_non_finite: bool,
+    rows: float | None = None,
+    faults: Tensor | None = None,
+) -> Tensor:
     """A batch's sums, detached and in the widest dtype, with the counters below them.
 
     Args:
         sums: ``(tasks,)`` each; after the first one also numbers that all tasks share.
         drops_non_finite: whether a task's sums count as 0 where one of them is not finite.
         rows: the batch's number of rows, for a window of rows.
+        faults: ``(2, tasks)``, counted whether the sums are finite or not.
 
     Returns:
-        ``(rows, tasks)``: the sums, 1 where they are finite, the number of rows if there is one, and 1.
+        ``(rows, tasks)``: the sums, 1 where they are finite, the faults and the number of rows if they are there, and
+        1.
     """
     like = sums[0]
     assert isinstance(like, Tensor)
@@ -219,8 +260,10 @@ def pack_update(sums: Sequence[Tensor | float], *, drops_non_finite: bool, rows:
     wide = []
     for each in sums:
         wide.append(each.detach().to(one) if isinstance(each, Tensor) else torch.full_like(one, each))
-    counters = (one, one) if rows is None else (one, torch.full_like(one, rows), one)
-    packed = torch.stack((*wide, *counters))
+    counters = (one,) if rows is None else (torch.full_like(one, rows), one)
+    if faults is not None:
+        counters = (*faults.to(one).unbind(0), *counters)
+    packed = torch.stack((*wide, one, *counters))
     if drops_non_finite:
         finite = packed[: len(wide) + 1]  # what counts for the ring buffer stays
         for given, each in zip(sums, wide):

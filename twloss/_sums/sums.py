@@ -29,3 +29,5 @@ class BatchSums(NamedTuple):
     """For the running sums: packed, or Σ w·l ``(tasks,)``; None where a transform runs the forward."""
     quality: Tensor | None
     """For the running sums of the quality of predictions, packed."""
+    faults: Tensor | None
+    """``(2, tasks)``: the rows whose label can't be, and those of negative weight; None: not counted, or packed."""
