@@ -1,4 +1,4 @@
-"""torch.fx, by which TorchRec's pipelines read a model, and torch.jit.script: a loss in a model is no obstacle."""
+"""torch.fx, by which TorchRec's pipelines read a model, and torch.jit: a loss that is in a model is no obstacle."""
 
 from __future__ import annotations
 
@@ -329,7 +329,7 @@ def test_on_ranks_a_traced_step_is_that_of_one_process(two_ranks: RankPool, redu
     assert errors.gradient <= 1e-12
 
 
-# torch.jit.script: of a model that has a loss, and does not call it in forward.
+# torch.jit: of a model that has a loss, and does not call it in forward.
 
 
 class Attached(nn.Module):
@@ -365,3 +365,70 @@ def test_a_model_with_a_loss_attached_can_be_scripted(attached: str) -> None:
     # The model's own goes on.
     model.eval()
     assert torch.equal(torch.jit.script(model)(features), model.heads(features).relu())
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+@pytest.mark.parametrize("attached", ATTACHED)
+def test_a_model_with_a_loss_attached_can_be_traced(attached: str) -> None:
+    """For any number of rows."""
+    model = Attached(ATTACHED[attached]())
+    traced_by_jit: Any = torch.jit.trace(model, (torch.randn(4, 3),))
+    for rows in (4, 7, 0):
+        features = torch.randn(rows, 3)
+        assert torch.equal(traced_by_jit(features), model(features))
+
+
+class Calling(Attached):
+    """A forward that uses what is attached, as ``use`` says."""
+
+    def __init__(self, attached: nn.Module, use: Callable[..., Any]) -> None:
+        super().__init__(attached)
+        self.use = use
+
+    def forward(self, features: Tensor) -> Tensor:
+        """The logits, or their loss."""
+        logits: Tensor = self.heads(features)
+        result: Tensor = self.use(self.attached, logits)
+        return result
+
+
+def squares(logits: Tensor, labels: Tensor) -> Tensor:
+    return (logits - labels).square()
+
+
+def update_quality(metric: RankingQuality, logits: Tensor) -> Tensor:
+    metric.update(logits, torch.ones(4, 2))
+    return logits
+
+
+def update_sums(metric: GlobalLoss, logits: Tensor) -> Tensor:
+    metric.update(logits.sum(0), 4)
+    return logits
+
+
+CALLING: dict[str, tuple[nn.Module, Callable[..., Any]]] = {
+    "Loss": (Loss("bce_with_logits"), lambda loss, logits: loss(logits, torch.ones(4, 2))),
+    "callable": (Loss(squares), lambda loss, logits: loss(logits, torch.ones(4, 2))),
+    "MultiTaskLoss": (
+        MultiTaskLoss("bce_with_logits", TASKS, fused=True),
+        lambda loss, logits: loss(dict(zip(TASKS, logits.unbind(1))), torch.ones(4, 2))["loss"],
+    ),
+    "GlobalLoss": (GlobalLoss(TASKS), update_sums),
+    "RankingQuality": (RankingQuality(TASKS), update_quality),
+    "scalar view": (GlobalLoss(TASKS).scalar("loss/like"), update_sums),
+}
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+@pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning")  # of the operations before an update
+@pytest.mark.parametrize("calling", CALLING)
+def test_a_trace_of_a_call_is_refused_in_one_line(calling: str) -> None:
+    """It would make the number of rows a constant."""
+    model, features = Calling(*CALLING[calling]), torch.randn(4, 3)
+    with pytest.raises(RuntimeError, match=r"^torch\.jit\.trace: got a call of a \w+, .* expected .*$") as caught:
+        torch.jit.trace(model, (features,))
+    assert "\n" not in str(caught.value)
+    counted = model.attached
+    assert not getattr(counted, "train_metric", counted).update_called
+    model(features)  # the model's own goes on
+    assert getattr(counted, "train_metric", counted).update_called

@@ -15,6 +15,7 @@ from torch._dynamo.testing import CompileCounterWithBackend
 from torch.nn.parallel import DistributedDataParallel
 from torchmetrics import MeanMetric
 
+from tests.support import reference
 from tests.support.checkpointed import WRAPS, Block, once
 from tests.support.metrics import weights_of
 from tests.support.rank_pool import RankPool
@@ -186,6 +187,28 @@ def test_no_number_of_rows_is_a_constant_of_the_graph(
         expected = eager(logits, labels, weights)["loss"]
         assert compiled(logits, labels, weights)["loss"].item() == pytest.approx(expected.item(), rel=1e-6)
     assert counter.frame_count <= graphs
+
+
+@pytest.mark.parametrize("missing", [-1.0, 2.5, {"a": -1.0}, {"a": math.nan, "b": -1.0}])
+def test_a_dynamic_graph_takes_any_number_for_a_missing_label_and_for_a_normalizer(missing: Any) -> None:
+    """With ``dynamic=True`` a float is a symbolic number to the compiler."""
+    loss = MultiTaskLoss("bce_with_logits", TASKS, ignore_index=missing)
+    compiled: Any = torch.compile(loss, dynamic=True, fullgraph=True, backend="eager")
+    own = [missing.get(task) if isinstance(missing, dict) else missing for task in TASKS]
+    for rows in (6, 9):
+        logits = torch.randn(rows, 2, dtype=torch.float64)
+        labels = torch.tensor([[(0.0, 1.0, label or 0.0)[n % 3] for label in own] for n in range(rows)])
+        columns = {
+            task: [
+                reference.Row(reference.bce_with_logits(x, y), valid=not reference.is_missing(y, label))
+                for x, y in zip(logits[:, t].tolist(), labels[:, t].tolist())
+            ]
+            for t, (task, label) in enumerate(zip(TASKS, own))
+        }
+        for normalizer in (None, 3.5):
+            exact = reference.losses(columns, reference.Rule(normalizer=normalizer))
+            losses = compiled(logits, labels, normalizer=normalizer)
+            assert {key: value.item() for key, value in losses.items()} == pytest.approx(exact, rel=1e-12)
 
 
 @pytest.mark.usefixtures("new_compiler")
