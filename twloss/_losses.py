@@ -288,8 +288,9 @@ class MultiTaskLoss(_TaskLosses):
         ignore_index: the label that says "missing", NaN allowed; such rows are in no sum and get no gradient. Also a
             mapping task -> label; a task that is left out has none.
         global_batch: return, on every rank, the losses of this step's rows of all ranks, with the gradient that makes
-            DDP's average the gradient of one process. One collective in forward, in evaluation too, so every rank
-            has to call it equally often: a rank that has run out of rows with an empty batch.
+            DDP's average the gradient of one process. One collective in forward, in evaluation and where activation
+            checkpointing recomputes it in backward too, so every rank has to call it equally often: a rank that has
+            run out of rows with an empty batch.
         gradient_reduction: what becomes of the ranks' gradients, their "mean" (DDP, FSDP) or their "sum"; with
             ``global_batch`` it is the gradient of one process. With "sum" so is that by inputs, which stays a rank's.
         process_group: the ranks to sum over; None: all.

@@ -83,13 +83,13 @@ def is_transformed(*inputs: object) -> bool:
 def runs_compiled(values: Tensor) -> bool:
     """Whether compiled code can be run on a tensor here and now.
 
-    torch.jit can't trace it, and a first call within a dispatch mode, such as a counter of operators, would have it
-    never compiled in this process. There is no public way to ask for the mode. The compiler has no second one in it.
+    A first call within a dispatch mode, such as a counter of operators, would have it never compiled in this process.
+    There is no public way to ask for the mode. The compiler has no second one in it.
     """
     if torch.compiler.is_compiling():
         return False
     is_plain = type(values) in (Tensor, nn.Parameter) and not values.is_meta
-    return is_plain and not (torch._C._is_tracing() or torch._C._len_torch_dispatch_stack())
+    return is_plain and not torch._C._len_torch_dispatch_stack()
 
 
 def refuse_trace(module: nn.Module) -> None:

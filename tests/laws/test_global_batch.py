@@ -13,7 +13,9 @@ from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DistributedDataParallel
+from torch.utils.checkpoint import checkpoint
 
+from benchmarks.counts import CollectiveLog
 from tests.support.cases import REDUCTIONS, Ranker, Rows, Settings
 from tests.support.gradient_errors import Errors, case_parts, errors_of, flat_gradients, measure
 from tests.support.pairwise import pairwise
@@ -95,6 +97,32 @@ def test_a_fused_pass_however_the_model_is_wrapped(two_ranks: RankPool, wrap: st
     case = Settings(3, "mean", "mean", (0.5, 27.3, 4.0), fused=True)
     parts = case_parts(case, 2, weighted=True)
     expect_at_most(errors_of(case, parts, two_ranks.run(wrapped_step, case, parts, wrap)), FLOAT64)
+
+
+def checkpointed_step(
+    rank: int, case: Settings, parts: list[Rows]
+) -> tuple[tuple[dict[str, float], list[list[float]]], list[str], list[str], int]:
+    """One rank's step, the collectives of its forward and of its backward, and how often the batch was counted."""
+    loss = case.loss(global_batch=True, gradient_reduction="sum")
+    model = Ranker(loss, case.tasks)
+    with CollectiveLog() as forward:
+        result = checkpoint(model, parts[rank], use_reentrant=False)
+    with CollectiveLog() as backward:
+        result["loss"].backward()
+    for parameter in model.parameters():
+        dist.all_reduce(parameter.grad)
+    losses = {key: value.item() for key, value in result.items()}
+    return (losses, flat_gradients(model)), forward.names, backward.names, loss.train_metric.update_count
+
+
+def test_a_checkpointed_block_takes_its_collective_again_in_backward(two_ranks: RankPool) -> None:
+    """The loss and the gradient are one process's, and the batch counts once."""
+    case = Settings(global_reduction="max")
+    parts = case_parts(case, 2, weighted=True)
+    results = two_ranks.run(checkpointed_step, case, parts)
+    expect_at_most(errors_of(case, parts, [step for step, *_ in results]), FLOAT64)
+    for _, forward, backward, count in results:
+        assert (len(forward), len(backward), count) == (1, 1, 1)
 
 
 def step_in_a_subgroup(rank: int, case: Settings, parts: list[Rows]) -> Any:

@@ -1,4 +1,4 @@
-"""Losses that are built inside of a transform, of names from an enumeration, or of modules that were reloaded."""
+"""Losses that are built inside of a transform, of names from an enumeration, or of modules that were imported anew."""
 
 from __future__ import annotations
 
@@ -158,6 +158,19 @@ def test_metrics_that_are_built_in_a_transform(transform: Any) -> None:
     expect_plain_states(metric, quality)
 
 
+@in_transforms
+def test_a_metric_that_moves_in_a_transform(transform: Any) -> None:
+    """Its zeros too, to which reset() goes back."""
+    with torch.device("meta"):
+        metric = GlobalLoss(NAMES)
+    built(transform, lambda: metric(torch.tensor([3.0, 8.0]), torch.tensor([3.0, 4.0])))
+    for _ in range(2):
+        expect_plain_states(metric)
+        metric.update(torch.tensor([3.0, 8.0]), torch.tensor([3.0, 4.0]))
+        assert metric.compute()["loss"].item() == 1.5
+        metric.reset()
+
+
 # Reloaded, as in a notebook.
 
 CHECK = """
@@ -198,3 +211,46 @@ def test_a_reload_leaves_losses_that_work() -> None:
     process = subprocess.run(command, capture_output=True, text=True, timeout=SECONDS, check=False)
     assert process.returncode == 0, process.stderr
     assert process.stdout.split() == ["reloaded", str(len(names))]
+
+
+# Imported anew, as by a server that reloads its plug-ins.
+
+PURGE = """
+import gc, math, sys
+import torch
+
+def step(loss, function):
+    before = loss.train_metric.update_count
+    logits = torch.zeros(4, 2, requires_grad=True)
+    losses = function(logits, torch.ones(4, 2))
+    losses["loss"].backward()
+    assert math.isclose(losses["loss"].item(), math.log(2), rel_tol=1e-6), losses
+    assert torch.allclose(logits.grad, torch.tensor(-1 / 16)), logits.grad
+    assert loss.train_metric.update_count == loss.train_quality.update_count == before + 1
+    assert math.isclose(loss.train_metric.compute()["loss"].item(), math.log(2), rel_tol=1e-6)
+
+alive = []
+for generation in range(4):
+    for name in [name for name in sys.modules if name.partition(".")[0] == "twloss"]:
+        del sys.modules[name]
+    import twloss
+    loss = twloss.MultiTaskLoss("bce_with_logits", ["like", "reply"], quality=True)
+    alive.append((loss, torch.compile(loss, fullgraph=True, backend="eager")))
+    for loss, compiled in alive:
+        step(loss, loss)
+        step(loss, compiled)
+    if generation == 2:
+        # The first generation goes, and takes no operator of a later one with it.
+        del alive[0], loss, compiled
+        torch._dynamo.reset()
+        gc.collect()
+print("imported")
+"""
+
+
+def test_the_package_can_be_purged_and_imported_again() -> None:
+    """Losses of each generation go on, compiled too."""
+    command = [sys.executable, "-W", "ignore", "-c", PURGE]
+    process = subprocess.run(command, capture_output=True, text=True, timeout=SECONDS, check=False)
+    assert process.returncode == 0, process.stderr
+    assert process.stdout.split() == ["imported"]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import re
+import sys
 import time
 from collections.abc import Callable
 from functools import partial
@@ -12,9 +13,10 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
-from torch import Tensor
+from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import Replicate, distribute_tensor
+from torch.nn.parallel import replicate
 
 from tests.support.rank_pool import RankPool
 from twloss import GlobalLoss, Loss, MultiTaskLoss, RankingQuality, get_global_loss_detached
@@ -249,3 +251,38 @@ def test_rows_and_classes_are_taken() -> None:
     for rows in (2, 0):
         result = Loss("cross_entropy")(torch.zeros(rows, 3), torch.zeros(rows, dtype=torch.int64))
         assert result.item() == pytest.approx(math.log(3) if rows else 0.0, rel=1e-6)
+
+
+# nn.DataParallel: the replicas that it makes of each module, in each forward, and drops after it.
+
+REPLICATED: dict[str, Callable[[], nn.Module]] = {
+    "Loss": lambda: Loss("bce_with_logits"),
+    "MultiTaskLoss": lambda: nn.Sequential(nn.Linear(2, 2), MultiTaskLoss("bce_with_logits", TASKS, quality=True)),
+    "GlobalLoss": lambda: nn.Sequential(nn.Linear(2, 2), GlobalLoss(TASKS)),
+    "RankingQuality": lambda: RankingQuality(TASKS),
+}
+
+
+def without_devices(tensors: list[Tensor], devices: list[int], *_: Any, **__: Any) -> list[list[Tensor]]:
+    return [tensors for _ in devices]
+
+
+@pytest.fixture
+def _no_devices(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Replicas on CPUs: torch's own, but that their tensors are no copies on several devices."""
+    # The module, of whose name the package has a function.
+    monkeypatch.setattr(sys.modules[replicate.__module__], "_broadcast_coalesced_reshape", without_devices)
+
+
+@pytest.mark.usefixtures("_no_devices")
+@pytest.mark.parametrize("replicated", REPLICATED)
+def test_replicas_of_data_parallel_are_refused(replicated: str) -> None:
+    model = REPLICATED[replicated]()
+    with pytest.raises(RuntimeError, match=r"nn\.DataParallel: got .* expected DistributedDataParallel"):
+        replicate(model, [0, 1])
+
+
+@pytest.mark.usefixtures("_no_devices")
+def test_replicas_of_a_model_without_a_loss_are_not() -> None:
+    model, features = nn.Sequential(nn.Linear(2, 2)), torch.ones(3, 2)
+    assert all(torch.equal(each(features), model(features)) for each in replicate(model, [0, 1]))
