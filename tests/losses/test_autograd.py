@@ -72,6 +72,23 @@ def test_derivatives_by_labels_and_weights() -> None:
     assert torch.autograd.gradcheck(lambda x, y, w: loss(x, y, w)["loss"], arguments)
 
 
+@pytest.mark.parametrize("learned_weights", [False, True])
+@pytest.mark.parametrize("bad", [math.inf, -math.inf, math.nan])
+@pytest.mark.parametrize("loss_type", ["bce_with_logits", lambda x, y: (x - y).square()])
+def test_a_row_of_weight_0_gives_its_label_no_gradient(loss_type: Any, bad: float, learned_weights: bool) -> None:
+    """A teacher learns nothing from a row that is left out, whatever its student says of it."""
+    logits, labels, weights = inputs()
+    logits[1] = bad
+    loss = MultiTaskLoss(loss_type, TASKS)
+    losses = loss(logits, labels.requires_grad_(), weights.requires_grad_(learned_weights))
+    (found,) = torch.autograd.grad(losses["loss"], labels)
+    slopes = 2 * (labels - logits) if callable(loss_type) else -logits
+    expected = (weights * slopes / 14).detach()
+    expected[1] = 0.0
+    assert (found[1] == 0).all()
+    torch.testing.assert_close(found, expected, rtol=1e-12, atol=1e-15)
+
+
 @pytest.mark.parametrize("loss_type", ["bce_with_logits", "cross_entropy"])
 def test_a_row_of_weight_0_is_in_no_second_derivative_either(loss_type: Any) -> None:
     classes = loss_type == "cross_entropy"

@@ -158,6 +158,25 @@ def test_a_single_loss_of_any_shape_shows_rows_as_they_are() -> None:
     assert result.item() == pytest.approx((4.0 + 16.0) / 3, rel=1e-12)
 
 
+@pytest.mark.parametrize("weighted", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
+def test_a_loss_in_a_dtype_of_the_callables_own_is_summed_in_that_of_the_logits(
+    dtype: torch.dtype, weighted: bool
+) -> None:
+    """As autocast makes it; in bfloat16 a sum of 1025 ones is 1024, and in float16 one of 70,000 is infinite."""
+    logits = torch.ones(70_000, 2, requires_grad=True)
+    weights = torch.ones(70_000, 2) if weighted else None
+
+    def own_dtype(logits: Tensor, labels: Tensor) -> Tensor:
+        return (logits - labels).to(dtype)
+
+    for loss in (
+        multi_task(own_dtype)(logits, torch.zeros(70_000, 2), weights)["loss"],
+        single(own_dtype)(logits, torch.zeros(70_000, 2), weights),
+    ):
+        assert (loss.dtype, loss.item()) == (torch.float32, 1.0)
+
+
 def test_mappings_have_labels_of_their_own_task_too() -> None:
     seen = Seen()
     loss = multi_task(seen, -1)

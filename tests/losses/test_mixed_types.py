@@ -317,6 +317,18 @@ def test_quality_is_of_the_binary_tasks() -> None:
     assert default.train_quality.compute()["weight/like"] == 0.0
 
 
+@pytest.mark.parametrize("other", [squared, LossType.CROSS_ENTROPY])
+def test_quality_is_of_the_binary_tasks_also_where_they_come_last(other: Any) -> None:
+    loss = MultiTaskLoss({"other": other, "click": "bce_with_logits"}, ["other", "click"], quality=True)
+    shape = (4, 3) if other is LossType.CROSS_ENTROPY else (4,)
+    logits = {"other": torch.full(shape, 5.0), "click": torch.tensor([0.5, -1.0, 2.0, 0.0])}
+    labels = {"other": torch.tensor([2, 1, 0, 2]), "click": torch.tensor([1, 0, 0, 1])}
+    loss(logits, labels)
+    found = numbers(loss.train_quality.compute())
+    rows = list(zip(logits["click"].tolist(), labels["click"].tolist(), [1.0] * 4))
+    assert_close(found, quality_reference.result({"click": rows}), 1e-6)
+
+
 def test_settings_are_read_only_but_for_the_task_weights() -> None:
     loss = MultiTaskLoss({"a": squared, "b": Scaled()}, ["a", "b"], ignore_index={"a": -1})
     for name in ("loss_type", "loss_type_0", "loss_type_1", "pos_weights", "ignore_index"):

@@ -272,6 +272,19 @@ def test_a_dist_sync_fn_of_the_users_is_honoured(two_ranks: RankPool, kind: Kind
     expect_on_every_rank([found for _, found in answers], kind.expected(*batches))
 
 
+def thrice(values: Tensor, group: Any = None) -> list[Tensor]:
+    """A sync function that brings what two others saw, who saw the same."""
+    return [values] * 3
+
+
+@of_every_kind
+def test_a_dist_sync_fn_may_bring_the_sums_of_others_than_the_ranks(kind: Kind) -> None:
+    """As one does that reads those of other jobs from files."""
+    batches = kind.batches(2)
+    metric = kind.make(dist_sync_fn=thrice, distributed_available_fn=lambda: True)
+    expect_result_of(kind, fed(metric, batches), batches, batches, batches, of=1)
+
+
 def compute_alone_first(rank: int, kind: Kind, batches: ByRank) -> Result:
     """Rank 0 has asked for its own result twice; the other has not."""
     metric = fed(kind.make(), batches[rank])

@@ -404,6 +404,32 @@ def test_metrics_of_losses_are_in_groups_of_their_own() -> None:
     assert [len(group) for group in collection.compute_groups.values()] == [1, 1]
 
 
+class Halved(GlobalLoss):
+    """Half of the sums that it is given."""
+
+    def _sum_batch(self, loss_sum: Tensor, weight: Tensor | float) -> Any:
+        return super()._sum_batch(loss_sum / 2, weight)
+
+
+def test_a_subclass_and_its_base_stay_apart_though_their_sums_are_equal_at_first() -> None:
+    collection = MetricCollection({"a": GlobalLoss(["like"]), "b": Halved(["like"])})
+    collection.update(torch.zeros(1), 1)
+    collection.update(torch.ones(1), 1)
+    found = numbers(compute_each(collection))
+    assert (found["a_loss"], found["b_loss"]) == (0.5, 0.25)
+
+
+@of_every_kind
+def test_a_nan_strategy_that_was_set_keeps_a_metric_apart(kind: Kind) -> None:
+    collection = MetricCollection({name: kind.make(nan_strategy="ignore") for name in "ab"})
+    collection["b"].nan_strategy = "disable"
+    collection.update(*kind.batch(0))
+    collection.update(*kind.changed(kind.batch(1), 0, math.nan))
+    found = numbers(compute_each(collection))
+    spoilt = {key[0] for key, value in found.items() if math.isnan(value)}
+    assert spoilt == {"b"}
+
+
 # What becomes of sums that are not finite.
 
 

@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+import torch.distributed as dist
 
 from tests.support.quality_batches import TASKS, Rows, attached, expected, random_rows, recent
 from tests.support.rank_pool import RankPool
@@ -118,6 +119,17 @@ def test_over_ranks_each_has_its_share(ranks: RankPool, rows: int) -> None:
     oracle = expected(batch for rank in batches for batch in in_window(rank, share))
     for found in ranks.run(on_a_rank, batches, rows):
         assert_close(recent(found, window=True), oracle)
+
+
+def in_a_group_of_its_own(rank: int, batches: list[list[Rows]], rows: int) -> dict[str, float]:
+    groups = [dist.new_group([each]) for each in range(2)]
+    return numbers(fed(windowed(rows, process_group=groups[rank]), batches[rank]).compute())
+
+
+def test_only_the_ranks_of_its_group_share_it(two_ranks: RankPool) -> None:
+    batches = [uneven(8, 9, seed=rank) for rank in range(2)]
+    for rank, found in enumerate(two_ranks.run(in_a_group_of_its_own, batches, 20)):
+        assert_close(recent(found, window=True), expected(in_window(batches[rank], 20)))
 
 
 @pytest.mark.parametrize("rows", [7, 3_000])

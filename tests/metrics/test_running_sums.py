@@ -291,6 +291,16 @@ def test_the_sums_of_updates_are_read_old_to_new(kind: Kept, data: st.DataObject
 
 
 @given(kept, st.data())
+def test_what_was_read_stays_as_the_state_goes_on(kind: Kept, data: st.DataObject) -> None:
+    with kind.on_its_device():
+        state = kind.state(data.draw(updates_of(kind)))
+        found = [kind.layout.read(state, kind.ranks), kind.layout.read_horizons(state)]
+        before = [value.parts.clone() for value in found]
+        state += 1.0
+        assert all(torch.equal(value.parts, was) for value, was in zip(found, before))
+
+
+@given(kept, st.data())
 def test_what_is_written_is_read_and_goes_on_alike(kind: Kept, data: st.DataObject) -> None:
     updates, carried, later = (data.draw(updates_of(kind)) for _ in range(3))
     with kind.on_its_device():
