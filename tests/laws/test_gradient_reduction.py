@@ -127,6 +127,33 @@ def test_a_reductions_own_parameters_have_the_gradient_of_one_process(two_ranks:
         assert of_weight == pytest.approx(weight.grad.tolist(), rel=1e-12)
 
 
+FACTORS = torch.tensor([3.0, -1.0, 0.5], dtype=torch.float64)
+
+
+def gradient_of_task_losses(rank: int, parts: list[Rows], rule: Any) -> list[float]:
+    """The gradient by a head, over ranks, of a global loss of one's own."""
+    weight = torch.ones(3, dtype=torch.float64, requires_grad=True)
+    loss = MultiTaskLoss("bce_with_logits", TASKS, global_batch=True, gradient_reduction=rule)
+    *losses, _ = loss(parts[rank].features[:, :3] * weight, parts[rank].labels).values()
+    (torch.stack(losses) @ FACTORS).backward()
+    assert weight.grad is not None
+    dist.all_reduce(weight.grad)
+    found: list[float] = (weight.grad / (dist.get_world_size() if rule == "mean" else 1)).tolist()
+    return found
+
+
+@pytest.mark.parametrize("rule", ["mean", "sum"])
+def test_the_tasks_own_losses_have_the_gradient_of_one_process(two_ranks: RankPool, rule: str) -> None:
+    parts = case_parts(Settings(3), 2, weighted=False)
+    rows = joined(parts)
+    weight = torch.ones(3, dtype=torch.float64, requires_grad=True)
+    losses = F.binary_cross_entropy_with_logits(rows.features[:, :3] * weight, rows.labels.double(), reduction="none")
+    (losses.mean(0) @ FACTORS).backward()
+    assert weight.grad is not None
+    for found in two_ranks.run(gradient_of_task_losses, parts, rule):
+        assert found == pytest.approx(weight.grad.tolist(), rel=1e-12)
+
+
 def logits_of(case: Settings, rows: Rows) -> Tensor:
     """What the ranker makes of rows."""
     with torch.no_grad():

@@ -205,3 +205,15 @@ def test_weights_that_fit_no_rows_are_refused(shape: tuple[int, ...]) -> None:
     with pytest.raises(ValueError, match=r"^weights: got shape .*expected one that broadcasts to the labels' \(4,\)"):
         loss(torch.zeros(4), torch.zeros(4), torch.ones(shape))
     assert loss.train_metric.update_count == 0
+
+
+def test_weights_of_the_last_dimension_of_the_rows_serve_all_others() -> None:
+    """As a tensor broadcasts: from the last dimension on."""
+    logits, labels = (torch.randn(2, 3, 5, dtype=torch.float64) for _ in range(2))
+    weights = torch.tensor([1.0, 0.0, 2.0], dtype=torch.float64)
+    found = Loss(lambda x, y: (x - y).square().sum(-1))(logits.requires_grad_(), labels, weights)
+    pairs = zip(logits.tolist(), labels.tolist())
+    rows = [(w, x, y) for xs, ys in pairs for w, x, y in zip(weights.tolist(), xs, ys)]
+    assert found.item() == pytest.approx(
+        math.fsum(w * (a - b) ** 2 for w, x, y in rows for a, b in zip(x, y)) / 6, rel=1e-12
+    )

@@ -411,6 +411,13 @@ def test_weights_broadcast_over_tasks(shape: tuple[int, ...], dtype: torch.dtype
         assert_close(result[key], value, 1e-12)
 
 
+def test_weights_of_one_dimension_are_of_the_rows_also_where_there_are_as_many_tasks() -> None:
+    logits, labels, weights = torch.randn(4, 4), torch.rand(4, 4), torch.tensor([1.0, 0.0, 2.0, 0.5])
+    result = MultiTaskLoss("bce_with_logits", TASKS)(logits, labels, weights)
+    for key, value in loop(logits, labels, weights.unsqueeze(1).expand(4, 4), None, "mean", "mean").items():
+        assert_close(result[key], value, 1e-6)
+
+
 def test_an_empty_batch_is_0_with_a_connected_gradient() -> None:
     logits = torch.zeros(0, 2, requires_grad=True)
     loss = MultiTaskLoss("bce_with_logits", ["like", "reply"])

@@ -198,18 +198,22 @@ def test_a_batch_that_is_not_finite_leaves_the_sums_of_its_task_alone() -> None:
     assert_close(found, expected([batches[0], batches[1]._replace(weights=weights)]))
 
 
+@pytest.mark.parametrize("training", [True, False])
 @pytest.mark.parametrize("lets_in", ["loss", "quality"])
-def test_the_loss_and_its_quality_each_have_their_own_rule_for_what_is_not_finite(lets_in: str) -> None:
-    loss = Loss("bce_with_logits", quality=True)
-    quality = train_and_eval(loss)[0]
-    loss.train_metric.nan_strategy = "disable" if lets_in == "loss" else "ignore"
+def test_a_loss_and_its_quality_each_have_a_rule_for_what_is_not_finite_in_each_mode(
+    lets_in: str, training: bool
+) -> None:
+    loss = Loss("bce_with_logits", quality=True).train(training)
+    metric = loss.train_metric if training else loss.eval_metric
+    quality = train_and_eval(loss)[0 if training else 1]
+    metric.nan_strategy = "disable" if lets_in == "loss" else "ignore"
     quality.nan_strategy = "disable" if lets_in == "quality" else "ignore"
     for logits in ([0.0, 0.0], [math.nan, 0.0]):
         loss(torch.tensor(logits), torch.tensor([1, 0]))
-    own, of_quality = numbers(loss.train_metric.compute()), numbers(quality.compute())
-    finite = pytest.approx(math.log(2), rel=1e-6)
-    assert own["loss"] == (pytest.approx(math.nan, nan_ok=True) if lets_in == "loss" else finite)
-    assert of_quality["logloss"] == (pytest.approx(math.nan, nan_ok=True) if lets_in == "quality" else finite)
+    own, of_quality = numbers(metric.compute()), numbers(quality.compute())
+    finite, spoilt = pytest.approx(math.log(2), rel=1e-6), pytest.approx(math.nan, nan_ok=True)
+    assert own["loss"] == (spoilt if lets_in == "loss" else finite)
+    assert of_quality["logloss"] == (spoilt if lets_in == "quality" else finite)
     assert of_quality["weight"] == (4.0 if lets_in == "quality" else 2.0)
 
 

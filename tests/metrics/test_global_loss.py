@@ -41,6 +41,14 @@ def test_reductions_are_over_the_tasks_with_data(task_reduction: Any, reduction:
     )
 
 
+@pytest.mark.parametrize(("reduction", "expected"), [("min", -3.0), ("max", -1.0), ("median", -3.0), ("mean", -2.0)])
+def test_a_task_without_data_is_in_no_reduction_of_losses_below_0_either(reduction: Any, expected: float) -> None:
+    """As log likelihoods of densities are."""
+    metric = GlobalLoss(["a", "b", "c"], "mean", reduction)
+    metric.update(torch.tensor([-3.0, 0.0, -2.0]), torch.tensor([1.0, 0.0, 2.0]))
+    assert metric.compute()["loss"].item() == expected
+
+
 def test_the_mean_is_over_rows_and_not_over_batches() -> None:
     """A mean of the two batches' means would be 2.0."""
     metric = GlobalLoss(["like"])
