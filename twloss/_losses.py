@@ -306,7 +306,8 @@ class Loss(_TaskLosses):
         Raises:
             TypeError: for an input of a wrong type or dtype.
             ValueError: for shapes or devices that do not fit, or a normalizer with "sum".
-            RuntimeError: with ``fused``, where torch.compile fails, for want of a compiler above all.
+            RuntimeError: with ``fused``, where torch.compile fails, for want of a compiler above all; in
+                torch.jit.trace, which would make the number of rows a constant.
         """
         return self._losses(logits, labels, weights, normalizer)["loss"]
 
@@ -436,7 +437,8 @@ class MultiTaskLoss(_TaskLosses):
             TypeError: for an input of a wrong type or dtype.
             ValueError: for names, shapes or devices that do not fit, or a normalizer with a reduction that does not add
                 up over micro-batches.
-            RuntimeError: with ``fused``, where torch.compile fails, for want of a compiler above all.
+            RuntimeError: with ``fused``, where torch.compile fails, for want of a compiler above all; in
+                torch.jit.trace, which would make the number of rows a constant.
         """
         return self._losses(logits, labels, weights, normalizer)
 
