@@ -253,7 +253,8 @@ class Loss(_TaskLosses):
         Raises:
             TypeError: for an input of a wrong type or dtype.
             ValueError: for shapes or devices that do not fit, or a normalizer with "sum".
-            RuntimeError: with ``fused``, where torch.compile fails, for want of a compiler above all.
+            RuntimeError: with ``fused``, where torch.compile fails, for want of a compiler above all; in
+                torch.jit.trace, which would make the number of rows a constant.
         """
         return self._losses(logits, labels, weights, normalizer)["loss"]
 
@@ -391,7 +392,8 @@ class MultiTaskLoss(_TaskLosses):
             ValueError: for names, shapes or devices that do not fit, or a normalizer with a reduction that does not add
                 up over micro-batches.
             RuntimeError: with ``fused``, where torch.compile fails, for want of a compiler above all; with
-                ``global_batch``, from the backend's, if a rank does not call it or is gone.
+                ``global_batch``, from the backend's, if a rank does not call it or is gone; in torch.jit.trace, which
+                would make the number of rows a constant.
         """
         return self._losses(logits, labels, weights, normalizer)
 

@@ -65,8 +65,8 @@ def is_transformed(*inputs: object) -> bool:
     """Whether torch.func or torch.export transforms this call, or forward-mode differentiation goes through an input.
 
     There is no public way to ask for the transforms; without it they fail at the first update in place of a tensor from
-    outside. The compiler can't trace the question about forward mode, and outside of its levels there is none. Torch
-    2.6 can't tell an export from a compilation.
+    outside. The compiler can't trace the question about forward mode, and outside of its levels there is none. What is
+    exported is differentiated, and run, by others any number of times; torch 2.6 can't tell it from what is compiled.
     """
     if torch._C._are_functorch_transforms_active():
         return True

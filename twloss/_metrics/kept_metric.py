@@ -111,7 +111,7 @@ class KeptMetric(Metric):
 
     def _add_packed(self, packed: Tensor, *, in_place: bool = True) -> None:
         """Add a batch's packed sums ``(rows, tasks)``, outside of any transform."""
-        # Alike in the hot path, where no call is made to find out.
+        # Of one type as a rule; the types are compared first, as is_valueless() would be one more call in each step.
         if packed.is_meta or (type(packed) is not type(self.totals) and is_valueless(packed, self.totals)):
             return
         ranks = 1 if self._format.window_rows is None else self._ranks
