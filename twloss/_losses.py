@@ -162,7 +162,11 @@ class _TaskLosses(HasSettings):
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> _TaskLosses:
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
         device = fn(torch.empty(0, device=self.train_metric.device)).device
-        for constants in (self._order, self._task_weights, *(group.pos_weights for group in self._groups)):
+        for constants in (
+            self._order,
+            self._task_weights,
+            *(each for group in self._groups for each in group.constants),
+        ):
             constants.place(device)
         return self
 
@@ -297,10 +301,10 @@ class MultiTaskLoss(_TaskLosses):
         process_group: the ranks to sum over; None: all.
         quality: True, or a ``RankingQuality`` to be copied, for running sums of the quality of the predictions, without
             the pos_weights, from the logits at hand; of the tasks with BCE_WITH_LOGITS, which a given one has to have.
-        validate_args: count the rows whose label can't be, outside of [0, 1] or no class, and those of negative weight,
-            on the device and without waiting for it; ``compute()`` of ``train_metric`` and ``eval_metric`` warns with
-            the counts by task. Labels of a callable may be anything. A class that does not exist then has a loss of
-            infinity, where torch otherwise raises on a CPU and aborts the process on a GPU.
+        validate_args: count the rows with an invalid label (outside of [0, 1], or no class) and those of negative
+            weight, on the device and without waiting for it; ``compute()`` of ``train_metric`` and ``eval_metric``
+            warns with the counts by task. Labels of a callable may be anything. A class that does not exist then has a
+            loss of infinity, where torch otherwise raises on a CPU and aborts the process on a GPU.
         fused: compile the pass over the rows of the tasks with BCE_WITH_LOGITS into one kernel with ``torch.compile``:
             faster where batches are large. It needs a C++ compiler for tensors on a CPU, and Triton for those on a GPU.
 

@@ -19,7 +19,7 @@ from twloss._options import LossOptions
 from twloss._sums.reduction import GlobalReduction
 from twloss._torch import hidden_from_jit
 
-# What is meant by an argument that one of the losses does not have, but the other, or torch's, does.
+# Arguments that one of the losses does not have, but the other does, or torch's; and those that are meant.
 _MEANT_OF_ONE = {
     "global_reduction": "reduction, which is over rows: a single task has no other",
     "pos_weights": "pos_weight",
@@ -76,7 +76,7 @@ class HasSettings(nn.Module):
     if not TYPE_CHECKING:  # the signature is that of __init__
 
         def __new__(cls, *_: Any, **keywords: Any) -> HasSettings:
-            if cls.__init__.__module__.startswith("twloss."):  # a subclass's own takes what it likes
+            if cls.__init__.__module__ == "twloss._losses":  # a subclass's own takes what it likes
                 _refuse_unknown(cls, keywords)
             return super().__new__(cls)
 
@@ -141,7 +141,7 @@ class HasSettings(nn.Module):
 
 def _refuse_unknown(cls: type[HasSettings], keywords: Iterable[str]) -> None:
     """Raise for an argument that the constructor does not have where it can be told which one is meant."""
-    parameters = inspect.signature(cls.__init__).parameters
+    _, *parameters = inspect.signature(cls.__init__).parameters  # without self
     meant = _MEANT_OF_SEVERAL if "tasks" in parameters else _MEANT_OF_ONE
     for name in keywords:
         if name not in parameters:

@@ -192,7 +192,9 @@ def weigh_(values: Tensor, weights: Tensor | None) -> Tensor:
 
 
 def mask(values: Tensor, weights: Tensor, *, in_place: bool = False) -> Tensor:
-    """The values, and exactly 0 where the weight is 0, by the selection of ``weigh``; not for a compiler."""
+    """The values, and exactly 0 where the weight is 0, by the selection of ``weigh``."""
+    if torch.compiler.is_compiling():
+        return values.where(weights != 0, 0.0)
     if in_place:
         torch.ops.aten.threshold_backward.grad_input(values, weights.abs(), 0.0, grad_input=values)
         return values

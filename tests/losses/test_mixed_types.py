@@ -547,3 +547,19 @@ def test_groups_whose_weights_are_a_number_and_sums() -> None:
     expected["loss"] = math.fsum(expected.values()) / 3
     assert numbers(losses) == pytest.approx(expected, rel=1e-6)
     assert numbers(loss.train_metric.compute()) == pytest.approx(expected, rel=1e-6)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_each_type_has_its_gradient_in_compiled_code(dtype: torch.dtype, new_compiler: None) -> None:
+    """Of two rows with logits of 0, in the mean over two tasks."""
+    types: dict[str, Any] = {"click": "bce_with_logits", "stars": "cross_entropy"}
+    loss = torch.compile(MultiTaskLoss(types, ["click", "stars"]), fullgraph=True, backend="aot_eager")
+    logits = {"click": torch.zeros(2, dtype=dtype), "stars": torch.zeros(2, 2, dtype=dtype)}
+    for each in logits.values():
+        each.requires_grad_()
+    labels = {"click": torch.ones(2), "stars": torch.ones(2, dtype=torch.int64)}
+    loss(logits, labels)["loss"].backward()
+    assert logits["click"].grad is not None
+    assert logits["stars"].grad is not None
+    assert logits["click"].grad.tolist() == [-0.125, -0.125]
+    assert logits["stars"].grad.tolist() == [[0.125, -0.125]] * 2

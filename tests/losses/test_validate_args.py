@@ -17,7 +17,7 @@ from torch import Tensor
 
 from tests.support.pairwise import pairwise
 from tests.support.rank_pool import RankPool
-from twloss import GlobalLoss, Loss, MultiTaskLoss, RankingQuality, global_sums
+from twloss import GlobalLoss, Loss, MultiTaskLoss, RankingQuality, TaskMetric, global_sums
 
 TASKS = ["like", "reply"]
 Faults = dict[str, dict[str, int]]
@@ -57,7 +57,7 @@ def told_by(compute: Callable[[], object]) -> Faults:
         compute()
     found: Faults = {"labels": dict.fromkeys(TASKS, 0), "weights": dict.fromkeys(TASKS, 0)}
     for message in (str(each.message) for each in caught):
-        for name, text in (("labels", r"of no class: ([^;]*)"), ("weights", r"negative weights: ([^;]*)")):
+        for name, text in (("labels", r"no class\): ([^;]*)"), ("weights", r"negative weights: ([^;]*)")):
             if match := re.search(text, message):
                 found[name] |= {task: int(n) for task, n in (each.split(": ") for each in match[1].split(", "))}
     return found
@@ -147,7 +147,7 @@ def test_class_labels_in_rows_that_do_not_count_are_not_counted() -> None:
 def test_of_a_single_task_the_counts_have_its_key() -> None:
     loss = Loss("bce_with_logits", validate_args=True)
     loss(torch.zeros(2, 2), torch.tensor([[2, 1], [0, -1]]), torch.tensor([[1.0, -1.0], [1.0, 1.0]]))
-    message = r"labels outside of \[0, 1\] or of no class: loss: 2; negative weights: loss: 1$"
+    message = r"got invalid labels \(outside of \[0, 1\], or no class\): loss: 2; negative weights: loss: 1$"
     with pytest.warns(UserWarning, match=message):
         loss.train_metric.compute()
 
@@ -158,7 +158,7 @@ def test_labels_of_a_callable_may_be_anything_and_the_groups_counts_are_in_the_t
     logits = torch.zeros(3, 4)
     labels = torch.tensor([[2.0, -9, 1, 9], [0, 9, 3, 9], [-1, 9, 0, 9]])
     loss(logits, labels, torch.tensor([[1.0, -1, -1, 1], [1, -1, 1, -1], [1, 1, 1, 1]]))
-    message = r"no class: like: 2, reply: 1; negative weights: price: 2, reply: 1, cost: 1$"
+    message = r"no class\): like: 2, reply: 1; negative weights: price: 2, reply: 1, cost: 1$"
     with pytest.warns(UserWarning, match=message):
         loss.train_metric.compute()
 
@@ -246,3 +246,37 @@ def test_the_argument_is_checked_and_read_only() -> None:
     quality = RankingQuality(TASKS, validate_args=True)
     with pytest.raises(ValueError, match="quality: got one with validate_args=True, expected the loss to have it"):
         MultiTaskLoss("bce_with_logits", TASKS, quality=quality)
+
+
+class Counting(TaskMetric):
+    """A metric of one's own that does not return what it says."""
+
+    def __init__(self, **options: Any) -> None:
+        super().__init__(["price"], 1, **options)
+
+    def update(self, values: Tensor) -> None:
+        """Add their sum."""
+        self._add(self._sum_batch(values))
+
+    def _sum_batch(self, values: Tensor) -> tuple[Tensor, ...]:
+        return (values.sum(0),)
+
+    def _keys(self) -> dict[str, bool | None]:
+        return {"sum/price": None}
+
+    def _results(self, sums: Tensor) -> tuple[Tensor, ...]:
+        return tuple(sums.flatten())
+
+
+def test_a_metric_of_ones_own_returns_the_faults_that_it_says() -> None:
+    metric = Counting(validate_args=True)
+    with pytest.raises(ValueError, match=r"_sum_batch: got 1 sums, expected 1, and last the faults \(2, tasks\)"):
+        metric.update(torch.ones(2, 1))
+    assert metric.update_count == 0
+
+
+def test_sums_with_counts_and_without_are_not_merged() -> None:
+    first, second = RankingQuality(TASKS, validate_args=True), RankingQuality(TASKS)
+    for one, other in ((first, second), (second, first)):
+        with pytest.raises(ValueError, match=r"incoming_state: totals: got shape .*, as with the same validate_args"):
+            one.merge_state(other)

@@ -45,8 +45,8 @@ class GlobalLoss(TaskMetric):
         global_reduction: as for ``MultiTaskLoss``. A module is used but not registered here: the loss that trains it
             owns it.
         task_weights: a factor for each task's loss inside the reduction over tasks.
-        validate_args: count the updates whose weight is negative; compute() warns with the counts by task. That of a
-            loss counts rows, those whose label can't be included.
+        validate_args: count the updates of negative weight; compute() warns with the counts by task. The metrics of a
+            loss count rows, those with an invalid label too.
         nan_strategy: what becomes of a task's sums in an update in which they are not finite. "warn" leaves them out,
             counts them and says so at compute(); "ignore" leaves them out silently; "error" raises at compute();
             "disable" lets them in.
@@ -82,10 +82,11 @@ class GlobalLoss(TaskMetric):
         check_choice("task_loss_reduction", task_loss_reduction, get_args(RowReduction))
         check_global_reduction(global_reduction)
         # A sum keeps the absolute weights, and a mean those that cancel. The rest of the rule a loss alone knows.
-        rule = {"task_loss_reduction": task_loss_reduction, ANY: "unknown"}
+        rule = {"task_loss_reduction": task_loss_reduction}
         settings = {"global_reduction": getattr(global_reduction, "__qualname__", str(global_reduction))}
         checks: dict[str, Any] = {"validate_args": validate_args, "nan_strategy": nan_strategy}
         super().__init__(tasks, 2, **checks, rule=rule, settings=settings, options=kwargs)
+        self._become_of({ANY: "unknown"})
         # Within it a module is no submodule: the loss that trains it registers it.
         self._reduction = Reduction.of(self.tasks, task_loss_reduction, global_reduction)
         self._task_weights = TaskConstants(per_task_numbers("task_weights", task_weights, self.tasks or ("loss",)))
@@ -93,7 +94,12 @@ class GlobalLoss(TaskMetric):
     def _become_part_of(self, task_weights: TaskConstants, rule: dict[str, Any]) -> None:
         """Take a loss's task_weights, as they are at any time, and the rule by which it makes the sums."""
         self._task_weights = task_weights
-        self._description = {name: value for name, value in {**self._description, **rule}.items() if name != ANY}
+        self._become_of(rule)
+
+    def _become_of(self, rule: dict[str, Any]) -> None:
+        """Say by which rule the sums are made."""
+        known = {name: value for name, value in self._description.items() if name != ANY}
+        self._description = {**known, **rule}
         self._describe_state()
 
     if TYPE_CHECKING:

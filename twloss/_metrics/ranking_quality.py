@@ -172,7 +172,8 @@ class RankingQuality(TaskMetric):
         sums = sum_quality(logits, labels, weights, rows, tasks, self._shift.like(logits))
         if not self.validate_args:
             return sums
-        return *sums, count_faults(row_loss.wrong_labels(logits, labels), weights, sums[0])
+        log_loss, *_ = sums
+        return *sums, count_faults(row_loss.invalid_labels(logits, labels), weights, log_loss)
 
     def _move(self, device: torch.device) -> None:
         super()._move(device)

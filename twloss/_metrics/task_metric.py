@@ -17,6 +17,7 @@ from torch import Tensor
 from torchmetrics.utilities.prints import rank_zero_warn
 
 from twloss._arguments import NanStrategy, check_bool, check_choice, check_tasks, check_window, list_counts, list_some
+from twloss._metrics.checkpoint import ANY
 from twloss._metrics.kept_metric import LOCK, KeptMetric
 from twloss._metrics.plot import plot_results
 from twloss._metrics.scalar_view import ScalarView
@@ -50,8 +51,8 @@ class TaskMetric(KeptMetric):
         window: also give the result of the last ``window`` updates of each rank, under keys that begin "window_".
         window_rows: the same of the last rows, this many over all ranks, of each rank its share; one number of rows for
             all tasks.
-        validate_args: whether the last thing that ``_sum_batch`` returns is ``(2, tasks)``: the rows whose label can't
-            be, and those of negative weight, with which ``compute()`` warns.
+        validate_args: whether the last thing that ``_sum_batch`` returns is ``(2, tasks)``: the rows with an invalid
+            label, and those of negative weight, of which ``compute()`` warns.
         nan_strategy: what becomes of a task's sums in an update in which they are not finite; as for ``GlobalLoss``.
         rule: what else the sums are of, in JSON's types; sums by another rule, of other tasks or windows, or of another
             class are neither loaded nor merged.
@@ -112,7 +113,7 @@ class TaskMetric(KeptMetric):
         names = tasks or ("loss",)
         # No module's name: a script's is "__main__", and its file's where it is imported.
         known = {"class": type(self).__qualname__, "tasks": tasks, "window": window, "window_rows": window_rows}
-        if taken := [name for name in rule or {} if name in {*known, "shape", "settings"}]:
+        if taken := [name for name in rule or {} if name in {*known, "shape", "settings", ANY}]:
             raise ValueError(f"rule: got {list_some(taken)}, expected other names: these are known of all sums")
         super().__init__(
             names,
@@ -267,9 +268,9 @@ class TaskMetric(KeptMetric):
     ) -> dict[str, Tensor]:
         """The result of the total of all ranks, as ``SumsFormat.split`` gives it."""
         sums, counts = total
-        numbers, horizons = counts.tolist(), len(self._horizons)
-        *faults, finite = numbers[:-horizons]
-        updates, *of_window = numbers[-horizons:]
+        # The updates of each horizon come last, and before them the finite ones.
+        head, tail = counts.cpu().split((len(counts) - len(self._horizons), len(self._horizons)))
+        (*faults, finite), (updates, *of_window) = head.tolist(), tail.tolist()
         if not any(map(any, (updates, *of_window))):
             found = "was called before update() on any rank; without data, values are NaN"
             rank_zero_warn(f"{type(self).__name__}.compute() {found}{self._question_of_mode()}")
@@ -297,14 +298,17 @@ class TaskMetric(KeptMetric):
         rank_zero_warn(message)
 
     def _report_faults(self, labels: Sequence[float] = (), weights: Sequence[float] = ()) -> None:
-        """Warn of rows whose label can't be, and of rows of negative weight."""
+        """Warn of invalid labels, and of negative weights."""
         found = []
-        for name, counts in (("labels outside of [0, 1] or of no class", labels), ("negative weights", weights)):
+        for name, counts in (
+            ("invalid labels (outside of [0, 1], or no class)", labels),
+            ("negative weights", weights),
+        ):
             if any(counts):
                 by_task = {task: int(n) for task, n in zip(self.tasks or ("loss",), counts) if n}
                 found.append(f"{name}: {list_counts(by_task)}")
         if found:
-            rank_zero_warn(f"{type(self).__name__}: got rows with {'; '.join(found)}")
+            rank_zero_warn(f"{type(self).__name__}: got {'; '.join(found)}")
 
     # The result's keys, and single ones.
 

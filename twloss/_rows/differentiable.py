@@ -15,56 +15,23 @@ from torch import Tensor
 from twloss._rows.batch import Batch, align_rows, expand_weights
 from twloss._rows.mappings import all_valid
 from twloss._rows.row_loss import RowLoss
-from twloss._torch import mask, weigh
+from twloss._torch import weigh
 
 
-def sum_losses(
-    row_loss: RowLoss,
-    batch: Batch,
-    pos_weight: Tensor | None,
-    wrong: Tensor | None,
-    *,
-    has_rows: bool,
-    is_traced: bool,
-) -> tuple[Tensor, Tensor, Batch]:
-    """``weigh_losses`` with its sum over the rows, by which no task that adds nothing to the loss has a gradient.
-
-    A task's factor in the loss may be 0, as its task_weight may; of a loss that is not finite autograd would then make
-    NaN. In the backward pass a factor comes back to the sums before the gradient reaches the logits, which is masked
-    by it there. Compiled code has no hooks for that.
-
-    Returns:
-        Weight times loss ``(rows, tasks)``, its sum ``(tasks,)``, and the batch as ``weigh_losses`` returns it.
-    """
-    logits = batch.logits
-    is_isolated = has_rows and not (is_traced or torch.compiler.is_compiling()) and logits.requires_grad
-    factor: list[Tensor] = []
-
-    # autograd gives None for a gradient that is not defined.
-    def note(grad: Tensor | None) -> None:
-        factor[:] = [] if grad is None else [grad.detach()]
-
-    def mask_noted(grad: Tensor | None) -> Tensor | None:
-        if grad is None or not factor or not len(grad):
-            return grad
-        return mask_by_factor(grad, _like(factor[0], grad[0]))
-
-    if is_isolated:
-        logits = logits.view_as(logits)
-        logits.register_hook(mask_noted)
-    batch = batch._replace(logits=logits)
-    rows, batch = weigh_losses(row_loss, batch, pos_weight, wrong, has_rows=has_rows, is_traced=is_traced)
-    total = rows.sum(0)
-    if is_isolated and total.requires_grad:
-        total.register_hook(note)
-    return rows, total, batch
+def mask_tasks(logits: Tensor, task_weights: Tensor) -> Tensor:
+    """The logits ``(rows, tasks, …)``, whose gradient is 0 where it is not finite and its task has a weight of 0."""
+    if torch.compiler.is_compiling():
+        mask = (task_weights != 0).view(-1, *(1,) * (logits.ndim - 2))
+        return _FiniteGradient.apply(logits, mask)  # type: ignore[no-untyped-call, no-any-return]
+    rows = _Rows(logits.shape[:2])
+    return _MaskedGradient.apply(logits, task_weights, None, rows, True)  # type: ignore[no-untyped-call, no-any-return]
 
 
 def weigh_losses(
     row_loss: RowLoss,
     batch: Batch,
     pos_weight: Tensor | None,
-    wrong: Tensor | None = None,
+    invalid: Tensor | None = None,
     *,
     has_rows: bool = True,
     is_traced: bool = False,
@@ -76,7 +43,7 @@ def weigh_losses(
         row_loss: the loss.
         batch: ``(rows, tasks)``, or with ``has_rows=False`` as the inputs came.
         pos_weight: ``(tasks,)``, the factor of the positive term; of binary losses only.
-        wrong: ``(rows, tasks)`` bool, labels that can't be, and which the formula does not take; None: it is not known.
+        invalid: ``(rows, tasks)`` bool, labels that the formula does not take; None: they are not looked for.
         has_rows: False for a callable of one task, of which the result tells which of the labels' dimensions are rows.
         is_traced: whether a transform of torch.func, or forward-mode differentiation, runs this.
         shape: of the rows, where it is known without ``has_rows``.
@@ -102,12 +69,10 @@ def weigh_losses(
         else:
             column, mask = labels.reshape(-1, 1), missing.reshape(-1, 1)
             labels = row_loss.replace_masked(column, mask, mask, logits).view(labels.shape)
-    if wrong is not None:
-        labels = row_loss.replace_masked(labels, ~wrong, None, logits)
-    loss = row_loss.losses(logits, labels, pos_weight, given)
-    if wrong is not None and row_loss.has_classes:
-        # -log 0: it is predicted with certainty that a class that does not exist is not there.
-        loss = loss.masked_fill(wrong, math.inf)
+    if invalid is not None and row_loss.has_classes:
+        loss = _losses_of_classes(row_loss, logits, labels, given, invalid)
+    else:
+        loss = row_loss.losses(logits, labels, pos_weight, given)
     if not has_rows:
         found = labels.shape[: max(loss.ndim, min(labels.ndim, 1))]
         if is_masked and found != rows.shape and torch.compiler.is_compiling():
@@ -131,14 +96,12 @@ def weigh_losses(
     return weigh(loss, weights), batch
 
 
-def mask_by_factor(gradient: Tensor, factor: Tensor) -> Tensor:
-    """The gradient by logits, and exactly 0 where the factor of the loss is 0.
-
-    Where it is differentiated further, only what is not finite: its derivative by a factor of 0 is the slope.
-    """
-    if torch.is_grad_enabled():
-        return gradient.where((factor != 0) | gradient.isfinite(), 0.0)
-    return mask(gradient, factor)
+def _losses_of_classes(
+    row_loss: RowLoss, logits: Tensor, labels: Tensor, valid: Tensor | None, invalid: Tensor
+) -> Tensor:
+    """The loss, which is infinite for a class that does not exist: its probability is 0."""
+    labels = row_loss.replace_masked(labels, ~invalid, None, logits)
+    return row_loss.losses(logits, labels, None, valid).masked_fill(invalid, math.inf)
 
 
 class _Rows:

@@ -98,8 +98,8 @@ class RowLoss:
         """
         return labels
 
-    def wrong_labels(self, logits: Tensor, labels: Tensor) -> Tensor | None:
-        """A mask of the labels that can't be, ``(rows, tasks)``; None: any may be."""
+    def invalid_labels(self, logits: Tensor, labels: Tensor) -> Tensor | None:
+        """A mask of the labels that have no meaning, ``(rows, tasks)``; None: any has."""
         return None
 
     def losses(self, logits: Tensor, labels: Tensor, pos_weight: Tensor | None, valid: Tensor | None) -> Tensor:
@@ -136,7 +136,7 @@ class BinaryCrossEntropy(RowLoss):
     gradient = staticmethod(gradient_of_bce)
     fused = staticmethod(fused_bce)
 
-    def wrong_labels(self, logits: Tensor, labels: Tensor) -> Tensor:
+    def invalid_labels(self, logits: Tensor, labels: Tensor) -> Tensor:
         """Those outside of [0, 1], NaN included."""
         return ~((labels >= 0) & (labels <= 1))
 
@@ -174,7 +174,7 @@ class CrossEntropy(RowLoss):
         """Clamp masked labels to valid classes; they may hold any value."""
         return labels.where(counted, labels.clamp(0, logits.shape[-1] - 1))
 
-    def wrong_labels(self, logits: Tensor, labels: Tensor) -> Tensor:
+    def invalid_labels(self, logits: Tensor, labels: Tensor) -> Tensor:
         """Indices of no class, or of one whose logit is -inf, as those are that a task has not, but others have."""
         classes = labels.clamp(0, logits.shape[-1] - 1)
         logit = logits.detach().gather(-1, classes.unsqueeze(-1)).squeeze(-1)

@@ -22,7 +22,7 @@ from twloss._constants import TaskConstants
 from twloss._precision import SUM_DTYPES, sum_dtype
 from twloss._rows.batch import Batch
 from twloss._rows.binary_cross_entropy import fused_bce, values_of_bce
-from twloss._rows.differentiable import mask_by_factor, sum_losses, weigh_losses
+from twloss._rows.differentiable import mask_tasks, weigh_losses
 from twloss._rows.row_loss import RowLoss
 from twloss._sums.reduction import Reduction
 from twloss._sums.running_sums import pack_update
@@ -61,7 +61,7 @@ class Plan(NamedTuple):
     quality_counts_rows: bool = False
     """Whether the sums of the quality have the number of rows beside them."""
     validates: bool = False
-    """Whether labels that can't be, and negative weights, are counted."""
+    """Whether invalid labels and negative weights are counted."""
     fused: bool = False
     """Whether the pass is compiled, where its gradient is in closed form."""
 
@@ -73,6 +73,7 @@ def sum_batch(  # noqa: PLR0917 (a plan, a batch, and its tasks)
     tasks: int,
     pos_weights: TaskConstants,
     task_weights: TaskConstants,
+    places: TaskConstants,
     *,
     has_rows: bool,
     logit_shift: TaskConstants | None = None,
@@ -85,7 +86,8 @@ def sum_batch(  # noqa: PLR0917 (a plan, a batch, and its tasks)
         batch: ``(rows, tasks)``, or with ``has_rows=False`` as the inputs came.
         tasks: the number of tasks.
         pos_weights: the factors of the positive terms.
-        task_weights: the factors of the tasks' losses in the global one.
+        task_weights: the factors of the losses of all tasks in the global one.
+        places: the places of these tasks among all; None: they are all.
         has_rows: False for a callable of one task, whose result tells the rows.
         logit_shift: what the quality adds to the logits.
     """
@@ -97,10 +99,16 @@ def sum_batch(  # noqa: PLR0917 (a plan, a batch, and its tasks)
     by_logits_alone = not (is_traced or labels.requires_grad or (weights is not None and weights.requires_grad))
     if not (row_loss.has_closed_form and by_logits_alone):
         shift = None if logit_shift is None else logit_shift.like(logits)
+        # Compiled code must not depend on the numbers.
+        if has_rows and (torch.compiler.is_compiling() or 0.0 in (task_weights.numbers or ())):
+            own, index = task_weights.like(logits), places.like(logits)
+            if own is not None:
+                own = own if index is None else own.index_select(0, index)
+                batch = batch._replace(logits=mask_tasks(logits, own))
+        invalid = row_loss.invalid_labels(logits, labels) if plan.validates else None
         factors = pos_weights.like(logits)
-        wrong = row_loss.wrong_labels(logits, labels) if plan.validates else None
-        rows, total, batch = sum_losses(row_loss, batch, factors, wrong, has_rows=has_rows, is_traced=is_traced)
-        return _sum_differentiable(plan, rows, total, batch, (shift, global_weights), wrong, is_traced=is_traced)
+        rows, batch = weigh_losses(row_loss, batch, factors, invalid, has_rows=has_rows, is_traced=is_traced)
+        return _sum_differentiable(plan, rows, batch, (shift, global_weights), invalid, is_traced=is_traced)
     run: Run = _run
     count, abreast = logits.shape[0], 1
     if plan.fused and count >= _FEWEST_ROWS and runs_compiled(logits):
@@ -179,22 +187,21 @@ def _run(  # noqa: PLR0917 (the compiled one takes no keywords)
         quality = sum_quality(logits, labels, weights, rows, tasks, shift, log_loss, plain, sigmoid)
     faults = None
     if plan.validates:
-        faults = count_faults(row_loss.wrong_labels(logits, labels), weights, loss_sum)
+        faults = count_faults(row_loss.invalid_labels(logits, labels), weights, loss_sum)
     sums = TaskSums(loss_sum, weight)
     return _reduce(plan, sums, loss_sum, quality, faults, task_weights, logits.dtype), slopes
 
 
-def _sum_differentiable(  # noqa: PLR0917 (a pass, and what is known of its batch)
+def _sum_differentiable(
     plan: Plan,
     rows: Tensor,
-    total: Tensor,
     batch: Batch,
     constants: tuple[Tensor | None, Tensor | None],
-    wrong: Tensor | None,
+    invalid: Tensor | None,
     *,
     is_traced: bool,
 ) -> BatchSums:
-    """The pass over weighted rows ``(rows, tasks)``, of which ``total`` has the gradient that autograd computes.
+    """The pass over weighted rows ``(rows, tasks)``, with the gradient that autograd computes.
 
     The constants are the last two of ``Inputs``.
     """
@@ -208,8 +215,8 @@ def _sum_differentiable(  # noqa: PLR0917 (a pass, and what is known of its batc
     quality = None
     if plan.quality and loss_sum is not None:
         quality = sum_quality(batch.logits, batch.labels, batch.weights, count, tasks, shift)
-    faults = count_faults(wrong, batch.weights, loss_sum) if plan.validates and loss_sum is not None else None
-    return _reduce(plan, TaskSums(total, weight), loss_sum, quality, faults, task_weights, rows.dtype)
+    faults = count_faults(invalid, batch.weights, loss_sum) if plan.validates and loss_sum is not None else None
+    return _reduce(plan, TaskSums(rows.sum(0), weight), loss_sum, quality, faults, task_weights, rows.dtype)
 
 
 def _reduce(  # noqa: PLR0917
@@ -243,7 +250,9 @@ def _reduce(  # noqa: PLR0917
         rows = count if plan.quality_counts_rows else None
         packed = pack_update(of_quality, drops_non_finite=plan.quality_drops_non_finite, rows=rows)
     if plan.reduction is None:
-        return BatchSums(sums.loss_sum.to(dtype), None, sums.weight, tracked, packed, faults)
+        # A copy in any case: what is tracked may be the same tensor, which compiled code would give no gradient.
+        losses = sums.loss_sum.to(dtype, copy=True)
+        return BatchSums(losses, None, sums.weight, tracked, packed, faults)
     losses, loss = plan.reduction.values(sums, task_weights, dtype, is_final=False)
     return BatchSums(losses, loss, sums.weight, tracked, packed, faults)
 
@@ -264,17 +273,17 @@ def _sum_weights(plan: Plan, weights: Tensor | None, valid: Tensor | None, rows:
     return rows if valid is None else sum_rows(valid, tasks)
 
 
-def count_faults(wrong: Tensor | None, weights: Tensor | None, like: Tensor) -> Tensor:
-    """The rows whose label can't be, of those that count, and the rows of negative weight, ``(2, tasks)``.
+def count_faults(invalid: Tensor | None, weights: Tensor | None, like: Tensor) -> Tensor:
+    """The rows with an invalid label, of those that count, and those of negative weight, ``(2, tasks)``.
 
     Args:
-        wrong: ``(rows, tasks)``, what ``RowLoss.wrong_labels`` returns; several rows may be seen as one.
+        invalid: ``(rows, tasks)``, what ``RowLoss.invalid_labels`` returns; several rows may be seen as one.
         weights: likewise; None: 1.
         like: ``(tasks,)``, in the dtype of the counts.
     """
     tasks, labels, negative = like.numel(), torch.zeros_like(like), torch.zeros_like(like)
-    if wrong is not None:
-        labels = sum_rows(wrong if weights is None else wrong & (weights != 0), tasks)
+    if invalid is not None:
+        labels = sum_rows(invalid if weights is None else invalid & (weights != 0), tasks)
     if weights is not None:
         negative = sum_rows(weights < 0, tasks)
     return torch.stack((labels, negative))
@@ -396,8 +405,9 @@ def _gradient(ctx: Any, grad_losses: Tensor | None, grad_loss: Tensor | None) ->
         pos_weight = None if pos_weight is None else pos_weight[:tasks]
         losses, _ = weigh_losses(row_loss, Batch(logits, labels, weights, valid), pos_weight)
         gradient: Tensor = torch.autograd.grad(losses, logits, grad.expand_as(losses), create_graph=True)[0]
-        return gradient if grad.ndim == 0 else mask_by_factor(gradient, grad)
-    factor = grad if grad.ndim == 0 else tile(grad, abreast)
+        # Only what is not finite: the derivative by a factor of 0 is the slope.
+        return gradient if grad.ndim == 0 else gradient.where((grad != 0) | gradient.isfinite(), 0.0)
+    factor = grad if grad.ndim == 0 else tile(grad.to(logits.dtype), abreast)
     slopes = ctx.slopes
     inputs: Inputs = (logits, labels, weights, valid, pos_weight, shift, task_weights)
     seen = inputs if slopes is not None or abreast == 1 else _see(inputs, tasks, abreast)
@@ -405,7 +415,7 @@ def _gradient(ctx: Any, grad_losses: Tensor | None, grad_loss: Tensor | None) ->
         slopes = run(plan, row_loss, True, logits.shape[0], tasks, *seen)[1]
     # With no second reference to it, the gradient of a leaf is this tensor and no copy.
     ctx.slopes = None
-    if torch.compiler.is_compiling():
+    if ctx.makes_slopes and torch.compiler.is_compiling():
         # 0 where the slope or the factor is 0, whatever the other is: here it costs no kernel.
         gradient = (slopes * factor).where((slopes != 0) & (factor != 0), 0.0)
         return _unsee(gradient, logits, tasks)

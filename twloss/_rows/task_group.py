@@ -32,7 +32,7 @@ class TaskGroup:
         tasks: their names; None: the one task of a ``Loss``, which has no name.
         pos_weights: the factors of their positive terms; None: 1.
         ignore_index: of these tasks, or of more.
-        has_other_tasks: whether the loss has other groups.
+        places: the places of these tasks among those of the loss; None: the loss has no other groups.
     """
 
     def __init__(
@@ -41,10 +41,10 @@ class TaskGroup:
         tasks: tuple[str, ...] | None,
         pos_weights: tuple[float, ...] | None,
         ignore_index: IgnoreIndex,
-        *,
-        has_other_tasks: bool = False,
+        places: tuple[int, ...] | None = None,
     ) -> None:
-        self.has_other_tasks = has_other_tasks
+        self.places = TaskConstants(places, dtype=torch.int64)
+        self.has_other_tasks = places is not None
         self.loss_type = loss_type
         self.row_loss = row_loss_of(loss_type)
         self.tasks = tasks
@@ -54,6 +54,11 @@ class TaskGroup:
         self.logit_shift: TaskConstants | None = None  # that of the quality of these tasks, where there is one
         self.ignore_index = ignore_index if tasks is None else labels_of(ignore_index, tasks)
         self.row_loss.check_ignore_index(self.ignore_index)
+
+    @property
+    def constants(self) -> tuple[TaskConstants, ...]:
+        """The numbers of its tasks, as tensors of a device."""
+        return self.pos_weights, self.places
 
     def sums(self, inputs: Inputs, plan: Plan, task_weights: TaskConstants) -> BatchSums:
         """The sums of a batch of these tasks."""
@@ -65,6 +70,7 @@ class TaskGroup:
             self.columns,
             self.pos_weights,
             task_weights,
+            self.places,
             has_rows=self.has_rows,
             logit_shift=self.logit_shift,
         )
@@ -83,12 +89,14 @@ def group_tasks(
     for task, each in loss_type.items():
         members.setdefault(identity_of(each), []).append(task)
     numbers = dict(zip(loss_type, pos_weights or ()))
+    place = {task: index for index, task in enumerate(loss_type)}
     groups = []
     for names in members.values():
         each = loss_type[names[0]]
         # Numbers are there for the binary losses alone; the others' is 1.
         own = tuple(numbers[task] for task in names) if numbers and row_loss_of(each).is_binary else None
-        groups.append(TaskGroup(each, tuple(names), own, ignore_index, has_other_tasks=len(members) > 1))
+        places = tuple(place[task] for task in names) if len(members) > 1 else None
+        groups.append(TaskGroup(each, tuple(names), own, ignore_index, places))
     return tuple(groups)
 
 

@@ -24,7 +24,7 @@ from twloss._torch import plain_tensors, split_last
 
 # A window of rows ends, on the old side, within a thousandth of itself or one update, whichever is more.
 _MOST_PLACES = 1000
-_FAULTS = 2  # rows: labels that can't be, negative weights
+_FAULTS = 2  # rows: invalid labels, negative weights
 _MARKS = 3  # rows that tell whether all ranks carry the same sums
 _TRACKER = ModuleTracker()
 # Addresses of states that a CUDA graph adds to. No flag of a metric, since compiled code, which knows none, is captured
@@ -93,7 +93,7 @@ class SumsFormat:
         tasks: how many tasks there are.
         window: how many of the last updates are kept; None: none.
         window_rows: how many of the last rows of all ranks are kept; None: none.
-        counts_faults: whether labels that can't be, and negative weights, are counted.
+        counts_faults: whether invalid labels and negative weights are counted.
     """
 
     def __init__(
@@ -123,9 +123,10 @@ class SumsFormat:
         That is the batch's number of rows, which a window of rows needs, and where they are counted the faults
         ``(2, tasks)``.
         """
-        own, faults = split_last(sums) if self.faults else (sums, None)
-        own, rows = (own, None) if len(own) == self.sums else split_last(own)
-        if len(own) != self.sums or isinstance(rows, Tensor) or (rows is None and self.window_rows is not None):
+        own, faults = split_last(sums) if self.faults and len(sums) > self.sums else (sums, None)
+        own, rows = (own, None) if len(own) <= self.sums else split_last(own)
+        is_complete = (rows is not None or self.window_rows is None) and (faults is not None or not self.faults)
+        if len(own) != self.sums or isinstance(rows, Tensor) or not is_complete:
             rows_too = "" if self.window_rows is None else ", and the number of rows below them"
             faults_too = ", and last the faults (2, tasks)" if self.faults else ""
             raise ValueError(f"_sum_batch: got {len(sums)} sums, expected {self.sums}{rows_too}{faults_too}")
@@ -154,7 +155,8 @@ class SumsFormat:
         """
         parts = _value_of(state)
         if parts.shape != (2, *self.shape):
-            raise ValueError(f"totals: got shape {tuple(parts.shape)}, expected {(2, *self.shape)}")
+            expected = f"{(2, *self.shape)}, as with the same validate_args"
+            raise ValueError(f"totals: got shape {tuple(parts.shape)}, expected {expected}")
         return RunningSums(self._turn(parts, ranks, 1))
 
     def read_horizons(self, state: Tensor) -> RunningSums:

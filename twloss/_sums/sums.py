@@ -30,4 +30,4 @@ class BatchSums(NamedTuple):
     quality: Tensor | None
     """For the running sums of the quality of predictions, packed."""
     faults: Tensor | None
-    """``(2, tasks)``: the rows whose label can't be, and those of negative weight; None: not counted, or packed."""
+    """``(2, tasks)``: the rows with an invalid label, and those of negative weight; None: not counted, or packed."""
