@@ -232,28 +232,31 @@ def unwrapped(function: Any) -> Any:
         function = inner
 
 
-def copy_to_call(module: nn.Module, argument: str) -> nn.Module:
-    """A deep copy of a module, for ``functional_call``, which gives it parameters and buffers: it shares the module's.
+def copy_to_call(module: nn.Module, values: dict[int, Tensor], argument: str) -> nn.Module:
+    """A deep copy of a module, with other parameters and buffers.
 
-    It shares process groups too, which can't be copied and do not change. FSDP2's modules refuse to be copied, and the
+    It shares process groups, which can't be copied and do not change. FSDP2's modules refuse to be copied, and the
     hooks by which it gathers parameters would put those of the time of the call in place of those that are given; there
     is no public way to leave them out.
 
     Args:
         module: with attributes of its own, to any depth.
+        values: those of its parameters and buffers, by the ids of these.
         argument: the name of the argument that it is, for the error.
 
     Raises:
         TypeError: for a module that can't be copied.
     """
-    memo: dict[int, Any] = {id(each): each for each in (*module.parameters(), *module.buffers())}
+    memo: dict[int, Any] = {**values}
+    for parameter in module.parameters():
+        memo[id(parameter)] = nn.Parameter(values[id(parameter)], requires_grad=False)
     sharded = [each for each in module.modules() if any(map(_is_distributed, _forward_hooks_of(each)))]
     memo |= {id(each): object.__new__(type(each)) for each in sharded}
     for each in module.modules():
         for name, value in vars(each).items():
             if name.startswith("__composable_api") or hasattr(value, "group_name"):
                 memo[id(value)] = value
-            elif isinstance(value, Tensor):
+            elif isinstance(value, Tensor) and id(value) not in memo:
                 memo[id(value)] = value.detach().clone()  # with a graph it could not be copied either
     try:
         for each in sharded:

@@ -32,21 +32,25 @@ SIGNATURES: list[tuple[Callable[..., Any], str]] = [
     (
         Loss,
         "(loss_type, reduction='mean', *, pos_weight=None, mean_over='rows', ignore_index=None, global_batch=False, "
-        "gradient_reduction='mean', process_group=None, quality=False, fused=False)",
+        "gradient_reduction='mean', process_group=None, quality=False, validate_args=False, fused=False)",
     ),
     (
         MultiTaskLoss,
         "(loss_type, tasks, task_loss_reduction='mean', global_reduction='mean', pos_weights=None, *, "
         "task_weights=None, mean_over='rows', ignore_index=None, global_batch=False, "
         "gradient_reduction='mean', process_group=None, "
-        "quality=False, fused=False)",
+        "quality=False, validate_args=False, fused=False)",
     ),
     (
         GlobalLoss,
-        "(tasks, task_loss_reduction='mean', global_reduction='mean', *, task_weights=None, nan_strategy='warn', "
-        "**kwargs)",
+        "(tasks, task_loss_reduction='mean', global_reduction='mean', *, task_weights=None, "
+        "validate_args=False, nan_strategy='warn', **kwargs)",
     ),
-    (RankingQuality, "(tasks, *, ignore_index=None, window=None, window_rows=None, nan_strategy='warn', **kwargs)"),
+    (
+        RankingQuality,
+        "(tasks, *, ignore_index=None, window=None, window_rows=None, logit_shift=None, validate_args=False, "
+        "nan_strategy='warn', **kwargs)",
+    ),
     (RankingQuality.update, "(self, logits, labels, weights=None)"),
     (Loss.forward, "(self, logits, labels, weights=None, *, normalizer=None)"),
     (MultiTaskLoss.forward, "(self, logits, labels, weights=None, *, normalizer=None)"),

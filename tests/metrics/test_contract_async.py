@@ -491,3 +491,41 @@ def test_a_training_logs_every_step_one_step_later(two_ranks: RankPool) -> None:
     for found, expected, _ in first:
         assert found == pytest.approx(expected, rel=1e-12)
     assert len({found["loss"] for found, _, _ in first}) == 6
+
+
+class Holding(nn.Module):
+    """A module that has its parameter in a list too."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.scale = nn.Parameter(torch.ones(2, dtype=torch.float64))
+        self.all = [self.scale]
+
+    def forward(self, losses: Tensor) -> Tensor:
+        """The losses, scaled."""
+        return (losses * self.all[0]).sum()
+
+
+class Scaling(nn.Module):
+    """A module that may be scripted."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.scale = nn.Parameter(torch.ones(2, dtype=torch.float64))
+
+    def forward(self, losses: Tensor) -> Tensor:
+        """The losses, scaled."""
+        return (losses * self.scale).sum()
+
+
+@pytest.mark.filterwarnings("ignore:.*torch.jit:DeprecationWarning")
+@pytest.mark.parametrize("is_scripted", [False, True])
+def test_a_parameter_is_that_of_the_call_wherever_a_module_has_it(is_scripted: bool) -> None:
+    reduction = torch.jit.script(Scaling()) if is_scripted else Holding()
+    metric = GlobalLoss(["like", "reply"], "mean", reduction)
+    metric.update(torch.tensor([1.0, 2.0]), 1)
+    pending = metric.compute_async()
+    with torch.no_grad():
+        reduction.scale.mul_(10)
+    assert pending.wait()["loss"].item() == 3.0
+    assert metric.compute()["loss"].item() == 30.0

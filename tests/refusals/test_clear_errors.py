@@ -230,16 +230,14 @@ def test_other_losses_may_miss_any_number(value: float) -> None:
     assert loss(torch.zeros(2), torch.tensor([1.0, value])).item() == pytest.approx(math.log(2), rel=1e-6)
 
 
-# Classes of one task: rows and classes, and no more.
+# Classes of one task are the last dimension.
 
-SHAPES = [((2, 3, 3), (2, 3)), ((2, 3, 4), (2, 3)), ((2, 3, 4), (2, 4)), ((3,), ()), ((2, 3, 4, 5), (2, 3, 4))]
+SHAPES = [((2, 3, 4), (2, 4)), ((2, 3, 4, 5), (2, 4, 5)), ((3,), (3,)), ((), ()), ((2, 3), (3,))]
 
 
 @pytest.mark.parametrize(("logits", "labels"), SHAPES)
-def test_classes_of_a_single_loss_are_the_second_of_two_dimensions(
-    logits: tuple[int, ...], labels: tuple[int, ...]
-) -> None:
-    """Torch's (rows, classes, positions) would give another number where the sizes coincide."""
+def test_classes_of_a_single_loss_are_the_last_dimension(logits: tuple[int, ...], labels: tuple[int, ...]) -> None:
+    """Torch's (rows, classes, positions) is refused where the sizes tell it."""
     loss = Loss("cross_entropy")
     with pytest.raises(ValueError, match=r"^(logits|labels): got shape") as caught:
         loss(torch.zeros(logits), torch.zeros(labels, dtype=torch.int64))

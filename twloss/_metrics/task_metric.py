@@ -227,8 +227,8 @@ class TaskMetric(KeptMetric):
 
         The result is that of this moment, whatever becomes of the metric before it is asked for: updates, reset(),
         other task_weights, a training step of a learned reduction, its mode and other attributes. A reduction that is a
-        module is copied for it, which is refused with an error where ``copy.deepcopy()`` can't. (It is not the moment's
-        for what a callable that is no module reads elsewhere.)
+        module is copied for it, which is refused with an error where ``copy.deepcopy()`` can't. (Not of this moment is
+        what a function reads elsewhere: one that is the reduction, or that a module holds, such as a compiled method.)
 
         It is one collective, and as all of them has its place in an order that must be the same on every rank, those of
         DistributedDataParallel's backward included; else gloo may end the process. A later collective of the same

@@ -99,8 +99,9 @@ def sum_batch(  # noqa: PLR0917 (a plan, a batch, and its tasks)
     by_logits_alone = not (is_traced or labels.requires_grad or (weights is not None and weights.requires_grad))
     if not (row_loss.has_closed_form and by_logits_alone):
         shift = None if logit_shift is None else logit_shift.like(logits)
-        # Compiled code must not depend on the numbers.
-        if has_rows and (torch.compiler.is_compiling() or 0.0 in (task_weights.numbers or ())):
+        # Compiled code must not depend on the numbers; they are constants of an export, which has no functions of ours.
+        is_compiled = torch.compiler.is_compiling()
+        if has_rows and (not is_traced if is_compiled else 0.0 in (task_weights.numbers or ())):
             own, index = task_weights.like(logits), places.like(logits)
             if own is not None:
                 own = own if index is None else own.index_select(0, index)

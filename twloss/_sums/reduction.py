@@ -229,18 +229,24 @@ class _ModuleOfNow:
     """A module with copies of its parameters and buffers; to be called later, it is a copy itself."""
 
     def __init__(self, module: nn.Module, *, is_async: bool) -> None:
-        module = unwrapped(module)
-        named = (*module.named_parameters(), *module.named_buffers())
-        # Before the collective that full_tensor() is.
-        self.module = copy_to_call(module, "global_reduction") if is_async else module
+        self.module = unwrapped(module)
+        named = (*self.module.named_parameters(), *self.module.named_buffers())
         # Outside of its wrapped model's forward, FSDP2 leaves a rank no more than its shards of them.
         whole = {name: each.full_tensor() if hasattr(each, "full_tensor") else each for name, each in named}
         self.tensors = {name: each.detach().clone() for name, each in whole.items()}
+        # One that is scripted takes no other tensors.
+        self.is_copy = is_async or isinstance(self.module, torch.jit.ScriptModule)
+        if self.is_copy:
+            values = {id(each): self.tensors[name] for name, each in named}
+            self.module = copy_to_call(self.module, values, "global_reduction")
 
     def __call__(self, losses: Tensor, **options: Tensor) -> Any:
         """Apply the module in its parameters' dtype (at least float32) and on their device."""
         like = next((self.tensors[name] for name, _ in self.module.named_parameters()), losses)
         losses, device = losses.to(like.device, torch.promote_types(like.dtype, torch.float32)), losses.device
         options = {name: value.to(like.device) for name, value in options.items()}
-        loss = functional_call(self.module, self.tensors, (losses,), options)
+        if self.is_copy:
+            loss = self.module(losses, **options)
+        else:
+            loss = functional_call(self.module, self.tensors, (losses,), options)
         return loss.to(device) if isinstance(loss, Tensor) else loss
