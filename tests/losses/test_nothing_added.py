@@ -219,3 +219,17 @@ def test_a_row_that_does_not_count_has_a_gradient_of_0_whatever_comes_back(
     (found,) = torch.autograd.grad(loss(logits, labels, weights)["loss"], logits, torch.tensor(upstream))
     assert found[out].eq(0).all()
     assert not found[~out].isfinite().any()
+
+
+@pytest.mark.usefixtures("new_compiler")
+@pytest.mark.parametrize("way", ["eager", "fused", "compiled", "by autograd"])
+@pytest.mark.parametrize("upstream", [math.inf, math.nan])
+def test_a_task_of_weight_0_has_a_gradient_of_0_whatever_comes_back(way: str, upstream: float) -> None:
+    """Where a loss scale overflows, say."""
+    loss: Any = MultiTaskLoss("bce_with_logits", ["a", "b"], task_weights=(1.0, 0.0), fused=way == "fused")
+    call = torch.compile(loss, fullgraph=True, backend="aot_eager") if way == "compiled" else loss
+    logits = torch.ones(40, 2, requires_grad=True)
+    labels = torch.zeros(40, 2, requires_grad=way == "by autograd")
+    (found,) = torch.autograd.grad(call(logits, labels)["loss"], logits, torch.tensor(upstream))
+    assert found[:, 1].eq(0).all()
+    assert not found[:, 0].isfinite().any()

@@ -173,7 +173,8 @@ class Reduction:
             assert grad_losses is not None
             grad = grad_losses / divisor
         else:
-            grad_loss = grad_loss if task_weights is None else grad_loss * task_weights
+            if task_weights is not None:
+                grad_loss = weigh(grad_loss.expand_as(task_weights), task_weights)
             grad = grad_loss / (count * divisor)
             grad = grad if grad_losses is None else grad + grad_losses / divisor
         return grad if present is None else grad.where(present, 0.0)
