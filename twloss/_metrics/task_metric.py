@@ -276,7 +276,8 @@ class TaskMetric(KeptMetric):
             rank_zero_warn(f"{type(self).__name__}.compute() {found}{self._question_of_mode()}")
         if finite != updates and nan_strategy in ("warn", "error"):
             self._report_non_finite(finite, updates, is_error=nan_strategy == "error")
-        self._report_faults(*faults)
+        if faults:
+            self._report_faults(*faults)
         with torch.no_grad():
             return dict(zip(self._all_keys, chain.from_iterable(map(results_of, sums))))
 
@@ -297,7 +298,7 @@ class TaskMetric(KeptMetric):
             raise RuntimeError(message)
         rank_zero_warn(message)
 
-    def _report_faults(self, labels: Sequence[float] = (), weights: Sequence[float] = ()) -> None:
+    def _report_faults(self, labels: Sequence[float], weights: Sequence[float]) -> None:
         """Warn of invalid labels, and of negative weights."""
         found = []
         for name, counts in (

@@ -137,14 +137,14 @@ def join(sums: Sequence[BatchSums], order: TaskConstants, plan: Plan) -> BatchSu
     packed = None
     if len(tracked) == len(sums):
         of_all = _restore_order(tracked, order), weight
-        packed = pack_update(of_all, drops_non_finite=plan.drops_non_finite, faults=_join_faults(sums, order))
+        faults = _join_faults(sums, order) if plan.validates else None
+        packed = pack_update(of_all, drops_non_finite=plan.drops_non_finite, faults=faults)
     return BatchSums(_restore_order(loss_sums, order), None, weight, packed, quality, None)
 
 
-def _join_faults(sums: Sequence[BatchSums], order: TaskConstants) -> Tensor | None:
+def _join_faults(sums: Sequence[BatchSums], order: TaskConstants) -> Tensor:
+    """``(2, tasks)`` of each group as one, in the tasks' order."""
     faults = [each.faults for each in sums if each.faults is not None]
-    if not faults:
-        return None
     return torch.stack([_restore_order(each, order) for each in zip(*faults)])
 
 
