@@ -19,7 +19,7 @@ from examples import accelerate_ranker as example
 from tests.support import reference
 from tests.support.by_hand import Columns, HandRanker, Rows, mean_of_means, together
 from tests.support.launch import as_if_from_torchrun, script
-from tests.support.rank_pool import RankPool
+from tests.support.rank_pool import on_one_or_two
 
 EPOCHS = 2
 
@@ -90,10 +90,7 @@ def truth() -> Truth:
 @pytest.fixture(params=[1, 2], ids=["one process", "two processes"])
 def run(request: pytest.FixtureRequest) -> Callable[[int], list[Answer]]:
     """Runs the example; what each rank has to say."""
-    if request.param == 1:
-        return lambda steps: [run_on_rank(0, steps)]
-    pool: RankPool = request.getfixturevalue("two_ranks")
-    return lambda steps: pool.run(run_on_rank, steps)
+    return on_one_or_two(request, run_on_rank)
 
 
 @pytest.mark.parametrize("accumulation_steps", [1, 3, 4])

@@ -11,7 +11,7 @@ import torch
 from tests.support import reference
 from tests.support.by_hand import Truth, truth_of
 from tests.support.launch import as_if_from_torchrun, script
-from tests.support.rank_pool import RankPool
+from tests.support.rank_pool import on_one_or_two
 
 with warnings.catch_warnings():
     # Ignite's metrics, at import.
@@ -33,10 +33,7 @@ def run_on_rank(rank: int) -> dict[str, float]:
 @pytest.fixture(params=[1, 2], ids=["one process", "two processes"])
 def run(request: pytest.FixtureRequest) -> Callable[[], list[dict[str, float]]]:
     """Runs the example; each rank's results."""
-    if request.param == 1:
-        return lambda: [run_on_rank(0)]
-    pool: RankPool = request.getfixturevalue("two_ranks")
-    return lambda: pool.run(run_on_rank)
+    return on_one_or_two(request, run_on_rank)
 
 
 @pytest.fixture(scope="module")

@@ -21,7 +21,7 @@ from tests.support import reference
 from tests.support.by_hand import Columns, HandRanker, Rows, columns_of, mean_of_means, together
 from tests.support.launch import as_if_from_torchrun, command
 from tests.support.lightning_warnings import lightnings_own_warnings
-from tests.support.rank_pool import RankPool
+from tests.support.rank_pool import on_one_or_two
 from twloss import GlobalLoss, PendingResult, ScalarView
 
 RULE = reference.Rule()
@@ -230,10 +230,7 @@ Run = Callable[..., list[tuple[dict[str, float], Logged, Any]]]
 @pytest.fixture(params=[1, 2], ids=["one process", "two processes"])
 def run(request: pytest.FixtureRequest) -> Run:
     """Runs the example with a ranker in a precision; what each rank has to say."""
-    if request.param == 1:
-        return lambda *args: [run_on_rank(0, *args)]
-    pool: RankPool = request.getfixturevalue("two_ranks")
-    return lambda *args: pool.run(run_on_rank, *args)
+    return on_one_or_two(request, run_on_rank)
 
 
 def values_of(logged: Logged, key: str) -> list[float]:

@@ -18,7 +18,7 @@ from examples import lightning_ranker as example
 from tests.compat.test_lightning import OneCollective, eval_data, parts_of, run_example, train_data, values_of
 from tests.support.by_hand import HandRanker
 from tests.support.launch import as_if_from_torchrun
-from tests.support.rank_pool import RankPool
+from tests.support.rank_pool import RankPool, on_one_or_two
 
 LEARNING_RATE, PATIENCE, MOST_EPOCHS = 4.0, 3, 20
 
@@ -71,10 +71,7 @@ Run = Callable[..., list[Answer]]
 @pytest.fixture(params=[1, 2], ids=["one process", "two processes"])
 def run(request: pytest.FixtureRequest) -> Run:
     """Runs the example; what each rank has to say."""
-    if request.param == 1:
-        return lambda *args: [run_on_rank(0, *args)]
-    pool: RankPool = request.getfixturevalue("two_ranks")
-    return lambda *args: pool.run(run_on_rank, *args)
+    return on_one_or_two(request, run_on_rank)
 
 
 class Evaluation(NamedTuple):

@@ -14,7 +14,7 @@ from examples import tensorboard_logging as example
 from tests.support import reference
 from tests.support.by_hand import Columns, HandRanker, Rows, together
 from tests.support.launch import as_if_from_torchrun
-from tests.support.rank_pool import RankPool
+from tests.support.rank_pool import on_one_or_two
 
 
 class Answer(NamedTuple):
@@ -43,10 +43,7 @@ def run_on_rank(rank: int) -> Answer:
 @pytest.fixture(params=[1, 2], ids=["one process", "two processes"])
 def run(request: pytest.FixtureRequest) -> Callable[[], list[Answer]]:
     """Trains; what each rank has to say."""
-    if request.param == 1:
-        return lambda: [run_on_rank(0)]
-    pool: RankPool = request.getfixturevalue("two_ranks")
-    return lambda: pool.run(run_on_rank)
+    return on_one_or_two(request, run_on_rank)
 
 
 def test_losses_and_parameters_are_those_of_one_process(run: Callable[[], list[Answer]]) -> None:

@@ -13,7 +13,7 @@ from torch import Tensor
 from tests.support import quality_reference, reference
 from tests.support.by_hand import HandRanker, Rows
 from tests.support.launch import as_if_from_torchrun, script
-from tests.support.rank_pool import RankPool
+from tests.support.rank_pool import on_one_or_two
 
 pytest.importorskip("transformers", reason="needs the extra hugging-face; see constraints-frameworks.txt")
 
@@ -130,10 +130,7 @@ def run_on_rank(rank: int, changes: dict[str, type] = PLAIN) -> Answer:
 @pytest.fixture(params=[1, 2], ids=["one process", "two processes"])
 def run(request: pytest.FixtureRequest) -> Callable[..., list[Answer]]:
     """Runs the example; what each rank has to say."""
-    if request.param == 1:
-        return lambda *args: [run_on_rank(0, *args)]
-    pool: RankPool = request.getfixturevalue("two_ranks")
-    return lambda *args: pool.run(run_on_rank, *args)
+    return on_one_or_two(request, run_on_rank)
 
 
 class Truth(NamedTuple):

@@ -101,6 +101,14 @@ class RankPool:
             self._processes.append(process)
 
 
+def on_one_or_two(request: pytest.FixtureRequest, function: Callable[..., Any]) -> Callable[..., list[Any]]:
+    """``function(rank, *args)`` in this process or on two ranks, by a fixture's parameter; the results by rank."""
+    if request.param == 1:
+        return lambda *args: [function(0, *args)]
+    pool: RankPool = request.getfixturevalue("two_ranks")
+    return lambda *args: pool.run(function, *args)
+
+
 def _serve(rank: int, world_size: int, store: str, connection: Connection) -> None:
     """One rank's life: join the group, then run what comes through the connection until it closes."""
     warnings.simplefilter("error")
