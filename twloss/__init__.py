@@ -49,10 +49,12 @@ Each file imports only what stands above it::
     _metrics/scalar_view.py        ScalarView: one key of a metric as a metric
     _metrics/task_metric.py        TaskMetric: the base of every metric (each a file of its own); keys, nan_strategy
     _metrics/global_loss.py
+    _metrics/together.py           compute_all(): the results of several metrics by one collective
     _metrics/ranking_quality.py    RankingQuality: normalised entropy, calibration, … as ratios of sums
     _options.py                    LossOptions: the settings of a loss, checked against each other, once
     _fx.py
     _settings.py                   HasSettings: these as a loss's attributes, of which task_weights can be set
+    _tracking.py                   TracksSums: a loss's metrics of both modes
     _losses.py
     _the_algorithm_ml.py           build_loss, …: the signatures of Twitter's the-algorithm-ml
 
@@ -65,6 +67,7 @@ from twloss._metrics.global_loss import GlobalLoss
 from twloss._metrics.ranking_quality import RankingQuality
 from twloss._metrics.scalar_view import ScalarView
 from twloss._metrics.task_metric import TaskMetric
+from twloss._metrics.together import compute_all, compute_all_async
 from twloss._rows.row_loss import LossType
 from twloss._sums.pending import PendingResult
 from twloss._the_algorithm_ml import build_loss, build_multi_task_loss, get_global_loss_detached
@@ -80,6 +83,8 @@ __all__ = [
     "TaskMetric",
     "build_loss",
     "build_multi_task_loss",
+    "compute_all",
+    "compute_all_async",
     "get_global_loss_detached",
     "global_sums",
 ]

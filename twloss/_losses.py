@@ -6,7 +6,7 @@ to ``train_metric`` or ``eval_metric``, by the module's mode.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -25,75 +25,23 @@ from twloss._arguments import (
 )
 from twloss._fx import find_proxy, record_losses
 from twloss._metrics.global_loss import GlobalLoss
-from twloss._metrics.ranking_quality import RankingQuality, is_wanted, own_quality
+from twloss._metrics.ranking_quality import RankingQuality, is_wanted
 from twloss._options import LossOptions, TaskLossType
 from twloss._rows.mappings import TaskTensors
 from twloss._rows.row_pass import Plan
-from twloss._rows.task_group import group_tasks, inputs_by_task, join, order_of_groups
-from twloss._settings import METRICS, QUALITY, HasSettings
+from twloss._rows.task_group import inputs_by_task, join
 from twloss._sums.ranks import sum_over_ranks_with_gradient, world_size
 from twloss._sums.reduction import GlobalReduction
 from twloss._sums.sums import BatchSums, TaskSums
 from twloss._torch import hidden_from_jit, refuse_trace
+from twloss._tracking import TracksSums
 
 _PLAIN = (Tensor, float, int, type(None))
 
 
 @hidden_from_jit
-class _TaskLosses(HasSettings):
+class _TaskLosses(TracksSums):
     """The losses of one task or of several: all but their signatures and what they return."""
-
-    train_metric: GlobalLoss
-    eval_metric: GlobalLoss
-    train_quality: RankingQuality
-    eval_quality: RankingQuality
-
-    # TorchRec's pipelines then trace into forward, whose result has the keys; of a leaf they would know none.
-    _is_pytorch_fx_traceable = True
-
-    def __init__(
-        self, options: LossOptions, task_weights: tuple[float, ...] | None, quality: bool | RankingQuality
-    ) -> None:
-        groups = group_tasks(options.loss_type, options.tasks, options.pos_weights, options.ignore_index)
-        types = {f"loss_type_{index}": group.loss_type for index, group in enumerate(groups)}
-        super().__init__(
-            options, task_weights, types if isinstance(options.loss_type, dict) else {"loss_type": options.loss_type}
-        )
-        self._reduction = options.reduction
-        self._groups = groups
-        self._order = order_of_groups(groups, options.tasks)
-        rule = options.describe()
-        for name in METRICS:
-            metric = GlobalLoss(
-                options.tasks,
-                options.task_loss_reduction,
-                options.global_reduction,
-                validate_args=options.validate_args,
-                process_group=options.process_group,
-            )
-            metric._become_part_of(self._task_weights, rule)
-            self.add_module(name, metric)
-        for name in QUALITY if options.quality else ():
-            group = next(group for group in groups if group.row_loss.is_binary)
-            own = own_quality(quality, group.tasks, group.ignore_index, options.process_group)
-            self.add_module(name, own)
-            if own.logit_shift is not None:
-                group.logit_shift = own._shift  # the same in both modes
-        counts_rows = options.quality and self.train_quality.window_rows is not None
-        self._plans = options.plans(len(groups), counts_rows=counts_rows)
-        self._pair_metrics()
-
-    def _pair_metrics(self) -> None:
-        """Tell the metrics of training and evaluation of each other."""
-        metrics: Any = self._modules
-        for names in (METRICS, QUALITY):
-            for name, mode, other in zip(names, ("train()", "eval()"), reversed(names)):
-                if name in metrics:
-                    metrics[name]._pair_with(name, mode, other, metrics[other])
-
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        super().__setstate__(state)  # type: ignore[no-untyped-call]
-        self._pair_metrics()  # whose copies have forgotten each other
 
     def _losses(
         self,
@@ -158,17 +106,6 @@ class _TaskLosses(HasSettings):
 
     def _slow_forward(self, *_: Any, **__: Any) -> None:
         refuse_trace(self)
-
-    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> _TaskLosses:
-        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
-        device = fn(torch.empty(0, device=self.train_metric.device)).device
-        for constants in (
-            self._order,
-            self._task_weights,
-            *(each for group in self._groups for each in group.constants),
-        ):
-            constants.place(device)
-        return self
 
 
 def _keep(sums: BatchSums, metric: GlobalLoss, quality: RankingQuality | None) -> None:

@@ -176,6 +176,20 @@ class KeptMetric(Metric):
                 self.totals = totals.zero_()
             self._restarts += 1
 
+    def _take(self) -> Tensor:
+        """Start the sums anew, and return the state that they had, for ``_give_back``."""
+        with LOCK:
+            taken = self.totals.clone()
+            self.reset()
+        return taken
+
+    def _give_back(self, taken: Tensor) -> None:
+        """Undo ``_take``: what was added since is added to what was taken."""
+        with LOCK:
+            merged = self._format.read(taken, self._ranks) + self._read()
+            self._put(self._format.write(merged, self.totals.device, self._ranks))
+            self._restarts -= 1  # snapshots from before are those of these sums again
+
     def _put(self, totals: Tensor) -> None:
         """Replace the sums; in place where a captured CUDA graph adds to them."""
         if is_captured(self.totals) and totals.device == self.totals.device:

@@ -268,8 +268,14 @@ class TaskMetric(KeptMetric):
     ) -> dict[str, Tensor]:
         """The result of the total of all ranks, as ``SumsFormat.split`` gives it."""
         sums, counts = total
+        self._report(counts.cpu(), nan_strategy)
+        with torch.no_grad():
+            return dict(zip(self._all_keys, chain.from_iterable(map(results_of, sums))))
+
+    def _report(self, counts: Tensor, nan_strategy: NanStrategy) -> None:
+        """Warn of, or raise for, what the counts of ``SumsFormat.split`` tell, on the CPU."""
         # The updates of each horizon come last, and before them the finite ones.
-        head, tail = counts.cpu().split((len(counts) - len(self._horizons), len(self._horizons)))
+        head, tail = counts.split((len(counts) - len(self._horizons), len(self._horizons)))
         (*faults, finite), (updates, *of_window) = head.tolist(), tail.tolist()
         if not any(map(any, (updates, *of_window))):
             found = "was called before update() on any rank; without data, values are NaN"
@@ -278,8 +284,6 @@ class TaskMetric(KeptMetric):
             self._report_non_finite(finite, updates, is_error=nan_strategy == "error")
         if faults:
             self._report_faults(*faults)
-        with torch.no_grad():
-            return dict(zip(self._all_keys, chain.from_iterable(map(results_of, sums))))
 
     def _question_of_mode(self) -> str:
         """What to ask where one of a loss's two metrics has no data: whether the loss was ever in its mode."""

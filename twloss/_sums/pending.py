@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Generic, TypeVar
 
 import torch.distributed as dist
@@ -17,6 +17,26 @@ def collective_error(call: str, error: RuntimeError, advice: str = "") -> Runtim
         f"{call}: the collective failed; every rank has to call it, equally often and in the same order{advice}. "
         f"The backend's error: {error}"
     )
+
+
+class Works:
+    """Several collectives as one that is under way.
+
+    Args:
+        works: these.
+    """
+
+    def __init__(self, works: Sequence[dist.Work | Works]) -> None:
+        self._works = works
+
+    def is_completed(self) -> bool:
+        """Whether all of them are done."""
+        return all(work.is_completed() for work in self._works)
+
+    def wait(self) -> None:
+        """Wait for all of them; a RuntimeError if one fails."""
+        for work in self._works:
+            work.wait()
 
 
 class PendingResult(Generic[Result]):
@@ -40,7 +60,7 @@ class PendingResult(Generic[Result]):
         tensor(0.3000, dtype=torch.float64)
     """
 
-    def __init__(self, work: dist.Work | None, finish: Callable[[], Result], call: str = "") -> None:
+    def __init__(self, work: dist.Work | Works | None, finish: Callable[[], Result], call: str = "") -> None:
         self._work = work
         self._finish = finish
         self._call = call
@@ -67,3 +87,9 @@ class PendingResult(Generic[Result]):
     def map(self, function: Callable[[Result], Other]) -> PendingResult[Other]:
         """A function of the result, called when that is waited for."""
         return PendingResult(self._work, lambda: function(self.wait()), self._call)
+
+    @staticmethod
+    def join(pending: Sequence[PendingResult[Other]], call: str) -> PendingResult[list[Other]]:
+        """The results of several, started by one call, in their order."""
+        works = [each._work for each in pending if each._work is not None]
+        return PendingResult(Works(works) if works else None, lambda: [each.wait() for each in pending], call)

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import warnings
 import zlib
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Collection, Iterable
 from typing import Any
 
 import torch
@@ -77,14 +77,14 @@ class ColumnNames:
     Args:
         names: one a column, in order.
         argument: the argument that the names come from, for the error.
+        shown: what the error shows in place of the names.
     """
 
-    def __init__(self, names: Iterable[str], argument: str = "tasks") -> None:
+    def __init__(self, names: Iterable[str], argument: str = "tasks", shown: Collection[str] | None = None) -> None:
         names = [str(name) for name in names]
         self.hashes = TaskConstants(tuple(float(zlib.crc32(name.encode(errors="surrogatepass"))) for name in names))
-        self.fault = (
-            f"{argument}: got {list_some(names, 12)} on this rank, expected the same, in this order, on all ranks"
-        )
+        found = list_some(names if shown is None else shown, 12)
+        self.fault = f"{argument}: got {found} on this rank, expected the same, in this order, on all ranks"
 
     def pack(self, sums: Tensor) -> Tensor:
         """The envelope in which sums travel: ``(rows, columns)``, or numbers ``(n,)``, and after them the hashes."""
@@ -155,6 +155,28 @@ def start_sum_over_ranks(
     Raises:
         RuntimeError: from the backend's, where the collective fails; of an asynchronous one ``wait()`` raises it.
     """
+
+    def check(received: tuple[Tensor, Tensor]) -> Tensor:
+        rows, agree = received
+        if not reads:
+            assert_async(agree, names.fault)
+        elif not agree:
+            raise RuntimeError(names.fault)
+        return rows
+
+    return start_envelope(sums, names, process_group, call, gather=gather, is_async=is_async).map(check)
+
+
+def start_envelope(
+    sums: Tensor,
+    names: ColumnNames,
+    process_group: dist.ProcessGroup | None,
+    call: str,
+    *,
+    gather: Callable[..., list[Tensor]] | None = None,
+    is_async: bool = False,
+) -> PendingResult[tuple[Tensor, Tensor]]:
+    """What ``start_sum_over_ranks`` starts, of which the sums are sound if the names agree: 0-dim bool, beside them."""
     total, work, ranks = names.pack(sums.detach()), None, world_size(process_group)
     if gather is not None:
         parts = gather(total, group=process_group)
@@ -164,16 +186,7 @@ def start_sum_over_ranks(
             work = dist.all_reduce(total, group=process_group, async_op=is_async)
         except RuntimeError as error:
             raise collective_error(call, error) from error
-
-    def finish() -> Tensor:
-        rows, agree = names.unpack(total, ranks)
-        if not reads:
-            assert_async(agree, names.fault)
-        elif not agree:
-            raise RuntimeError(names.fault)
-        return rows
-
-    return PendingResult(work, finish, call)
+    return PendingResult(work, lambda: names.unpack(total, ranks), call)
 
 
 def scale_gradient(values: Tensor, factor: float) -> Tensor:

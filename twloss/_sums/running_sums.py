@@ -26,6 +26,10 @@ from twloss._torch import plain_tensors, split_last
 _MOST_PLACES = 1000
 _FAULTS = 2  # rows: invalid labels, negative weights
 _MARKS = 3  # rows that tell whether all ranks carry the same sums
+CARRIED_ELSEWHERE = (
+    "got sums of a checkpoint that the first rank of the process group does not have, expected one file, loaded on all "
+    "ranks or on the first"
+)
 _TRACKER = ModuleTracker()
 # Addresses of states that a CUDA graph adds to. No flag of a metric, since compiled code, which knows none, is captured
 # too.
@@ -184,15 +188,18 @@ class SumsFormat:
         Raises:
             RuntimeError: if a rank carries what the first does not, and so what would not be counted.
         """
+        total, is_complete = self.unmark(rows)
+        if not is_complete:
+            raise RuntimeError(CARRIED_ELSEWHERE)
+        return total
+
+    def unmark(self, rows: Tensor) -> tuple[Tensor, Tensor]:
+        """What ``receive`` returns, and whether it counts all that the ranks carry, 0-dim bool: no host reads it."""
         first, rest, carriers = rows[-_MARKS:]
         expected = carriers * first
         # But for the rounding of as many additions.
-        if not ((rest - expected).abs() <= torch.finfo(rows.dtype).eps * carriers * expected).all():
-            raise RuntimeError(
-                "got sums of a checkpoint that the first rank of the process group does not have, expected one file, "
-                "loaded on all ranks or on the first"
-            )
-        return rows[:-_MARKS].view(-1, *self.shape[1:])
+        is_complete = ((rest - expected).abs() <= torch.finfo(rows.dtype).eps * carriers * expected).all()
+        return rows[:-_MARKS].view(-1, *self.shape[1:]), is_complete
 
     def split(self, total: Tensor) -> tuple[Tensor, Tensor]:
         """The parts of a total ``(horizons, rows, tasks)`` that results are made of.

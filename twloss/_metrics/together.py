@@ -1,0 +1,300 @@
+"""The results of several metrics by one collective for each process group: one flat dict, for a logger.
+
+Metrics come in, alone, by name, or in a module with losses; their running sums are laid end to end behind one number,
+the hash of what they are, and travel together. ``{key: value}`` of all metrics goes out, on the CPU.
+"""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from itertools import chain
+
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torchmetrics import Metric, MetricCollection
+from torchmetrics.utilities.distributed import gather_all_tensors
+from torchmetrics.wrappers import MetricTracker
+
+from twloss._arguments import check_bool, list_some
+from twloss._metrics.kept_metric import LOCK
+from twloss._metrics.task_metric import TaskMetric
+from twloss._sums.pending import PendingResult
+from twloss._sums.ranks import ColumnNames, place_in, start_envelope
+from twloss._sums.running_sums import CARRIED_ELSEWHERE, RunningSums
+from twloss._torch import hidden_from_jit
+
+# Ranks that ask for other metrics send as many numbers nevertheless, so that the hash tells: gloo ends the process
+# where sizes differ. 32 KiB, which is the sums of four metrics of 100 tasks, travel about as fast as nothing.
+_LEAST_SENT = 4096
+
+Metrics = nn.Module | Mapping[str, nn.Module]
+
+
+@hidden_from_jit
+class FeedsMetrics(nn.Module):
+    """The base of the losses: their metrics of the mode that they are in, in one call."""
+
+    def compute(self) -> dict[str, Tensor]:
+        """All that the loss tracks in its mode, training or evaluation, by one collective; see ``compute_all()``.
+
+        Every rank has to call it.
+
+        Returns:
+            The results of the mode's metrics in one dict: 0-dim detached float64 values on the CPU, NaN where there
+            was no data.
+
+        Raises:
+            RuntimeError: what ``GlobalLoss.compute()`` raises.
+        """
+        return _start(self, f"{type(self).__name__}.compute()").wait()
+
+    def compute_async(self) -> PendingResult[dict[str, Tensor]]:
+        """Start what compute() does, and return at once; see ``GlobalLoss.compute_async()``."""
+        return _start(self, f"{type(self).__name__}.compute_async()", is_async=True)
+
+    def reset(self) -> None:
+        """Set the sums of the mode's metrics to 0."""
+        for metric in _metrics_in(self):
+            metric.reset()
+
+    def _idle_metrics(self) -> Iterable[TaskMetric]:
+        """The metrics of the mode that the loss is not in."""
+        raise NotImplementedError
+
+
+def compute_all(metrics: Metrics, *, reset: bool = False) -> dict[str, Tensor]:
+    """The results of several metrics in one flat dict, over all ranks, by one collective.
+
+    It is one collective for each process group that the metrics have, whatever their number. Every rank has to call it,
+    with the same metrics. What a metric's own settings say holds here too: ``nan_strategy``, ``sync_on_compute``,
+    ``dist_sync_fn`` (which is then called for this metric).
+
+    Args:
+        metrics: a module, a metric, or a mapping name -> one of these, whose names become prefixes: "name/". A module
+            stands for the metrics of all losses in it, of the mode that each is in, and for all other ``TaskMetric``s
+            in it, those of a ``MetricCollection`` by their own keys. Other metrics are left alone.
+        reset: whether to start the sums anew at the moment of which the results are. No row is lost: what is added
+            meanwhile, by another thread too, counts in the next results, and where an error is raised the sums stay.
+
+    Returns:
+        0-dim detached float64 values on the CPU, to which they come by one copy; NaN where there was no data.
+
+    Raises:
+        TypeError: for anything but modules and mappings of these.
+        ValueError: for equal keys, or a module without losses and metrics of this package.
+        RuntimeError: where ranks ask for other metrics, and what ``GlobalLoss.compute()`` raises.
+
+    Examples:
+        >>> import torch
+        >>> from twloss import MultiTaskLoss, compute_all
+        >>> train, val = (MultiTaskLoss("bce_with_logits", ["like"]) for _ in range(2))
+        >>> _ = train(torch.zeros(3, 1), torch.ones(3, 1)), val(torch.zeros(2, 1), torch.ones(2, 1))
+        >>> results = compute_all({"train": train, "val": val}, reset=True)
+        >>> {key: round(value.item(), 4) for key, value in results.items()}
+        {'train/loss/like': 0.6931, 'train/loss': 0.6931, 'val/loss/like': 0.6931, 'val/loss': 0.6931}
+    """
+    return _start(metrics, "compute_all()", reset=reset).wait()
+
+
+def compute_all_async(metrics: Metrics, *, reset: bool = False) -> PendingResult[dict[str, Tensor]]:
+    """Start what ``compute_all()`` does, and return at once; see ``GlobalLoss.compute_async()``.
+
+    Args:
+        metrics: as for ``compute_all()``.
+        reset: whether to start the sums anew now. Where the collective fails later, their rows are lost.
+
+    Returns:
+        The pending result, whose ``wait()`` gives that of this moment.
+
+    Raises:
+        TypeError: as ``compute_all()``; for a reduction that is a module and can't be copied.
+        ValueError: as ``compute_all()``.
+    """
+    return _start(metrics, "compute_all_async()", reset=reset, is_async=True)
+
+
+class _Share:
+    """One metric of a call: a copy of its sums, and what becomes of the total of all ranks.
+
+    Args:
+        prefix: of its keys.
+        metric: the metric.
+        is_async: whether its settings may have changed by the time that the total is there.
+    """
+
+    value: RunningSums
+    """This rank's sums, at the moment of the call."""
+    total: Tensor
+    """Those of all ranks, ``(horizons, rows, tasks)``, once they are there."""
+
+    def __init__(self, prefix: str, metric: TaskMetric, *, is_async: bool) -> None:
+        self.metric = metric
+        self.keys = [prefix + key for key in metric._all_keys]
+        self.results_of = metric._results_of_now(is_async=is_async)  # may be refused, and with FSDP2 is a collective
+        self.nan_strategy = metric.nan_strategy
+        self.rank, _ = place_in(metric.process_group)
+        self.is_over_ranks = metric.sync_on_compute and not metric._is_synced and metric.distributed_available_fn()
+        name, *_ = metric._counterpart or (type(metric).__name__,)  # in a loss it tells the mode
+        self.name = prefix + name
+        self.identity = self.name, type(metric).__qualname__, metric._names.hashes.numbers, metric._format.shape
+
+    def results(self) -> list[Tensor]:
+        """The counts and the values of the total, ``(n,)`` each, on its device."""
+        sums, counts = self.metric._format.split(self.total)
+        with torch.no_grad():
+            values = [value.to(counts) for value in chain.from_iterable(map(self.results_of, sums))]
+        return [counts.flatten(), torch.stack(values)]
+
+    def by_key(self, counts: Tensor, values: Tensor) -> Iterable[tuple[str, Tensor]]:
+        """The values by key; both are those of ``results()``, on the CPU."""
+        *_, tasks = self.metric._format.shape
+        self.metric._report(counts.view(-1, tasks), self.nan_strategy)
+        return zip(self.keys, values.unbind())
+
+
+_Check = tuple[Tensor, str]
+"""Whether a total is sound, 0-dim bool, and the error if it is not."""
+
+
+def _start(
+    metrics: Metrics, call: str, *, reset: bool = False, is_async: bool = False
+) -> PendingResult[dict[str, Tensor]]:
+    """Start the results of metrics. Of a synchronous call they are there when it returns."""
+    check_bool("reset", reset)
+    shares = [_Share(prefix, metric, is_async=is_async) for prefix, metric in _by_prefix(metrics)]
+    _refuse_equal_keys(shares)
+    unique = {id(share.metric): share.metric for share in shares}.values() if reset else ()
+    for metric in unique:
+        metric._refuse_between_syncs(f"{call} with reset=True")
+    with LOCK:  # so that all are of one moment
+        for share in shares:
+            share.value = share.metric._format.read_horizons(share.metric.totals)
+        taken = [(metric, metric._take()) for metric in unique]
+    try:
+        pending = PendingResult.join(_start_totals(shares, call, is_async=is_async), call)
+        results = pending.map(lambda checks: _finish(shares, list(chain.from_iterable(checks))))
+        if not is_async:
+            results.wait()
+    except BaseException:
+        for metric, state in taken:
+            metric._give_back(state)
+        raise
+    return results
+
+
+def _start_totals(shares: Sequence[_Share], call: str, *, is_async: bool) -> list[PendingResult[list[_Check]]]:
+    """Start the total of each metric: of those of a process group together, of any other in its own way."""
+    groups: dict[dist.ProcessGroup | None, list[_Share]] = {}
+    for share in shares:
+        metric = share.metric
+        if not share.is_over_ranks:
+            share.total = share.value.of_rank(share.rank)
+        elif metric.dist_sync_fn in (None, gather_all_tensors):
+            groups.setdefault(metric.process_group, []).append(share)
+        else:
+            share.total = metric._start_sum(share.value, call, metric.dist_sync_fn).wait()
+    return [_start_together(members, group, call, is_async=is_async) for group, members in groups.items()]
+
+
+def _start_together(
+    shares: Sequence[_Share], group: dist.ProcessGroup | None, call: str, *, is_async: bool
+) -> PendingResult[list[_Check]]:
+    """Start one collective for the sums of all metrics of a process group."""
+    rows = [share.value.rows_of_rank(share.rank) for share in shares]
+    # A metric that no batch has reached yet may not be on the device where the others are.
+    device = max((each.device for each in rows), key=lambda device: device.type != "cpu")
+    numbers = torch.cat([each.to(device).flatten() for each in rows])
+    padding = max(_LEAST_SENT, 1 << len(numbers).bit_length()) - len(numbers) - 1
+    names = ColumnNames([json.dumps([share.identity for share in shares])], "metrics", [share.name for share in shares])
+
+    def receive(received: tuple[Tensor, Tensor]) -> list[_Check]:
+        total, agree = received
+        checks = [(agree, names.fault)]
+        for share, own, part in zip(shares, rows, total.split([*(each.numel() for each in rows), padding])):
+            share.total, is_complete = share.metric._format.unmark(part.view_as(own))
+            checks.append((is_complete, CARRIED_ELSEWHERE))
+        return checks
+
+    padded = F.pad(numbers, (0, padding))
+    return start_envelope(padded, names, group, call, is_async=is_async).map(receive)
+
+
+def _finish(shares: Sequence[_Share], checks: Sequence[_Check]) -> dict[str, Tensor]:
+    """The results of the totals, by one copy from a device."""
+    results = chain.from_iterable(share.results() for share in shares)
+    copies = iter(_to_cpu([*(is_sound.double().view(1) for is_sound, _ in checks), *results]))
+    for _, fault in checks:
+        if not next(copies):
+            raise RuntimeError(fault)
+    return dict(chain.from_iterable(share.by_key(next(copies), next(copies)) for share in shares))
+
+
+def _to_cpu(parts: Sequence[Tensor]) -> list[Tensor]:
+    """Numbers ``(n,)`` on the CPU, by one copy from each device."""
+    by_device: dict[torch.device, list[int]] = {}
+    for index, part in enumerate(parts):
+        by_device.setdefault(part.device, []).append(index)
+    copies: dict[int, Tensor] = {}
+    for indices in by_device.values():
+        own = [parts[index] for index in indices]
+        copies.update(zip(indices, torch.cat(own).cpu().split([len(part) for part in own])))
+    return [copies[index] for index in range(len(parts))]
+
+
+def _by_prefix(metrics: Metrics) -> list[tuple[str, TaskMetric]]:
+    """The metrics, with the prefixes of their keys."""
+    if isinstance(metrics, Mapping):
+        found = []
+        for name, each in metrics.items():
+            if not isinstance(name, str) or not isinstance(each, nn.Module):
+                raise TypeError(
+                    f"metrics: got {type(name).__name__} -> {type(each).__name__}, expected names -> modules or metrics"
+                )
+            found += [(f"{name}/", metric) for metric in _some_metrics_in(each, f"metrics[{name!r}]")]
+        if not found:
+            raise ValueError("metrics: got an empty mapping, expected names -> modules or metrics")
+        return found
+    if not isinstance(metrics, nn.Module):
+        raise TypeError(f"metrics: got {type(metrics).__name__}, expected a module, a metric or a mapping of these")
+    return [("", metric) for metric in _some_metrics_in(metrics, "metrics")]
+
+
+def _some_metrics_in(module: nn.Module, argument: str) -> list[TaskMetric]:
+    found = list(_metrics_in(module))
+    if not found:
+        raise ValueError(
+            f"{argument}: got {type(module).__name__}, expected a Loss, a MultiTaskLoss, a TaskMetric, or a module "
+            "that has one of these"
+        )
+    return found
+
+
+def _metrics_in(module: nn.Module) -> Iterator[TaskMetric]:
+    """The metrics of a module, each once; of a loss, those of its mode."""
+    seen = {id(idle) for each in module.modules() if isinstance(each, FeedsMetrics) for idle in each._idle_metrics()}
+    stack = [module]
+    while stack:
+        each = stack.pop()
+        if id(each) in seen:
+            continue
+        seen.add(id(each))
+        if isinstance(each, TaskMetric):
+            yield each
+        elif isinstance(each, MetricCollection):
+            # Not its children: in a compute group one has the sums of all until they are asked for.
+            stack += reversed(list(each.values()))
+        elif not isinstance(each, (Metric, MetricTracker)):
+            stack += reversed(list(each.children()))
+
+
+def _refuse_equal_keys(shares: Sequence[_Share]) -> None:
+    counts = Counter(chain.from_iterable(share.keys for share in shares))
+    if equal := [key for key, count in counts.items() if count > 1]:
+        raise ValueError(
+            f"metrics: got {list_some(equal)} of more than one metric, expected each key once: pass a mapping "
+            "name -> metric, whose names become prefixes"
+        )

@@ -1,0 +1,101 @@
+"""A loss's running sums: the metrics of training and of evaluation, made when the loss is made, and moved with it.
+
+``LossOptions`` come in and become groups of tasks, the plans of their passes, and a metric for each mode, which
+``_losses.py`` feeds.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from twloss._metrics.global_loss import GlobalLoss
+from twloss._metrics.ranking_quality import RankingQuality, own_quality
+from twloss._metrics.task_metric import TaskMetric
+from twloss._metrics.together import FeedsMetrics
+from twloss._options import LossOptions
+from twloss._rows.task_group import group_tasks, order_of_groups
+from twloss._settings import METRICS, QUALITY, HasSettings
+from twloss._torch import hidden_from_jit
+
+
+@hidden_from_jit
+class TracksSums(HasSettings, FeedsMetrics):
+    """The base of the losses: what they keep, and no batch.
+
+    Args:
+        options: the settings.
+        task_weights: the one that can be set later.
+        quality: the argument, of which ``options`` know only whether it is there.
+    """
+
+    train_metric: GlobalLoss
+    eval_metric: GlobalLoss
+    train_quality: RankingQuality
+    eval_quality: RankingQuality
+
+    # TorchRec's pipelines then trace into forward, whose result has the keys; of a leaf they would know none.
+    _is_pytorch_fx_traceable = True
+
+    def __init__(
+        self, options: LossOptions, task_weights: tuple[float, ...] | None, quality: bool | RankingQuality
+    ) -> None:
+        groups = group_tasks(options.loss_type, options.tasks, options.pos_weights, options.ignore_index)
+        types = {f"loss_type_{index}": group.loss_type for index, group in enumerate(groups)}
+        super().__init__(
+            options, task_weights, types if isinstance(options.loss_type, dict) else {"loss_type": options.loss_type}
+        )
+        self._reduction = options.reduction
+        self._groups = groups
+        self._order = order_of_groups(groups, options.tasks)
+        rule = options.describe()
+        for name in METRICS:
+            metric = GlobalLoss(
+                options.tasks,
+                options.task_loss_reduction,
+                options.global_reduction,
+                validate_args=options.validate_args,
+                process_group=options.process_group,
+            )
+            metric._become_part_of(self._task_weights, rule)
+            self.add_module(name, metric)
+        for name in QUALITY if options.quality else ():
+            group = next(group for group in groups if group.row_loss.is_binary)
+            own = own_quality(quality, group.tasks, group.ignore_index, options.process_group)
+            self.add_module(name, own)
+            if own.logit_shift is not None:
+                group.logit_shift = own._shift  # the same in both modes
+        counts_rows = options.quality and self.train_quality.window_rows is not None
+        self._plans = options.plans(len(groups), counts_rows=counts_rows)
+        self._pair_metrics()
+
+    def _pair_metrics(self) -> None:
+        """Tell the metrics of training and evaluation of each other."""
+        metrics: Any = self._modules
+        for names in (METRICS, QUALITY):
+            for name, mode, other in zip(names, ("train()", "eval()"), reversed(names)):
+                if name in metrics:
+                    metrics[name]._pair_with(name, mode, other, metrics[other])
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)  # type: ignore[no-untyped-call]
+        self._pair_metrics()  # whose copies have forgotten each other
+
+    def _idle_metrics(self) -> Iterable[TaskMetric]:
+        metrics: Any = self._modules
+        idle = [names[int(self.training)] for names in (METRICS, QUALITY)]
+        return [metrics[name] for name in idle if name in metrics]
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> TracksSums:
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        device = fn(torch.empty(0, device=self.train_metric.device)).device
+        for constants in (
+            self._order,
+            self._task_weights,
+            *(each for group in self._groups for each in group.constants),
+        ):
+            constants.place(device)
+        return self
