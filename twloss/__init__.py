@@ -32,6 +32,7 @@ Each file imports only what stands above it::
     _arguments.py                  checks of single arguments, the names that they may have (Literals), warnings
     _constants.py                  TaskConstants: one number a task, as tensors
     _sums/sums.py                  TaskSums, BatchSums: the records that are passed between files
+    _sums/made_elsewhere.py        the sums that a caller made, checked
     _sums/pending.py
     _sums/running_sums.py          RunningSums (read, add, merge) and the number format of a metric's state
     _sums/ranks.py

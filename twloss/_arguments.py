@@ -22,7 +22,7 @@ from torch import Tensor
 PerTask = float | Sequence[float] | Mapping[str, float] | Tensor
 IgnoreIndex = float | Mapping[str, float] | None
 
-LossName = Literal["bce_with_logits", "cross_entropy"]
+LossName = Literal["bce_with_logits", "cross_entropy", "given"]
 RowReduction = Literal["mean", "sum"]
 TaskReduction = Literal["mean", "sum", "min", "max", "median"]
 MeanOver = Literal["rows", "weights"]

@@ -23,17 +23,18 @@ from twloss._arguments import (
     warn_local_normalizer,
     warn_unless_mean,
 )
-from twloss._fx import find_proxy, record_losses
+from twloss._fx import find_proxy, record_forward, record_losses
 from twloss._metrics.global_loss import GlobalLoss
 from twloss._metrics.ranking_quality import RankingQuality, is_wanted
 from twloss._options import LossOptions, TaskLossType
 from twloss._rows.mappings import TaskTensors
 from twloss._rows.row_pass import Plan
 from twloss._rows.task_group import inputs_by_task, join
+from twloss._sums.made_elsewhere import Given, LossSums, Weights, in_float, stack_sums, sum_given
 from twloss._sums.ranks import sum_over_ranks_with_gradient, world_size
 from twloss._sums.reduction import GlobalReduction
 from twloss._sums.sums import BatchSums, TaskSums
-from twloss._torch import hidden_from_jit, refuse_trace
+from twloss._torch import hidden_from_jit, is_transformed, refuse_trace
 from twloss._tracking import TracksSums
 
 _PLAIN = (Tensor, float, int, type(None))
@@ -48,23 +49,28 @@ class _TaskLosses(TracksSums):
         logits: TaskTensors,
         labels: TaskTensors,
         weights: TaskTensors | None,
-        normalizer: Tensor | float | None,
+        normalizer: Tensor | float | None = None,
+        given: Given | None = None,
     ) -> dict[str, Tensor]:
         """The losses of a batch, whose sums are added to the running ones."""
         # These are no Proxy; all else is looked at.
         if not (type(logits) is type(labels) is Tensor and type(weights) in _PLAIN and type(normalizer) in _PLAIN):
-            proxy = find_proxy(logits, labels, weights, normalizer)
+            proxy = find_proxy(logits, labels, weights, normalizer, given)
             if proxy is not None:
-                return record_losses(proxy, self, self._reduction.keys, logits, labels, weights, normalizer)
-        options, groups, inputs = self._options, self._groups, (logits, labels, weights)
+                asked = {"normalizer": normalizer, "given": given}
+                return record_forward(proxy, self, self._reduction.keys, logits, labels, weights, **asked)
+        groups, inputs = self._groups, (logits, labels, weights)
         metric, quality, plan = self._mode()
         if normalizer is not None:
             plan = plan._replace(reduction=None)
-        if len(groups) == 1:
+        if len(groups) == 1 and not self._given and given is None:
             sums = groups[0].sums(inputs, plan, self._task_weights)
         else:
-            inputs = inputs_by_task(options.tasks, inputs)
+            if len(groups) > 1:
+                inputs = inputs_by_task(self._tasks_with_rows, inputs)
             parts = [group.sums(inputs, plan, self._task_weights) for group in groups]
+            if self._given or given is not None:
+                parts.append(self._sum_given(given, plan))
             sums = join(parts, self._order, plan)
         if sums.loss is None:
             losses = self._reduce(TaskSums(sums.losses, sums.weight), metric, normalizer)
@@ -72,6 +78,31 @@ class _TaskLosses(TracksSums):
             losses = self._reduction.by_key(sums.losses, sums.loss)
         # Last, so that a batch whose loss could not be computed is not in the running sums either.
         _keep(sums, metric, quality)
+        return losses
+
+    def _sum_given(self, given: Given | None, plan: Plan) -> BatchSums:
+        """The sums of the tasks of type GIVEN."""
+        if not self._groups:
+            raise ValueError("loss_type: got GIVEN alone, whose tasks have no rows, expected a call of from_sums()")
+        if not self._given:
+            raise ValueError("given: got one for a loss without tasks of type GIVEN, expected None")
+        return sum_given(given, self._given, plan.over_rows, validates=plan.validates)
+
+    def _losses_of_sums(
+        self, loss_sum: LossSums, weight: Weights, normalizer: Tensor | float | None
+    ) -> dict[str, Tensor]:
+        """The losses of sums made elsewhere, which are added to the running ones."""
+        proxy = find_proxy(loss_sum, weight, normalizer)
+        if proxy is not None:
+            method = self._losses_of_sums.__name__
+            return record_losses(proxy, self, method, self._reduction.keys, loss_sum, weight, normalizer=normalizer)
+        metric, _, _ = self._mode()
+        sums = metric._sum_batch(*stack_sums(loss_sum, weight, self._options.tasks))
+        packed = None if is_transformed(*sums) else metric._pack(sums)
+        own, divisor, *_ = sums
+        losses = self._reduce(TaskSums(in_float(own), divisor), metric, normalizer)
+        if packed is not None:
+            metric._add_packed(packed)
         return losses
 
     def _mode(self) -> tuple[GlobalLoss, RankingQuality | None, Plan]:
@@ -199,6 +230,33 @@ class Loss(_TaskLosses):
         """
         return self._losses(logits, labels, weights, normalizer)["loss"]
 
+    @torch.jit.unused
+    def from_sums(
+        self, loss_sum: Tensor, weight: Tensor | float, *, normalizer: Tensor | float | None = None
+    ) -> Tensor:
+        """The loss of a batch whose rows were summed elsewhere; see ``MultiTaskLoss.from_sums()``.
+
+        Args:
+            loss_sum: 0-dim, with its graph.
+            weight: what the mean divides by, 0-dim or a number.
+            normalizer: as for forward.
+
+        Returns:
+            The loss, as that of forward.
+
+        Raises:
+            TypeError: for an argument of a wrong type or dtype.
+            ValueError: for shapes or devices that do not fit, or a number that is not finite.
+
+        Examples:
+            >>> import torch
+            >>> from twloss import Loss
+            >>> loss = Loss("given", global_batch=True)
+            >>> loss.from_sums(torch.tensor(6.0), 4)
+            tensor(1.5000)
+        """
+        return self._losses_of_sums(loss_sum, weight, normalizer)["loss"]
+
     if TYPE_CHECKING:
         reduction: RowReduction
         pos_weight: tuple[float, ...] | None
@@ -218,7 +276,8 @@ class MultiTaskLoss(_TaskLosses):
             ``(rows, tasks, …)`` of any further dimensions and returns the loss of each row, ``(rows, tasks)``. One
             whose rows depend on each other needs a parameter ``valid``, the mask of the rows that count. Also a mapping
             task -> one of these; tasks with the same one are computed in one call. A module is trained with the loss,
-            as its submodule.
+            as its submodule. A task of type GIVEN has no rows here: its sums come by forward's ``given``, or those of
+            all tasks by ``from_sums()``, the only way where all are GIVEN.
         tasks: the tasks' names, in the order of the columns.
         task_loss_reduction: "mean" or "sum", over rows.
         global_reduction: "mean", "sum", "min", "max", "median", or a callable ``(tasks,) -> 0-dim``, which may be a
@@ -309,6 +368,7 @@ class MultiTaskLoss(_TaskLosses):
         weights: TaskTensors | None = None,
         *,
         normalizer: Tensor | float | None = None,
+        given: Given | None = None,
     ) -> dict[str, Tensor]:
         """The losses of a batch.
 
@@ -322,6 +382,8 @@ class MultiTaskLoss(_TaskLosses):
             weights: ``(rows, tasks)``, ``(rows, 1)`` or ``(rows,)``; None: 1.
             normalizer: what the means divide by in place of the batch's own weights, 0-dim or ``(tasks,)``: the total
                 over all micro-batches and ranks of one optimizer step, which makes gradient accumulation exact.
+            given: the losses of the tasks of type GIVEN, a mapping task -> (loss_sum, weight), as for ``from_sums()``,
+                or -> a 0-dim loss, which counts as one row a rank and step. They have no column in the inputs.
 
         Returns:
             The loss of each task under ``"loss/<task>"``, in the tasks' order, and the global one under ``"loss"``;
@@ -336,7 +398,40 @@ class MultiTaskLoss(_TaskLosses):
                 ``global_batch``, from the backend's, if a rank does not call it or is gone; in torch.jit.trace, which
                 would make the number of rows a constant.
         """
-        return self._losses(logits, labels, weights, normalizer)
+        return self._losses(logits, labels, weights, normalizer, given)
+
+    @torch.jit.unused
+    def from_sums(
+        self, loss_sum: LossSums, weight: Weights, *, normalizer: Tensor | float | None = None
+    ) -> dict[str, Tensor]:
+        """The losses of a batch whose rows were summed elsewhere: all that forward does after its pass over the rows.
+
+        Losses, running sums, ranks and gradients are those that forward would have given for the rows. The gradient
+        that reaches ``loss_sum`` is one number a task. The sums are those of all tasks, of whatever type.
+
+        Args:
+            loss_sum: Σ w·l over the rows, with its graph: ``(tasks,)``, or a mapping task -> 0-dim.
+            weight: what the mean divides by, the number of rows or Σ w: likewise, or a number that all tasks share. It
+                is detached. 0: no data.
+            normalizer: as for forward.
+
+        Returns:
+            The losses, as those of forward.
+
+        Raises:
+            TypeError: for an argument of a wrong type or dtype.
+            ValueError: for names, shapes or devices that do not fit, or a number that is not finite.
+            RuntimeError: as forward.
+
+        Examples:
+            >>> import torch
+            >>> from twloss import MultiTaskLoss
+            >>> loss = MultiTaskLoss("given", ["text", "image"])
+            >>> losses = loss.from_sums(torch.tensor([6.0, 1.0]), weight={"text": 4, "image": 2})
+            >>> {key: value.item() for key, value in losses.items()}
+            {'loss/text': 1.5, 'loss/image': 0.5, 'loss': 1.0}
+        """
+        return self._losses_of_sums(loss_sum, weight, normalizer)
 
     if TYPE_CHECKING:
         tasks: tuple[str, ...]

@@ -31,7 +31,7 @@ from twloss._arguments import (
     list_some,
     per_task_numbers,
 )
-from twloss._rows.row_loss import LossFunction, LossType, resolve_loss_type, row_loss_of
+from twloss._rows.row_loss import LossFunction, LossType, RowLoss, resolve_loss_type, row_loss_of
 from twloss._rows.row_pass import Plan
 from twloss._sums.ranks import group_from_state, group_to_state
 from twloss._sums.reduction import GlobalReduction, Reduction
@@ -81,6 +81,9 @@ class LossOptions:
         check_bool("validate_args", self.validate_args)
         check_bool("fused", self.fused)
         check_choice("gradient_reduction", self.gradient_reduction, get_args(GradientReduction))
+        if isinstance(self.ignore_index, Mapping) and self.given_tasks:
+            with_labels = [task for task in self.columns if task not in self.given_tasks]
+            check_some_of("ignore_index", self.ignore_index, with_labels, "tasks that have labels")
         self._set("ignore_index", check_ignore_index(self.ignore_index, self.tasks))
         for setting in ("fused", "quality"):
             if getattr(self, setting) and not self._binary_tasks():
@@ -95,6 +98,11 @@ class LossOptions:
     def columns(self) -> tuple[str, ...]:
         """The names of the columns of sums."""
         return self.tasks or ("loss",)
+
+    @property
+    def given_tasks(self) -> tuple[str, ...]:
+        """The tasks of type GIVEN, which have no rows."""
+        return tuple(task for task, row_loss in self._row_losses() if row_loss.is_given)
 
     @property
     def reduction(self) -> Reduction:
@@ -117,7 +125,7 @@ class LossOptions:
         """The plans of a pass, indexed by whether the loss metric and the quality metric drop non-finite sums.
 
         Args:
-            groups: the number of groups of tasks, each with a pass of its own.
+            groups: the number of groups of tasks, each with a pass of its own or with sums made elsewhere.
             counts_rows: whether the sums of the quality have the number of rows beside them.
         """
         reduction = self.reduction
@@ -140,10 +148,14 @@ class LossOptions:
 
     def _binary_tasks(self) -> list[str]:
         """The tasks whose logits predict the probability of a positive label."""
+        return [task for task, row_loss in self._row_losses() if row_loss.is_binary]
+
+    def _row_losses(self) -> list[tuple[str, RowLoss]]:
+        """The loss of each task."""
         types = self.loss_type
-        return [
-            task for task in self.columns if row_loss_of(types[task] if isinstance(types, dict) else types).is_binary
-        ]
+        if not isinstance(types, dict):
+            return [(task, row_loss) for row_loss in [row_loss_of(types)] for task in self.columns]
+        return [(task, row_loss_of(types[task])) for task in self.columns]
 
     def _not_binary(self, setting: str, value: object) -> ValueError:
         types = list_some(self.loss_type) if isinstance(self.loss_type, dict) else self.loss_type

@@ -50,7 +50,9 @@ class TracksSums(HasSettings, FeedsMetrics):
         )
         self._reduction = options.reduction
         self._groups = groups
-        self._order = order_of_groups(groups, options.tasks)
+        self._given = options.given_tasks
+        self._tasks_with_rows = tuple(task for task in options.columns if task not in set(self._given))
+        self._order = order_of_groups(groups, self._given if options.tasks else (), options.tasks)
         rule = options.describe()
         for name in METRICS:
             metric = GlobalLoss(
@@ -69,7 +71,7 @@ class TracksSums(HasSettings, FeedsMetrics):
             if own.logit_shift is not None:
                 group.logit_shift = own._shift  # the same in both modes
         counts_rows = options.quality and self.train_quality.window_rows is not None
-        self._plans = options.plans(len(groups), counts_rows=counts_rows)
+        self._plans = options.plans(len(groups) + bool(self._given), counts_rows=counts_rows)
         self._pair_metrics()
 
     def _pair_metrics(self) -> None:

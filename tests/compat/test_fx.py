@@ -259,9 +259,11 @@ def test_class_labels() -> None:
 class Tempered(MultiTaskLoss):
     """A loss with a forward of its own."""
 
-    def forward(self, logits: Any, labels: Any, weights: Any = None, *, normalizer: Any = None) -> dict[str, Tensor]:
+    def forward(
+        self, logits: Any, labels: Any, weights: Any = None, *, normalizer: Any = None, given: Any = None
+    ) -> dict[str, Tensor]:
         """Of logits at a temperature."""
-        return super().forward(logits / 2.0, labels, weights, normalizer=normalizer)
+        return super().forward(logits / 2.0, labels, weights, normalizer=normalizer, given=given)
 
 
 class TemperedOne(Loss):

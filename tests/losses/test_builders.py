@@ -18,7 +18,17 @@ from torch import Tensor, nn
 
 from tests.support.cases import norm
 from tests.support.rank_pool import RankPool
-from twloss import GlobalLoss, Loss, LossType, MultiTaskLoss, RankingQuality, build_loss, build_multi_task_loss
+from twloss import (
+    GlobalLoss,
+    Loss,
+    LossType,
+    MultiTaskLoss,
+    RankingQuality,
+    build_loss,
+    build_multi_task_loss,
+    compute_all,
+    compute_all_async,
+)
 from twloss import get_global_loss_detached as over_ranks
 
 TASKS = ["like", "reply", "retweet"]
@@ -53,7 +63,14 @@ SIGNATURES: list[tuple[Callable[..., Any], str]] = [
     ),
     (RankingQuality.update, "(self, logits, labels, weights=None)"),
     (Loss.forward, "(self, logits, labels, weights=None, *, normalizer=None)"),
-    (MultiTaskLoss.forward, "(self, logits, labels, weights=None, *, normalizer=None)"),
+    (MultiTaskLoss.forward, "(self, logits, labels, weights=None, *, normalizer=None, given=None)"),
+    (Loss.from_sums, "(self, loss_sum, weight, *, normalizer=None)"),
+    (MultiTaskLoss.from_sums, "(self, loss_sum, weight, *, normalizer=None)"),
+    (MultiTaskLoss.compute, "(self)"),
+    (MultiTaskLoss.compute_async, "(self)"),
+    (MultiTaskLoss.reset, "(self)"),
+    (compute_all, "(metrics, *, reset=False)"),
+    (compute_all_async, "(metrics, *, reset=False)"),
     (GlobalLoss.update, "(self, loss_sum, weight)"),
     (GlobalLoss.plot, "(self, val=None, ax=None)"),
 ]
@@ -77,7 +94,10 @@ def test_names_order_and_defaults_are_the_contract(function: Callable[..., Any],
     assert str(signature.replace(parameters=bare, return_annotation=inspect.Signature.empty)) == expected
 
 
-@pytest.mark.parametrize("loss_type", [*LossType, "bce_with_logits", squared_error])
+OF_ROWS = [each for each in LossType if each is not LossType.GIVEN]
+
+
+@pytest.mark.parametrize("loss_type", [*OF_ROWS, "bce_with_logits", squared_error])
 @pytest.mark.parametrize("reduction", [None, "mean", "sum"])
 def test_build_loss_builds_the_class(loss_type: Any, reduction: str | None) -> None:
     arguments = [loss_type] if reduction is None else [loss_type, reduction]
@@ -92,7 +112,7 @@ def test_build_loss_builds_the_class(loss_type: Any, reduction: str | None) -> N
         assert built(logits, labels, weights).item() == pytest.approx(exact.item(), rel=1e-6)
 
 
-@pytest.mark.parametrize("loss_type", [*LossType, "bce_with_logits", squared_error])
+@pytest.mark.parametrize("loss_type", [*OF_ROWS, "bce_with_logits", squared_error])
 @pytest.mark.parametrize("arguments", [[], ["sum"], ["mean", "max"], ["sum", "median"], ["mean", norm]])
 @pytest.mark.parametrize("pos_weights", [None, [0.5, 27.3, 4.0], {"reply": 1, "retweet": 2, "like": 3}])
 def test_build_multi_task_loss_builds_the_class(loss_type: Any, arguments: list[Any], pos_weights: Any) -> None:

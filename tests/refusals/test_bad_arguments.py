@@ -31,7 +31,7 @@ BOOL, COMPLEX, META = torch.ones(2) > 0, torch.ones(2) + 0j, torch.ones(2, devic
 
 # argument, value, error, what came, what was expected; tried with everything that takes an argument of the name.
 ARGUMENTS: list[tuple[str, Any, WrongError, str, str]] = [
-    ("loss_type", "bce", ValueError, "'bce'", "one of ['bce_with_logits', 'cross_entropy'] or a callable"),
+    ("loss_type", "bce", ValueError, "'bce'", "one of ['bce_with_logits', 'cross_entropy', 'given'] or a callable"),
     ("loss_type", None, TypeError, "NoneType", "a LossType, its name or a callable"),
     ("loss_type", ["cross_entropy"], TypeError, "list", "a LossType, its name or a callable"),
     ("loss_type", nn.BCEWithLogitsLoss, TypeError, "", "expected"),

@@ -9,7 +9,6 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any, get_args
 
-import torch
 from torch import Tensor
 
 from twloss._arguments import (
@@ -17,14 +16,13 @@ from twloss._arguments import (
     PerTask,
     RowReduction,
     check_choice,
-    check_dense,
     check_global_reduction,
-    check_number,
     per_task_numbers,
 )
 from twloss._constants import TaskConstants
 from twloss._metrics.checkpoint import ANY
 from twloss._metrics.task_metric import TaskMetric
+from twloss._sums.made_elsewhere import check_sums, count_negative
 from twloss._sums.reduction import GlobalReduction, Reduction
 from twloss._sums.sums import TaskSums
 
@@ -121,33 +119,13 @@ class GlobalLoss(TaskMetric):
         """
         self._add(self._sum_batch(loss_sum, weight))
 
-    def _sum_batch(self, loss_sum: Tensor, weight: Tensor | float) -> Sequence[Tensor | float]:
-        check_dense("loss_sum", loss_sum)
-        tasks = 1 if self.tasks is None else len(self.tasks)
-        if self.tasks is None and loss_sum.ndim == 0:
-            loss_sum = loss_sum.unsqueeze(0)
-        if loss_sum.shape != (tasks,):
-            raise ValueError(f"loss_sum: got shape {tuple(loss_sum.shape)}, expected ({tasks},)")
-        if isinstance(weight, Tensor):
-            check_dense("weight", weight)
-            if weight.shape not in ((), (tasks,)):
-                raise ValueError(f"weight: got shape {tuple(weight.shape)}, expected ({tasks},) or ()")
-            if weight.device != loss_sum.device:
-                raise ValueError(f"weight: got a tensor on {weight.device}, expected {loss_sum.device} as for loss_sum")
-            weight = weight.expand(tasks)
-        elif not torch.compiler.is_compiling():
-            # A number of rows that is traced has no value to look at.
-            check_number("weight", weight)
-        faults = (self._count_faults(loss_sum, weight),) if self.validate_args else ()
+    def _sum_batch(self, loss_sum: Tensor, weight: Tensor | float) -> Sequence[Any]:
+        loss_sum, weight = check_sums(loss_sum, weight, self.tasks)
+        faults = (count_negative(loss_sum, weight),) if self.validate_args else ()
         if self._reduction.over_rows == "sum":
             # It only tells whether there is data, and weights that cancel are.
             weight = weight.abs() if isinstance(weight, Tensor) else abs(weight)
         return loss_sum, weight, *faults
-
-    @staticmethod
-    def _count_faults(loss_sum: Tensor, weight: Tensor | float) -> Tensor:
-        none = torch.zeros_like(loss_sum.detach())
-        return torch.stack((none, none + (weight < 0)))
 
     def _keys(self) -> dict[str, bool | None]:
         return dict.fromkeys(self._reduction.keys, False)

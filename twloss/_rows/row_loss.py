@@ -50,12 +50,17 @@ class LossType(str, Enum):
     CROSS_ENTROPY = "cross_entropy"
     """Cross-entropy of the classes' logits against a class index c: ``-log softmax(x)[c]``."""
 
+    GIVEN = "given"
+    """A loss that is computed elsewhere: it comes as a sum over rows, by ``given`` or ``from_sums()``."""
+
 
 class RowLoss:
     """A loss of each row and task: its formula, and what it needs of a batch."""
 
     name: str
     """Tells losses apart in a checkpoint, in another process too."""
+    is_given = False
+    """Whether its sums are made elsewhere, so that it has no rows."""
     has_classes: bool | None = False
     """Whether the logits have a last dimension of classes; None: both may have any further dimensions."""
     is_binary = False
@@ -239,9 +244,17 @@ class CallableLoss(RowLoss):
         return loss
 
 
+class GivenLoss(RowLoss):
+    """A loss of which sums come, and no rows."""
+
+    name = LossType.GIVEN.value
+    is_given = True
+
+
 _BY_TYPE: Mapping[LossType, RowLoss] = {
     LossType.BCE_WITH_LOGITS: BinaryCrossEntropy(),
     LossType.CROSS_ENTROPY: CrossEntropy(),
+    LossType.GIVEN: GivenLoss(),
 }
 
 

@@ -32,7 +32,8 @@ class TaskGroup:
         tasks: their names; None: the one task of a ``Loss``, which has no name.
         pos_weights: the factors of their positive terms; None: 1.
         ignore_index: of these tasks, or of more.
-        places: the places of these tasks among those of the loss; None: the loss has no other groups.
+        places: the places of these tasks among those of the loss; None: the loss has no others.
+        has_other_tasks: whether inputs may have the rows of other tasks as well.
     """
 
     def __init__(
@@ -42,9 +43,11 @@ class TaskGroup:
         pos_weights: tuple[float, ...] | None,
         ignore_index: IgnoreIndex,
         places: tuple[int, ...] | None = None,
+        *,
+        has_other_tasks: bool = False,
     ) -> None:
         self.places = TaskConstants(places, dtype=torch.int64)
-        self.has_other_tasks = places is not None
+        self.has_other_tasks = has_other_tasks
         self.loss_type = loss_type
         self.row_loss = row_loss_of(loss_type)
         self.tasks = tasks
@@ -82,12 +85,14 @@ def group_tasks(
     pos_weights: tuple[float, ...] | None,
     ignore_index: IgnoreIndex,
 ) -> tuple[TaskGroup, ...]:
-    """The groups, in the order of their first tasks."""
+    """The groups of the tasks that have rows, in the order of their first tasks."""
     if not isinstance(loss_type, dict):
-        return (TaskGroup(loss_type, tasks, pos_weights, ignore_index),)
+        is_given = row_loss_of(loss_type).is_given
+        return () if is_given else (TaskGroup(loss_type, tasks, pos_weights, ignore_index),)
     members: dict[object, list[str]] = {}
     for task, each in loss_type.items():
-        members.setdefault(identity_of(each), []).append(task)
+        if not row_loss_of(each).is_given:
+            members.setdefault(identity_of(each), []).append(task)
     numbers = dict(zip(loss_type, pos_weights or ()))
     place = {task: index for index, task in enumerate(loss_type)}
     groups = []
@@ -95,14 +100,16 @@ def group_tasks(
         each = loss_type[names[0]]
         # Numbers are there for the binary losses alone; the others' is 1.
         own = tuple(numbers[task] for task in names) if numbers and row_loss_of(each).is_binary else None
-        places = tuple(place[task] for task in names) if len(members) > 1 else None
-        groups.append(TaskGroup(each, tuple(names), own, ignore_index, places))
+        places = tuple(place[task] for task in names) if len(names) < len(place) else None
+        groups.append(TaskGroup(each, tuple(names), own, ignore_index, places, has_other_tasks=len(members) > 1))
     return tuple(groups)
 
 
-def order_of_groups(groups: Sequence[TaskGroup], tasks: tuple[str, ...] | None) -> TaskConstants:
-    """The place of each task in the groups, one after the other; None where that is the tasks' own order."""
-    grouped = [task for group in groups for task in group.tasks or ()]
+def order_of_groups(
+    groups: Sequence[TaskGroup], given: tuple[str, ...], tasks: tuple[str, ...] | None
+) -> TaskConstants:
+    """The place of each task in the groups, one after the other, and then in ``given``; None: that is their order."""
+    grouped = [*(task for group in groups for task in group.tasks or ()), *given]
     place = {task: index for index, task in enumerate(grouped)}
     order = None if grouped == list(tasks or ()) else tuple(place[task] for task in tasks or ())
     return TaskConstants(order, dtype=torch.int64)

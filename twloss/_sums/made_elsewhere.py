@@ -1,0 +1,147 @@
+"""Sums that the caller made, of losses that have no rows here: checked, and in the form of a pass's own.
+
+``(tasks,)`` tensors, or mappings task -> 0-dim, come in with their graph; ``TaskSums`` ``(tasks,)`` go out. Checks look
+at types, shapes, dtypes and devices only.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from twloss._arguments import RowReduction, check_dense, check_names, check_number
+from twloss._precision import sum_dtype
+from twloss._sums.sums import BatchSums, TaskSums
+from twloss._torch import is_transformed
+
+LossSums = Tensor | Mapping[str, Tensor]
+Weights = Tensor | float | Mapping[str, Tensor | float]
+Given = Mapping[str, Tensor | tuple[Tensor, Tensor | float]]
+
+
+def check_sums(loss_sum: Tensor, weight: Tensor | float, tasks: tuple[str, ...] | None) -> TaskSums:
+    """Sums ``(tasks,)``, with the graph and the dtype that they came with.
+
+    Args:
+        loss_sum: ``(tasks,)``; of one task also 0-dim.
+        weight: ``(tasks,)``, or a number that all tasks share. It is detached.
+        tasks: the tasks' names; None: one task.
+
+    Raises:
+        TypeError: for an argument of a wrong type or dtype.
+        ValueError: for wrong shapes or devices, or a number that is not finite.
+    """
+    check_dense("loss_sum", loss_sum)
+    columns = 1 if tasks is None else len(tasks)
+    if tasks is None and loss_sum.ndim == 0:
+        loss_sum = loss_sum.unsqueeze(0)
+    if loss_sum.shape != (columns,):
+        raise ValueError(f"loss_sum: got shape {tuple(loss_sum.shape)}, expected ({columns},)")
+    if isinstance(weight, Tensor):
+        check_dense("weight", weight)
+        if weight.shape not in ((), (columns,)):
+            raise ValueError(f"weight: got shape {tuple(weight.shape)}, expected ({columns},) or ()")
+        if weight.device != loss_sum.device:
+            raise ValueError(f"weight: got a tensor on {weight.device}, expected {loss_sum.device} as for loss_sum")
+        weight = weight.detach().expand(columns)
+    elif not torch.compiler.is_compiling():
+        # A number of rows that is traced has no value to look at.
+        check_number("weight", weight)
+    return TaskSums(loss_sum, weight)
+
+
+def stack_sums(loss_sum: Any, weight: Any, tasks: tuple[str, ...] | None) -> tuple[Any, Any]:
+    """Mappings task -> number as ``(tasks,)``; all else as it is, for ``check_sums``.
+
+    Args:
+        loss_sum: a mapping task -> 0-dim, or a tensor.
+        weight: a mapping task -> 0-dim or number, or a tensor or number.
+        tasks: the tasks' names, which both have to have; None: one task, and no mappings.
+    """
+    if tasks is None:
+        return loss_sum, weight
+    if isinstance(loss_sum, Mapping):
+        check_names("loss_sum", loss_sum, tasks)
+        loss_sum = _stack("loss_sum", {task: loss_sum[task] for task in tasks})
+    check_dense("loss_sum", loss_sum, tensor="a Tensor or a mapping task -> Tensor")
+    if isinstance(weight, Mapping):
+        check_names("weight", weight, tasks)
+        weight = _stack("weight", {task: weight[task] for task in tasks}, loss_sum.device)
+    return loss_sum, weight
+
+
+def sum_given(given: Given | None, tasks: tuple[str, ...], over_rows: RowReduction, *, validates: bool) -> BatchSums:
+    """The sums of the tasks whose losses a caller gives beside a batch.
+
+    Args:
+        given: task -> its loss, 0-dim, which has a weight of 1, or a pair of its sum and its weight.
+        tasks: those that it has to name.
+        over_rows: the reduction of a task's rows.
+        validates: whether negative weights are counted.
+    """
+    if not isinstance(given, Mapping):
+        expected = f"a mapping of {list(tasks)} to losses or (loss_sum, weight)"
+        raise TypeError(f"given: got {type(given).__name__}, expected {expected}, as these are of type GIVEN")
+    check_names("given", given, tasks)
+    pairs: dict[str, Any] = {task: _pair(task, given[task]) for task in tasks}
+    loss_sum = in_float(_stack("given", {task: pair[0] for task, pair in pairs.items()}))
+    weight = _stack("given", {task: pair[1] for task, pair in pairs.items()}, loss_sum.device).detach()
+    faults = count_negative(loss_sum, weight) if validates else None
+    if over_rows == "sum":
+        weight = weight.abs()
+    tracked = None if is_transformed(loss_sum, weight) else loss_sum.detach().to(sum_dtype(loss_sum.device))
+    return BatchSums(loss_sum, None, weight, tracked, None, faults)
+
+
+def count_negative(loss_sum: Tensor, weight: Tensor | float) -> Tensor:
+    """Faults ``(2, tasks)`` of sums: of their labels nothing is known, and a negative weight is one."""
+    none = torch.zeros_like(loss_sum.detach())
+    return torch.stack((none, none + (weight < 0)))
+
+
+def _pair(task: str, value: object) -> tuple[object, object]:
+    if isinstance(value, Tensor):
+        return value, 1.0
+    if isinstance(value, (tuple, list)) and len(value) == 2:
+        loss_sum, weight = value
+        return loss_sum, weight
+    raise TypeError(f"given[{task!r}]: got {type(value).__name__}, expected a 0-dim Tensor or (loss_sum, weight)")
+
+
+def _stack(name: str, values: Mapping[str, Any], device: torch.device | None = None) -> Tensor:
+    """``(tasks,)`` of 0-dim tensors, in a dtype that holds them all.
+
+    Args:
+        name: of the argument.
+        values: task -> a tensor, or where a device is given a number.
+        device: where they have to be; None: all on one.
+    """
+    columns: list[Tensor] = []
+    takes_numbers = device is not None
+    for task, value in values.items():
+        argument, column = f"{name}[{task!r}]", value
+        if device is not None and takes_numbers and not isinstance(value, Tensor):
+            if not torch.compiler.is_compiling():
+                check_number(argument, value)
+            column = torch.full((), value, dtype=sum_dtype(device), device=device)
+        check_dense(argument, column)
+        if column.ndim != 0:
+            raise ValueError(f"{argument}: got shape {tuple(column.shape)}, expected a 0-dim Tensor")
+        device = column.device if device is None else device
+        if column.device != device:
+            raise ValueError(f"{argument}: got a tensor on {column.device}, expected {device} as for the others")
+        columns.append(column)
+    assert device is not None
+    dtypes = {column.dtype for column in columns}
+    if len(dtypes) > 1:
+        is_small = all(dtype.is_floating_point and dtype != torch.float64 for dtype in dtypes)
+        columns = [column.to(torch.float32 if is_small else sum_dtype(device)) for column in columns]
+    return torch.stack(columns)
+
+
+def in_float(loss_sum: Tensor) -> Tensor:
+    """A sum in the dtype of a loss: float64 if it is, float32 otherwise."""
+    return loss_sum if loss_sum.dtype == torch.float64 else loss_sum.to(torch.float32)
