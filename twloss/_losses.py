@@ -29,7 +29,7 @@ from twloss._metrics.ranking_quality import RankingQuality, is_wanted, own_quali
 from twloss._options import LossOptions, TaskLossType
 from twloss._rows.mappings import TaskTensors
 from twloss._rows.row_pass import Plan
-from twloss._rows.task_group import group_tasks, inputs_by_task, join, order_of_groups
+from twloss._rows.task_group import count_rows, group_tasks, inputs_by_task, join, order_of_groups
 from twloss._settings import METRICS, QUALITY, HasSettings
 from twloss._sums.ranks import sum_over_ranks_with_gradient, world_size
 from twloss._sums.reduction import GlobalReduction
@@ -155,6 +155,27 @@ class _TaskLosses(HasSettings):
         if is_averaged and not torch.compiler.is_compiling() and world_size(options.process_group) > 1:
             warn_local_normalizer()
         return self._reduction.check_normalizer(normalizer, loss_sum)
+
+    def count(self, labels: TaskTensors, weights: TaskTensors | None = None) -> Tensor:
+        """What the means of these rows divide by, as forward counts it: of this rank, without a collective.
+
+        Summed over the micro-batches of an optimizer step, and over ranks by one all-reduce, it is the ``normalizer``.
+        No running sum changes.
+
+        Args:
+            labels: as for forward; of a ``Loss`` with a callable ``(rows,)``, as nothing else tells what is a row.
+            weights: as for forward.
+
+        Returns:
+            The number of valid rows, or with ``mean_over="weights"`` the sum of their weights, ``(tasks,)``; detached,
+            on the labels' device, float64 where the device has it.
+
+        Raises:
+            TypeError: for an input of a wrong type or dtype.
+            ValueError: for names, shapes or devices that do not fit.
+        """
+        options = self._options
+        return count_rows(self._groups, options.tasks, self._order, options.mean_over, labels, weights)
 
     def _slow_forward(self, *_: Any, **__: Any) -> None:
         refuse_trace(self)
