@@ -77,8 +77,8 @@ def main(epochs: int = 2) -> dict[str, float]:
         # ahead. That rules accumulate() out, which asks the loader whether the data
         # have ended: it would step too often or not in the last window.
         while window := list(islice(batches, WINDOW)):
-            valid = sum((labels != MISSING).sum(0) for _, labels in window)
-            total = accelerator.reduce(valid, "sum")
+            count = sum(ranker.loss.count(labels) for _, labels in window)
+            total = accelerator.reduce(count, "sum")
             for number, (features, labels) in enumerate(window, 1):
                 last = number == len(window)
                 with contextlib.nullcontext() if last else accelerator.no_sync(model):

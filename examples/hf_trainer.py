@@ -41,16 +41,20 @@ class Ranker(nn.Module):
         num_items_in_batch: Tensor | None = None,
         **_: Any,  # without it the Trainer passes no num_items_in_batch
     ) -> dict[str, Tensor]:
-        """The loss of the rows, divided by the rows of the window on all ranks."""
+        """The loss of the rows, divided by the count of the window on all ranks."""
         logits = self.heads(features)
-        # The Trainer counts labels, which are rows times tasks.
-        rows = None if num_items_in_batch is None else num_items_in_batch / len(TASKS)
-        losses = self.loss(logits, labels, normalizer=rows)
+        losses = self.loss(logits, labels, normalizer=num_items_in_batch)
         return {"loss": losses["loss"], "logits": logits}
 
 
 class RankerTrainer(Trainer):
-    """Logs the exact loss of each task, and repeats no row in training."""
+    """Counts by task, logs the exact loss of each, and repeats no row in training."""
+
+    def get_batch_samples(self, *args: Any) -> tuple[list[dict[str, Tensor]], Tensor]:
+        """A window's batches, and what its means divide by, as num_items_in_batch."""
+        batches, _ = super().get_batch_samples(*args)
+        count: Tensor = sum(self.model.loss.count(batch["labels"]) for batch in batches)
+        return batches, self.accelerator.reduce(count.to(self.args.device), "sum")
 
     def log(self, logs: dict[str, float], *args: Any) -> None:
         """Add the losses of all rows since the last log, on every rank."""

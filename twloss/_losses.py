@@ -70,7 +70,7 @@ class _TaskLosses(TracksSums):
                 inputs = inputs_by_task(self._tasks_with_rows, inputs)
             parts = [group.sums(inputs, plan, self._task_weights) for group in groups]
             if self._given or given is not None:
-                parts.append(self._sum_given(given, plan))
+                parts.append(self._sum_given(given, plan, parts))
             sums = join(parts, self._order, plan)
         if sums.loss is None:
             losses = self._reduce(TaskSums(sums.losses, sums.weight), metric, normalizer)
@@ -80,13 +80,14 @@ class _TaskLosses(TracksSums):
         _keep(sums, metric, quality)
         return losses
 
-    def _sum_given(self, given: Given | None, plan: Plan) -> BatchSums:
-        """The sums of the tasks of type GIVEN."""
+    def _sum_given(self, given: Given | None, plan: Plan, parts: Sequence[BatchSums]) -> BatchSums:
+        """The sums of the tasks of type GIVEN, on the device of the others."""
         if not self._groups:
             raise ValueError("loss_type: got GIVEN alone, whose tasks have no rows, expected a call of from_sums()")
         if not self._given:
             raise ValueError("given: got one for a loss without tasks of type GIVEN, expected None")
-        return sum_given(given, self._given, plan.over_rows, validates=plan.validates)
+        device = parts[0].losses.device
+        return sum_given(given, self._given, plan.over_rows, device, validates=plan.validates)
 
     def _losses_of_sums(
         self, loss_sum: LossSums, weight: Weights, normalizer: Tensor | float | None

@@ -17,7 +17,8 @@ from twloss._metrics.ranking_quality import RankingQuality, own_quality
 from twloss._metrics.task_metric import TaskMetric
 from twloss._metrics.together import FeedsMetrics
 from twloss._options import LossOptions
-from twloss._rows.task_group import group_tasks, order_of_groups
+from twloss._rows.mappings import TaskTensors
+from twloss._rows.task_group import count_rows, group_tasks, order_of_groups
 from twloss._settings import METRICS, QUALITY, HasSettings
 from twloss._torch import hidden_from_jit
 
@@ -85,6 +86,28 @@ class TracksSums(HasSettings, FeedsMetrics):
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)  # type: ignore[no-untyped-call]
         self._pair_metrics()  # whose copies have forgotten each other
+
+    def count(self, labels: TaskTensors, weights: TaskTensors | None = None) -> Tensor:
+        """What the means of these rows divide by, as forward counts it: of this rank, without a collective.
+
+        Summed over the micro-batches of an optimizer step, and over ranks by one all-reduce, it is the ``normalizer``.
+        No running sum changes.
+
+        Args:
+            labels: as for forward; of a ``Loss`` with a callable ``(rows,)``, as nothing else tells what is a row.
+            weights: as for forward.
+
+        Returns:
+            The number of valid rows, or with ``mean_over="weights"`` the sum of their weights, ``(tasks,)``; 1 for a
+            task of type GIVEN, as for a loss that comes without a weight. Detached, on the labels' device, float64
+            where the device has it.
+
+        Raises:
+            TypeError: for an input of a wrong type or dtype.
+            ValueError: for names, shapes or devices that do not fit.
+        """
+        given, mean_over = len(self._given), self._options.mean_over
+        return count_rows(self._groups, self._tasks_with_rows, given, self._order, mean_over, labels, weights)
 
     def _idle_metrics(self) -> Iterable[TaskMetric]:
         metrics: Any = self._modules

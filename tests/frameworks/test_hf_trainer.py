@@ -53,17 +53,6 @@ class MissingRanker(example.Ranker):
         self.loss = MultiTaskLoss("bce_with_logits", example.TASKS, ignore_index=MISSING)
 
 
-class CountsByTask(example.RankerTrainer):
-    """Counts the labels of each task, as the guide has it."""
-
-    def get_batch_samples(self, *args: Any) -> tuple[list[dict[str, Tensor]], Tensor]:
-        """The window's batches, and what ``forward`` divides by once it has divided that by the number of tasks."""
-        batches, _ = super().get_batch_samples(*args)
-        counts: Tensor = sum((batch["labels"] != MISSING).sum(0) for batch in batches)
-        counts = self.accelerator.reduce(counts.to(self.args.device), "sum")
-        return batches, counts * counts.numel()
-
-
 class WithoutKwargs(example.Ranker):
     """Takes what the example's takes, and nothing else; remembers what it got."""
 
@@ -100,12 +89,12 @@ class LossOfTheTrainer(example.RankerTrainer):
         """What is trained on."""
         loss = self.model.loss
         loss.train(torch.is_grad_enabled())
-        value: Tensor = loss(outputs["logits"], labels, normalizer=num_items_in_batch / len(example.TASKS))["loss"]
+        value: Tensor = loss(outputs["logits"], labels, normalizer=num_items_in_batch)["loss"]
         return value
 
 
 PLAIN: dict[str, type] = {}
-WITH_MISSING = {"Ranker": MissingRanker, "Rows": SomeMissing, "RankerTrainer": CountsByTask}
+WITH_MISSING: dict[str, type] = {"Ranker": MissingRanker, "Rows": SomeMissing}
 OUTSIDE = {"Ranker": LogitsAlone, "RankerTrainer": LossOfTheTrainer}
 
 
@@ -196,7 +185,7 @@ def test_the_evaluation_is_that_of_its_rows_each_counted_once(run: Callable[...,
             assert quality_reference.close({key: entry[f"eval_{key}"] for key in quality}, quality, 1e-12)
 
 
-def test_missing_labels_by_a_count_of_each_task(run: Callable[..., list[Answer]]) -> None:
+def test_missing_labels_are_counted_by_task(run: Callable[..., list[Answer]]) -> None:
     truth = truth_of(SomeMissing, MISSING)
     for answer in run(WITH_MISSING):
         assert answer.parameters == pytest.approx(truth.parameters, rel=1e-12, abs=1e-12)

@@ -88,19 +88,32 @@ def test_gradients_that_are_added_are_those_of_one_process(ranks: RankPool) -> N
             assert ours == pytest.approx(theirs, rel=TOLERANCE, abs=TOLERANCE)
 
 
-def run_window(rank: int, case: Mixed, steps: list[list[Batch]], total: list[float]) -> list[list[float]]:
-    """The gradients of one window of micro-batches, whose rows are known in all."""
-    model: nn.Module = Ranker(case, global_batch=True)
-    if torch.distributed.is_initialized():
-        model = DistributedDataParallel(model)
+def run_window(
+    rank: int, case: Mixed, steps: list[list[Batch]], total: list[float] | None
+) -> tuple[list[list[float]], float]:
+    """The gradients of one window of micro-batches, and their losses in all; without a total, the loss counts."""
+    ranker = Ranker(case, global_batch=True)
+    is_distributed = torch.distributed.is_initialized()
+    model: nn.Module = DistributedDataParallel(ranker) if is_distributed else ranker
+    normalizer = torch.zeros(len(case.kinds), dtype=torch.float64) if total is None else torch.tensor(total).double()
+    if total is None:
+        for batch in (parts[rank] for parts in steps):
+            labels = {task: part.labels for task, part in batch.items()}
+            weights = {task: part.weights for task, part in batch.items() if part.weights is not None}
+            normalizer += ranker.loss.count(labels, weights or None)
+        if is_distributed:
+            torch.distributed.all_reduce(normalizer)
+    loss = 0.0
     for parts in steps:
-        model(parts[rank], torch.tensor(total, dtype=torch.float64))["loss"].backward()
-    return [each.grad.flatten().tolist() for each in model.parameters() if each.grad is not None]
+        part = model(parts[rank], normalizer)["loss"]
+        part.backward()
+        loss += part.item()
+    return [each.grad.flatten().tolist() for each in model.parameters() if each.grad is not None], loss
 
 
-def window() -> tuple[Mixed, list[list[Batch]], list[float]]:
+def window(**options: Any) -> tuple[Mixed, list[list[Batch]], list[float]]:
     """Micro-batches of two ranks, and each task's number of rows; one task has none at all."""
-    case = Mixed(KINDS, weighted=True)
+    case = Mixed(KINDS, weighted=True, **options)
     sizes = [[[3, 1, 0, 2, 4], [0, 5, 0, 1, 0]], [[0, 0, 0, 2, 0], [1, 2, 0, 0, 3]]]
     steps = [
         [random_batch(case, own, 2 * step + rank) for rank, own in enumerate(each)] for step, each in enumerate(sizes)
@@ -113,7 +126,21 @@ def test_a_normalizer_of_each_task_makes_accumulation_exact(two_ranks: RankPool)
     # One process knows all at once: a task without a row is out of the mean over tasks, as its total of 0 says.
     expected = parameter_gradients(case, joined([batch for parts in steps for batch in parts]))
     alone = run_window(0, case, [[batch] for parts in steps for batch in parts], total)
-    for found in (alone, *two_ranks.run(run_window, case, steps, total)):
+    for found, _ in (alone, *two_ranks.run(run_window, case, steps, total)):
+        for ours, theirs in zip(found, expected, strict=True):
+            assert ours == pytest.approx(theirs, rel=TOLERANCE, abs=TOLERANCE)
+
+
+@pytest.mark.parametrize("mean_over", ["rows", "weights"])
+@pytest.mark.parametrize("missing", [None, {f"a.{t} {kind}": -1.0 for t, kind in enumerate(KINDS)}])
+def test_what_the_loss_counts_makes_accumulation_exact(two_ranks: RankPool, mean_over: str, missing: Any) -> None:
+    case, steps, _ = window(mean_over=mean_over, ignore_index=missing)
+    everything = joined([batch for parts in steps for batch in parts])
+    expected = parameter_gradients(case, everything)
+    loss = reference.losses(columns(case, everything), case.rule())["loss"]
+    alone = run_window(0, case, [[batch] for parts in steps for batch in parts], None)
+    for found, value in (alone, *two_ranks.run(run_window, case, steps, None)):
+        assert value == pytest.approx(loss, rel=TOLERANCE)
         for ours, theirs in zip(found, expected, strict=True):
             assert ours == pytest.approx(theirs, rel=TOLERANCE, abs=TOLERANCE)
 

@@ -38,23 +38,28 @@ def weights_of(case: Settings, rows: Rows) -> Tensor:
     return (rows.weights * valid).sum(0)
 
 
-def accumulate(rank: int, case: Settings, micro_batches: list[list[Rows]]) -> tuple[list[list[float]], float]:
+def accumulate(
+    rank: int, case: Settings, micro_batches: list[list[Rows]], counts: str
+) -> tuple[list[list[float]], float]:
     """One rank's window, as a user would write it; the gradients, and the sum of the losses."""
     distributed = dist.is_initialized()
-    model: nn.Module = Ranker(case.loss(global_batch=True), case.tasks)
+    loss = case.loss(global_batch=True)
+    model: nn.Module = Ranker(loss, case.tasks)
     if distributed:
         model = DistributedDataParallel(model)
     mine = [parts[rank] for parts in micro_batches]
-    total = torch.stack([weights_of(case, rows) for rows in mine]).sum(0)
+    by_hand = counts == "by hand"
+    total = sum(weights_of(case, rows) if by_hand else loss.count(rows.labels, rows.weights) for rows in mine)
+    assert isinstance(total, Tensor)
     if distributed:
         dist.all_reduce(total)
     value = 0.0
     for step, rows in enumerate(mine):
         last = step == len(mine) - 1
         with contextlib.nullcontext() if last or not isinstance(model, DistributedDataParallel) else model.no_sync():
-            loss = model(rows, total)["loss"]
-            loss.backward()
-        value += loss.item()
+            part = model(rows, total)["loss"]
+            part.backward()
+        value += part.item()
     return flat_gradients(model), value
 
 
@@ -77,16 +82,21 @@ def expect_exact(
         assert value == pytest.approx(expected, rel=1e-12)
 
 
+COUNTS = ("by hand", "by the loss")
+
+
+@pytest.mark.parametrize("counts", COUNTS)
 @pytest.mark.parametrize("case", CASES.values(), ids=CASES)
-def test_accumulation_on_ranks_is_exact(ranks: RankPool, case: Settings) -> None:
+def test_accumulation_on_ranks_is_exact(ranks: RankPool, case: Settings, counts: str) -> None:
     micro_batches = window(case, ranks.world_size)
-    expect_exact(case, micro_batches, ranks.run(accumulate, case, micro_batches))
+    expect_exact(case, micro_batches, ranks.run(accumulate, case, micro_batches, counts))
 
 
+@pytest.mark.parametrize("counts", COUNTS)
 @pytest.mark.parametrize("case", CASES.values(), ids=CASES)
-def test_accumulation_in_one_process_is_exact(case: Settings) -> None:
+def test_accumulation_in_one_process_is_exact(case: Settings, counts: str) -> None:
     micro_batches = window(case, 1)
-    expect_exact(case, micro_batches, [accumulate(0, case, micro_batches)])
+    expect_exact(case, micro_batches, [accumulate(0, case, micro_batches, counts)])
 
 
 def test_the_usual_division_by_the_number_of_micro_batches_is_not() -> None:

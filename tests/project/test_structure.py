@@ -196,7 +196,7 @@ def test_a_metric_has_no_public_name_beyond_those_of_torchmetrics_and_its_own_fe
 OF_ALL_LOSSES = {
     *("loss_type", "tasks", "global_reduction", "task_weights", "mean_over", "ignore_index", "global_batch"),
     *("gradient_reduction", "process_group", "quality", "fused", "train_metric", "eval_metric"),
-    *("validate_args", "compute", "compute_async", "reset", "from_sums"),
+    *("validate_args", "compute", "compute_async", "count", "from_sums", "reset"),
 }
 
 

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from twloss._arguments import IgnoreIndex, check_dense
+from twloss._precision import sum_dtype
 from twloss._rows.mappings import (
     FLOATS,
     TENSOR_OR_MAPPING,
@@ -96,7 +97,58 @@ def align(  # noqa: PLR0917 (a batch and its columns)
     if row_loss.has_classes is None:
         return batch
     columns_of_one = logits.reshape(-1, 1, *logits.shape[labels.ndim :]), labels.reshape(-1, 1)
-    return Batch(*columns_of_one, *align_rows(batch, labels.shape, by_row=False)[2:])
+    return Batch(*columns_of_one, *align_weights(weights, valid, labels.shape, dtype, by_row=False))
+
+
+def align_labels(
+    labels: TaskTensors,
+    weights: TaskTensors | None,
+    tasks: tuple[str, ...] | None,
+    row_loss: RowLoss,
+    ignore_index: IgnoreIndex,
+    *,
+    has_other_tasks: bool = False,
+) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    """Check labels and weights that come without logits, and bring them to one shape.
+
+    Args:
+        labels: as ``align`` takes them, and so the others; of one task for a callable ``(rows,)``.
+        weights: see there. They are not rounded, unless the device has no float64.
+        tasks: see there.
+        row_loss: see there.
+        ignore_index: see there.
+        has_other_tasks: see there.
+
+    Returns:
+        Labels ``(rows, tasks, …)`` in their own dtype; weights and valid as ``Batch`` has them, without a gradient.
+    """
+    valid = None
+    if tasks is not None and (isinstance(labels, Mapping) or isinstance(weights, Mapping)):
+        _, labels, weights, valid = stack_inputs(
+            None,
+            labels,
+            weights,
+            tasks,
+            has_classes=row_loss.has_classes,
+            ignore_index=ignore_index,
+            has_other_tasks=has_other_tasks,
+        )
+    labels, weights = _check_labels(labels, weights, tasks)
+    row_loss.check_labels(labels, None if tasks is None else len(tasks))
+    if tasks is None and row_loss.has_classes is None and labels.ndim > 1:
+        raise ValueError(
+            f"labels: got shape {tuple(labels.shape)}, expected (rows,), since of one task only the result of a "
+            "callable tells which dimensions are rows; a MultiTaskLoss of one task takes (rows, 1, …)"
+        )
+    if ignore_index is not None and valid is None:
+        valid = is_valid(labels, tasks, ignore_index)
+    dtype = sum_dtype(labels.device)
+    if weights is not None:
+        weights = weights.detach()
+        weights = weights if weights.dtype == dtype else round_weights(weights, dtype)
+    if tasks is not None:
+        return labels, *align_weights(weights, valid, labels.shape[:2], dtype, by_row=True)
+    return labels.reshape(-1, 1), *align_weights(weights, valid, labels.shape, dtype, by_row=False)
 
 
 def align_rows(batch: Batch, shape: torch.Size, *, by_row: bool) -> Batch:
@@ -105,19 +157,34 @@ def align_rows(batch: Batch, shape: torch.Size, *, by_row: bool) -> Batch:
     A callable of one task is called before this, since its result tells which of the labels' dimensions are rows.
 
     Args:
-        batch: with weights that broadcast to the rows, and valid of the labels' shape.
-        shape: of the rows; ``(rows, tasks)``, or of one task any.
-        by_row: whether weights ``(rows,)`` are those of the rows ``(rows, tasks)``; False: of one task.
+        batch: with weights and valid as ``align_weights`` takes them.
+        shape: see there, and so the next.
+        by_row: see there.
     """
     logits, labels, weights, valid = batch
+    return Batch(logits, labels, *align_weights(weights, valid, shape, logits.dtype, by_row=by_row))
+
+
+def align_weights(
+    weights: Tensor | None, valid: Tensor | None, shape: torch.Size, dtype: torch.dtype, *, by_row: bool
+) -> tuple[Tensor | None, Tensor | None]:
+    """Weights and valid ``(rows, tasks)``, with weights of 0 where a row is missing.
+
+    Args:
+        weights: that broadcast to the rows, in this dtype.
+        valid: of the labels' shape.
+        shape: of the rows; ``(rows, tasks)``, or of one task any.
+        dtype: of weights that are made of valid.
+        by_row: whether weights ``(rows,)`` are those of the rows ``(rows, tasks)``; False: of one task.
+    """
     if weights is not None and weights.shape != shape:
         weights = expand_weights(weights, shape, by_row=by_row)
     if valid is not None:
         valid = all_valid(valid, len(shape))
-        weights = valid.to(logits.dtype) if weights is None else weights.where(valid, 0.0)
+        weights = valid.to(dtype) if weights is None else weights.where(valid, 0.0)
     if not by_row:
         weights, valid = (None if each is None else each.reshape(-1, 1) for each in (weights, valid))
-    return Batch(logits, labels, weights, valid)
+    return weights, valid
 
 
 def round_weights(weights: Tensor, dtype: torch.dtype) -> Tensor:
@@ -142,6 +209,16 @@ def _check_tensors(
         if values.device != logits.device:
             raise ValueError(f"{name}: got a tensor on {values.device}, expected {logits.device}, where the logits are")
     return logits, labels, weights
+
+
+def _check_labels(labels: Any, weights: Any, tasks: tuple[str, ...] | None) -> tuple[Tensor, Tensor | None]:
+    for name, values in (("labels", labels), ("weights", weights)):
+        if name == "weights" and values is None:
+            break
+        check_dense(name, values, tensor="a Tensor" if tasks is None else TENSOR_OR_MAPPING)
+        if values.device != labels.device:
+            raise ValueError(f"{name}: got a tensor on {values.device}, expected {labels.device}, where the labels are")
+    return labels, weights
 
 
 def expand_weights(weights: Tensor, shape: torch.Size, *, by_row: bool) -> Tensor:

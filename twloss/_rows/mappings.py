@@ -24,7 +24,7 @@ FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 
 def stack_inputs(
-    logits: TaskTensors,
+    logits: TaskTensors | None,
     labels: TaskTensors,
     weights: TaskTensors | None,
     tasks: tuple[str, ...],
@@ -36,7 +36,7 @@ def stack_inputs(
     """Stack the inputs that are mappings.
 
     Args:
-        logits: a tensor, or a mapping task -> ``(rows,)``, ``(rows, 1)`` or ``(rows, …)``.
+        logits: a tensor, or a mapping task -> ``(rows,)``, ``(rows, 1)`` or ``(rows, …)``; None: there are none.
         labels: as the logits.
         weights: a tensor, or a mapping task -> ``(rows,)`` or ``(rows, 1)``; None: 1.
         tasks: the names of the columns.
@@ -209,14 +209,14 @@ def _column(name: str, values: Tensor, has_classes: bool | None) -> Tensor:
 
 
 def _is_ragged(inputs: dict[str, Any], columns: dict[str, list[Tensor]], tasks: tuple[str, ...]) -> bool:
-    """Whether tasks differ in their numbers of rows; each has as many labels and weights as logits."""
+    """Whether tasks differ in their numbers of rows; each has as many in every mapping."""
     uneven = None
-    expected = [column.shape[0] for column in columns.get("logits", ())]
+    leader, expected = next((name, [column.shape[0] for column in each]) for name, each in columns.items())
     for name, each in columns.items():
         rows = [column.shape[0] for column in each]
-        if expected and rows != expected:
-            task, count, of_logits = next(found for found in zip(tasks, rows, expected) if found[1] != found[2])
-            raise ValueError(f"{name}[{task!r}]: got {count} rows, expected {of_logits} as in logits[{task!r}]")
+        if rows != expected:
+            task, count, of_leader = next(found for found in zip(tasks, rows, expected) if found[1] != found[2])
+            raise ValueError(f"{name}[{task!r}]: got {count} rows, expected {of_leader} as in {leader}[{task!r}]")
         if uneven is None and rows.count(rows[0]) < len(rows):
             uneven = name
     if uneven is None:

@@ -79,6 +79,11 @@ class RowLoss:
     def check_ignore_index(self, ignore_index: IgnoreIndex) -> None:
         """Raise unless a label can be equal to it."""
 
+    def check_labels(self, labels: Tensor, tasks: int | None) -> None:
+        """Raise for what can't be labels, whatever the logits are; arguments as for ``check``."""
+        if tasks is not None and (labels.ndim != 2 or labels.shape[1] != tasks):
+            raise ValueError(f"labels: got shape {tuple(labels.shape)}, expected (rows, {tasks})")
+
     def check(self, logits: Tensor, labels: Tensor, tasks: int | None) -> torch.dtype:
         """The dtype that the formula takes labels in. Raises for shapes that do not fit.
 
@@ -87,7 +92,7 @@ class RowLoss:
             labels: as they came, or stacked.
             tasks: the number of columns; None: one task, of any shape.
         """
-        _check_columns(labels, tasks)
+        self.check_labels(labels, tasks)
         if labels.shape != logits.shape:
             raise _wrong_shapes(logits, labels, "the labels' shape")
         return logits.dtype
@@ -164,15 +169,20 @@ class CrossEntropy(RowLoss):
                     f"ignore_index: got {label} with CROSS_ENTROPY, expected an integer, as class indices are"
                 )
 
+    def check_labels(self, labels: Tensor, tasks: int | None) -> None:
+        """Raise unless labels are class indices."""
+        super().check_labels(labels, tasks)
+        if labels.is_floating_point():
+            raise TypeError(f"labels: got {labels.dtype}, expected class indices of an integer dtype")
+
     def check(self, logits: Tensor, labels: Tensor, tasks: int | None) -> torch.dtype:
         """The dtype of class indices, int64."""
-        _check_columns(labels, tasks)
+        super().check_labels(labels, tasks)
         if logits.ndim < 1 or labels.shape != logits.shape[:-1]:
             raise _wrong_shapes(logits, labels, "the labels' shape and a last dimension of classes")
         if logits.shape[-1] == 0:
             raise ValueError(f"logits: got shape {tuple(logits.shape)}, expected at least one class")
-        if labels.is_floating_point():
-            raise TypeError(f"labels: got {labels.dtype}, expected class indices of an integer dtype")
+        self.check_labels(labels, tasks)
         return torch.int64
 
     def replace_masked(self, labels: Tensor, counted: Tensor, valid: Tensor | None, logits: Tensor) -> Tensor:
@@ -209,10 +219,14 @@ class CallableLoss(RowLoss):
     def __reduce__(self) -> tuple[Any, ...]:
         return CallableLoss, (self.function,)
 
-    def check(self, logits: Tensor, labels: Tensor, tasks: int | None) -> torch.dtype:
-        """The dtype of the logits; int64 for indices into a further dimension."""
+    def check_labels(self, labels: Tensor, tasks: int | None) -> None:
+        """Raise unless labels have the tasks as their second dimension."""
         if tasks is not None and (labels.ndim < 2 or labels.shape[1] != tasks):
             raise ValueError(f"labels: got shape {tuple(labels.shape)}, expected (rows, {tasks}, …)")
+
+    def check(self, logits: Tensor, labels: Tensor, tasks: int | None) -> torch.dtype:
+        """The dtype of the logits; int64 for indices into a further dimension."""
+        self.check_labels(labels, tasks)
         rows = 1 if tasks is None else 2
         if labels.shape[:rows] != logits.shape[:rows]:
             raise _wrong_shapes(logits, labels, "the labels' rows and tasks" if tasks else "the labels' rows")
@@ -289,11 +303,6 @@ def identity_of(loss_type: LossType | LossFunction) -> object:
     """A key that is the same for loss types that are computed in one call."""
     # A bound method is a new object whenever it is asked for.
     return (id(loss_type.__self__), loss_type.__func__) if isinstance(loss_type, MethodType) else id(loss_type)
-
-
-def _check_columns(labels: Tensor, tasks: int | None) -> None:
-    if tasks is not None and (labels.ndim != 2 or labels.shape[1] != tasks):
-        raise ValueError(f"labels: got shape {tuple(labels.shape)}, expected (rows, {tasks})")
 
 
 def _wrong_shapes(logits: Tensor, labels: Tensor, expected: str) -> ValueError:

@@ -173,7 +173,7 @@ def _run(  # noqa: PLR0917 (the compiled one takes no keywords)
     ``rows`` is their number without what fills up the last ones.
     The compiled pass also returns the weighted slopes, its only output of the batch's size.
     """
-    weight = _sum_weights(plan, weights, valid, rows, tasks)
+    weight = sum_weights(plan, weights, valid, rows, tasks)
     plain = slopes = sigmoid = None
     if torch.compiler.is_compiling():
         losses, plain, slopes, sigmoid = row_loss.fused(logits, labels, pos_weight)
@@ -208,7 +208,7 @@ def _sum_differentiable(
     """
     shift, task_weights = constants
     count, tasks = rows.shape
-    weight = _sum_weights(plan, batch.weights, batch.valid, count, tasks)
+    weight = sum_weights(plan, batch.weights, batch.valid, count, tasks)
     if is_traced and not isinstance(weight, Tensor):
         # A program of torch.export would take for granted that there are rows.
         weight = torch.full((tasks,), weight, dtype=sum_dtype(rows.device), device=rows.device)
@@ -264,7 +264,7 @@ def sum_rows(values: Tensor, tasks: int) -> Tensor:
     return total if total.numel() == tasks else total.view(-1, tasks).sum(0)
 
 
-def _sum_weights(plan: Plan, weights: Tensor | None, valid: Tensor | None, rows: int, tasks: int) -> Tensor | float:
+def sum_weights(plan: Plan, weights: Tensor | None, valid: Tensor | None, rows: int, tasks: int) -> Tensor | float:
     """The divisor of a mean, ``(tasks,)``: the number of valid rows ("rows"), or Σ of their weights ("weights").
 
     For a sum it only tells whether there is data, hence Σ|w|: weights that cancel are data.

@@ -11,13 +11,13 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from twloss._arguments import IgnoreIndex, labels_of
+from twloss._arguments import IgnoreIndex, MeanOver, labels_of
 from twloss._constants import TaskConstants
 from twloss._precision import sum_dtype
-from twloss._rows.batch import align
+from twloss._rows.batch import align, align_labels
 from twloss._rows.mappings import TaskTensors, by_task
 from twloss._rows.row_loss import LossFunction, LossType, identity_of, row_loss_of
-from twloss._rows.row_pass import Plan, sum_batch
+from twloss._rows.row_pass import Plan, sum_batch, sum_weights
 from twloss._sums.running_sums import pack_update
 from twloss._sums.sums import BatchSums
 
@@ -77,6 +77,17 @@ class TaskGroup:
             has_rows=self.has_rows,
             logit_shift=self.logit_shift,
         )
+
+    def count(self, labels: TaskTensors, weights: TaskTensors | None, mean_over: MeanOver) -> Tensor:
+        """The divisor of a mean over the rows of these labels ``(tasks,)``, without a gradient."""
+        labels, weights, valid = align_labels(
+            labels, weights, self.tasks, self.row_loss, self.ignore_index, has_other_tasks=self.has_other_tasks
+        )
+        plan = Plan(None, mean_over, "mean", tracks=False)
+        weight = sum_weights(plan, weights, valid, labels.shape[0], self.columns)
+        if isinstance(weight, Tensor):
+            return weight
+        return torch.full((self.columns,), weight, dtype=sum_dtype(labels.device), device=labels.device)
 
 
 def group_tasks(
@@ -147,6 +158,38 @@ def join(sums: Sequence[BatchSums], order: TaskConstants, plan: Plan) -> BatchSu
         faults = _join_faults(sums, order) if plan.validates else None
         packed = pack_update(of_all, drops_non_finite=plan.drops_non_finite, faults=faults)
     return BatchSums(_restore_order(loss_sums, order), None, weight, packed, quality, None)
+
+
+def count_rows(  # noqa: PLR0917 (a loss, and a batch without logits)
+    groups: Sequence[TaskGroup],
+    tasks: tuple[str, ...],
+    given: int,
+    order: TaskConstants,
+    mean_over: MeanOver,
+    labels: TaskTensors,
+    weights: TaskTensors | None,
+) -> Tensor:
+    """The divisors of means over the rows of these labels, in the tasks' order.
+
+    Args:
+        groups: of the tasks that have rows.
+        tasks: these.
+        given: the number of tasks that have none, of which a loss counts as one row.
+        order: as ``order_of_groups`` returns it.
+        mean_over: the divisor.
+        labels: as for forward, and so the weights.
+        weights: None: 1.
+    """
+    if not groups:
+        raise ValueError("labels: got some for GIVEN tasks alone, which have no rows, expected no call of count()")
+    if len(groups) > 1:
+        labels = by_task("labels", labels, tasks)
+        weights = None if weights is None else by_task("weights", weights, tasks)
+    counts = [group.count(labels, weights, mean_over) for group in groups]
+    if any(each.device != counts[0].device for each in counts):
+        devices = [str(each.device) for each in counts]
+        raise ValueError(f"labels: got {devices}, expected the same device for every task")
+    return _restore_order([*counts, counts[0].new_ones(given)], order) if given or len(groups) > 1 else counts[0]
 
 
 def _join_faults(sums: Sequence[BatchSums], order: TaskConstants) -> Tensor:

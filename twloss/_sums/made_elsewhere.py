@@ -65,21 +65,24 @@ def stack_sums(loss_sum: Any, weight: Any, tasks: tuple[str, ...] | None) -> tup
         return loss_sum, weight
     if isinstance(loss_sum, Mapping):
         check_names("loss_sum", loss_sum, tasks)
-        loss_sum = _stack("loss_sum", {task: loss_sum[task] for task in tasks})
+        loss_sum = _stack("loss_sum", {task: loss_sum[task] for task in tasks}, None)
     check_dense("loss_sum", loss_sum, tensor="a Tensor or a mapping task -> Tensor")
     if isinstance(weight, Mapping):
         check_names("weight", weight, tasks)
-        weight = _stack("weight", {task: weight[task] for task in tasks}, loss_sum.device)
+        weight = _stack("weight", {task: weight[task] for task in tasks}, loss_sum.device, takes_numbers=True)
     return loss_sum, weight
 
 
-def sum_given(given: Given | None, tasks: tuple[str, ...], over_rows: RowReduction, *, validates: bool) -> BatchSums:
+def sum_given(
+    given: Given | None, tasks: tuple[str, ...], over_rows: RowReduction, device: torch.device, *, validates: bool
+) -> BatchSums:
     """The sums of the tasks whose losses a caller gives beside a batch.
 
     Args:
         given: task -> its loss, 0-dim, which has a weight of 1, or a pair of its sum and its weight.
         tasks: those that it has to name.
         over_rows: the reduction of a task's rows.
+        device: where the losses have to be.
         validates: whether negative weights are counted.
     """
     if not isinstance(given, Mapping):
@@ -87,8 +90,8 @@ def sum_given(given: Given | None, tasks: tuple[str, ...], over_rows: RowReducti
         raise TypeError(f"given: got {type(given).__name__}, expected {expected}, as these are of type GIVEN")
     check_names("given", given, tasks)
     pairs: dict[str, Any] = {task: _pair(task, given[task]) for task in tasks}
-    loss_sum = in_float(_stack("given", {task: pair[0] for task, pair in pairs.items()}))
-    weight = _stack("given", {task: pair[1] for task, pair in pairs.items()}, loss_sum.device).detach()
+    loss_sum = in_float(_stack("given", {task: loss_sum for task, (loss_sum, _) in pairs.items()}, device))
+    weight = _stack("given", {task: weight for task, (_, weight) in pairs.items()}, device, takes_numbers=True).detach()
     faults = count_negative(loss_sum, weight) if validates else None
     if over_rows == "sum":
         weight = weight.abs()
@@ -111,22 +114,22 @@ def _pair(task: str, value: object) -> tuple[object, object]:
     raise TypeError(f"given[{task!r}]: got {type(value).__name__}, expected a 0-dim Tensor or (loss_sum, weight)")
 
 
-def _stack(name: str, values: Mapping[str, Any], device: torch.device | None = None) -> Tensor:
+def _stack(name: str, values: Mapping[str, Any], device: torch.device | None, *, takes_numbers: bool = False) -> Tensor:
     """``(tasks,)`` of 0-dim tensors, in a dtype that holds them all.
 
     Args:
         name: of the argument.
-        values: task -> a tensor, or where a device is given a number.
+        values: task -> a tensor, or a number.
         device: where they have to be; None: all on one.
+        takes_numbers: whether numbers may be among them.
     """
     columns: list[Tensor] = []
-    takes_numbers = device is not None
     for task, value in values.items():
         argument, column = f"{name}[{task!r}]", value
-        if device is not None and takes_numbers and not isinstance(value, Tensor):
+        if takes_numbers and not isinstance(value, Tensor):
             if not torch.compiler.is_compiling():
                 check_number(argument, value)
-            column = torch.full((), value, dtype=sum_dtype(device), device=device)
+            column = torch.full((), value, dtype=torch.float32 if device is None else sum_dtype(device), device=device)
         check_dense(argument, column)
         if column.ndim != 0:
             raise ValueError(f"{argument}: got shape {tuple(column.shape)}, expected a 0-dim Tensor")
