@@ -13,11 +13,18 @@ from collections import Counter
 from collections.abc import Collection, Mapping, Sequence
 from itertools import islice
 from numbers import Real
-from typing import Any, Literal, get_args
+from typing import TYPE_CHECKING, Any, Literal, get_args
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
+
+if TYPE_CHECKING or dist.is_available():
+    from torch.distributed.device_mesh import DeviceMesh
+
+    RankGroup = dist.ProcessGroup | DeviceMesh
+else:  # a torch that was built without it
+    RankGroup = object
 
 PerTask = float | Sequence[float] | Mapping[str, float] | Tensor
 IgnoreIndex = float | Mapping[str, float] | None
@@ -215,15 +222,23 @@ def check_dense(name: str, values: object, *, verb: str = "got", tensor: str = "
         raise TypeError(f"{name}: {verb} {fault}, expected {tensor}, dense and of a {kind} dtype")
 
 
-def check_process_group(process_group: object) -> None:
-    """Raise unless it is None or what ``torch.distributed.new_group`` gives, to members or to others."""
+def check_process_group(process_group: Any) -> dist.ProcessGroup | None:
+    """The group: None, what ``torch.distributed.new_group`` gives, to members or to others, or that of a 1-D mesh."""
     if process_group is None:
-        return
-    if dist.is_available() and (
-        isinstance(process_group, dist.ProcessGroup) or process_group is dist.GroupMember.NON_GROUP_MEMBER
-    ):
-        return
-    raise TypeError(f"process_group: got {type(process_group).__name__}, expected a ProcessGroup or None")
+        return None
+    found, advice = type(process_group).__name__, ""
+    if dist.is_available():
+        outside: Any = dist.GroupMember.NON_GROUP_MEMBER
+        if isinstance(process_group, dist.ProcessGroup) or process_group is outside:
+            return process_group
+        if isinstance(process_group, DeviceMesh):
+            if process_group.ndim == 1:
+                # Asked of a rank outside of the mesh, get_group() raises an IndexError that does not say so.
+                return outside if process_group.get_coordinate() is None else process_group.get_group()
+            dimensions: object = process_group.mesh_dim_names or tuple(process_group.shape)
+            found = f"a DeviceMesh of {process_group.ndim} dimensions {dimensions}"
+            advice = ": slice it (mesh['dp']) or flatten it (mesh['dp', 'cp']._flatten())"
+    raise TypeError(f"process_group: got {found}, expected a ProcessGroup, a 1-D DeviceMesh or None{advice}")
 
 
 def warn_unless_mean(global_batch: bool, **reductions: object) -> None:

@@ -10,7 +10,6 @@ from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
 
 from twloss._arguments import (
@@ -18,6 +17,7 @@ from twloss._arguments import (
     IgnoreIndex,
     MeanOver,
     PerTask,
+    RankGroup,
     RowReduction,
     per_task_numbers,
     warn_local_normalizer,
@@ -185,7 +185,7 @@ class Loss(_TaskLosses):
         ignore_index: float | None = None,
         global_batch: bool = False,
         gradient_reduction: GradientReduction = "mean",
-        process_group: dist.ProcessGroup | None = None,
+        process_group: RankGroup | None = None,
         quality: bool | RankingQuality = False,
         validate_args: bool = False,
         fused: bool = False,
@@ -295,7 +295,7 @@ class MultiTaskLoss(_TaskLosses):
             run out of rows with an empty batch.
         gradient_reduction: what becomes of the ranks' gradients, their "mean" (DDP, FSDP) or their "sum"; with
             ``global_batch`` it is the gradient of one process. With "sum" so is that by inputs, which stays a rank's.
-        process_group: the ranks to sum over; None: all.
+        process_group: the ranks to sum over, also as a 1-D ``DeviceMesh``; None: all.
         quality: True, or a ``RankingQuality`` to be copied, for running sums of the quality of the predictions, without
             the pos_weights, from the logits at hand; of the tasks with BCE_WITH_LOGITS, which a given one has to have.
         validate_args: count the rows with an invalid label (outside of [0, 1], or no class) and those of negative
@@ -338,7 +338,7 @@ class MultiTaskLoss(_TaskLosses):
         ignore_index: IgnoreIndex = None,
         global_batch: bool = False,
         gradient_reduction: GradientReduction = "mean",
-        process_group: dist.ProcessGroup | None = None,
+        process_group: RankGroup | None = None,
         quality: bool | RankingQuality = False,
         validate_args: bool = False,
         fused: bool = False,

@@ -10,7 +10,6 @@ from dataclasses import dataclass
 from numbers import Real
 from typing import Any, get_args
 
-import torch.distributed as dist
 from torch import Tensor
 
 from twloss._arguments import (
@@ -63,7 +62,8 @@ class LossOptions:
     ignore_index: IgnoreIndex
     global_batch: bool
     gradient_reduction: GradientReduction
-    process_group: dist.ProcessGroup | None
+    process_group: Any
+    """A ``ProcessGroup``, of a ``DeviceMesh`` its own; None: all ranks."""
     quality: bool
     validate_args: bool
     fused: bool
@@ -75,7 +75,7 @@ class LossOptions:
         check_global_reduction(self.global_reduction)
         self._set("loss_type", _resolve_loss_types(self.loss_type, self.tasks))
         self._set("pos_weights", self._resolve_pos_weights())
-        check_process_group(self.process_group)
+        self._set("process_group", check_process_group(self.process_group))
         check_choice("mean_over", self.mean_over, get_args(MeanOver))
         check_bool("global_batch", self.global_batch)
         check_bool("validate_args", self.validate_args)

@@ -15,6 +15,7 @@ from torch import Tensor
 from twloss._arguments import (
     LossName,
     PerTask,
+    RankGroup,
     RowReduction,
     check_choice,
     check_dense,
@@ -81,7 +82,7 @@ def get_global_loss_detached(
     reduction: RowReduction = "mean",
     *,
     weight: Tensor | float | None = None,
-    process_group: dist.ProcessGroup | None = None,
+    process_group: RankGroup | None = None,
 ) -> Tensor: ...
 
 
@@ -91,7 +92,7 @@ def get_global_loss_detached(
     reduction: RowReduction = "mean",
     *,
     weight: Tensor | float | Mapping[str, Tensor | float] | None = None,
-    process_group: dist.ProcessGroup | None = None,
+    process_group: RankGroup | None = None,
 ) -> dict[str, Tensor]: ...
 
 
@@ -100,7 +101,7 @@ def get_global_loss_detached(
     reduction: RowReduction = "mean",
     *,
     weight: Tensor | float | Mapping[str, Tensor | float] | None = None,
-    process_group: dist.ProcessGroup | None = None,
+    process_group: RankGroup | None = None,
 ) -> Tensor | dict[str, Tensor]:
     """A local loss, or several, reduced over ranks and detached; one collective, and the argument stays as it is.
 
@@ -113,7 +114,7 @@ def get_global_loss_detached(
         reduction: "mean" or "sum".
         weight: how much this rank counts, the number of its rows, say: a number or a tensor that broadcasts to the
             loss, or a mapping of them with the loss's keys. "mean" only.
-        process_group: the ranks; None: all.
+        process_group: the ranks, also as a 1-D ``DeviceMesh``; None: all.
 
     Returns:
         The same shape and dtype; for a mapping a dict of them in its order. Without a process group a detached copy.
@@ -133,14 +134,14 @@ def get_global_loss_detached(
     check_choice("reduction", reduction, get_args(RowReduction))
     if weight is not None and reduction == "sum":
         raise ValueError("weight: got one with reduction='sum', expected none: only a mean is weighted")
-    check_process_group(process_group)
+    group = check_process_group(process_group)
     losses = _named(local_loss)
     weights = _named_weights(weight, local_loss, losses)
     warn_unless_mean(False, reduction=reduction)
-    if world_size(process_group) == 1:
+    if world_size(group) == 1:
         means = {key: loss.detach().clone() for key, loss in losses.items()}
     else:
-        means = _over_ranks(losses, weights, reduction, process_group)
+        means = _over_ranks(losses, weights, reduction, group)
     return {key: means[key] for key in local_loss} if isinstance(local_loss, Mapping) else means["local_loss"]
 
 

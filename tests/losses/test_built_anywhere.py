@@ -254,3 +254,33 @@ def test_the_package_can_be_purged_and_imported_again() -> None:
     process = subprocess.run(command, capture_output=True, text=True, timeout=SECONDS, check=False)
     assert process.returncode == 0, process.stderr
     assert process.stdout.split() == ["imported"]
+
+
+# A torch that was built without torch.distributed has none of these names.
+
+WITHOUT_DISTRIBUTED = """
+import sys
+import torch, torchmetrics
+import torch.distributed as dist
+
+for name in ("ProcessGroup", "GroupMember", "DeviceMesh", "is_initialized", "get_world_size", "get_rank"):
+    delattr(dist, name)
+dist.is_available = lambda: False
+sys.modules["torch.distributed.device_mesh"] = None
+import twloss
+
+loss = twloss.MultiTaskLoss("bce_with_logits", ["like"], global_batch=True, quality=True)
+loss(torch.zeros(2, 1), torch.ones(2, 1))
+print(round(loss.train_metric.compute()["loss"].item(), 4), twloss.get_global_loss_detached(torch.tensor(4.0)).item())
+try:
+    twloss.Loss("bce_with_logits", process_group=[0, 1])
+except TypeError as error:
+    print(str(error).partition(",")[0])
+"""
+
+
+def test_a_torch_without_distributed_has_losses_of_one_process() -> None:
+    command = [sys.executable, "-W", "ignore", "-c", WITHOUT_DISTRIBUTED]
+    process = subprocess.run(command, capture_output=True, text=True, timeout=SECONDS, check=False)
+    assert process.returncode == 0, process.stderr
+    assert process.stdout.splitlines() == ["0.6931 4.0", "process_group: got list"]

@@ -25,7 +25,7 @@ from tests.support.demo import (
     environment,
     start,
 )
-from tests.support.launch import TORCHRUN, refused
+from tests.support.launch import refused, torchrun
 from twloss.demo.curves import draw_curves, save_curves
 from twloss.demo.job import run
 from twloss.demo.movielens import TASKS, load_movielens
@@ -182,7 +182,7 @@ def test_matplotlib_is_needed_for_the_picture_only(tmp_path: Path) -> None:
 @pytest.mark.exhaustive
 def test_two_ranks_say_once_what_is_missing(tmp_path: Path) -> None:
     (tmp_path / "rich.py").write_text("raise ModuleNotFoundError('No module', name='rich')")
-    process = start([*TORCHRUN, "-m", "twloss"], PYTHONPATH=str(tmp_path))
+    process = start([*torchrun(2), "-m", "twloss"], PYTHONPATH=str(tmp_path))
     assert process.returncode != 0
     assert process.stderr.count('pip install "twloss[demo]"') == 1
 

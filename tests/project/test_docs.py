@@ -116,7 +116,7 @@ def test_every_block_of_the_page_runs(page: str, world_size: int, request: pytes
     if world_size == 1:
         assert run_page(0, page) == blocks
     else:
-        ranks: RankPool = request.getfixturevalue({2: "two_ranks", 3: "three_ranks"}[world_size])
+        ranks: RankPool = request.getfixturevalue({2: "two_ranks", 3: "three_ranks", 4: "four_ranks"}[world_size])
         assert ranks.run(run_page, page) == [blocks] * world_size
 
 

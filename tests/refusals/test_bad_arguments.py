@@ -120,7 +120,7 @@ ARGUMENTS: list[tuple[str, Any, WrongError, str, str]] = [
     ("compute_with_cache", True, ValueError, "True", "False"),
     ("process_group", "gloo", TypeError, "", "expected"),
     ("process_group", 3, TypeError, "", "expected"),
-    ("process_group", [0, 1], TypeError, "list", "a ProcessGroup or None"),
+    ("process_group", [0, 1], TypeError, "list", "a ProcessGroup, a 1-D DeviceMesh or None"),
     ("local_loss", 4.0, TypeError, "float", "a Tensor"),
     ("local_loss", None, TypeError, "NoneType", "a Tensor"),
     ("local_loss", np.ones(2), TypeError, "ndarray", "a Tensor"),

@@ -14,12 +14,12 @@ from unittest import mock
 
 import torch.distributed as dist
 
-from tests.support.launch import TORCHRUN
+from tests.support.launch import torchrun
 from tests.support.patience import SECONDS
 from twloss.demo.start import main
 
 PYTHON = [sys.executable, "-W", "error"]
-LAUNCHERS = {1: PYTHON, 2: TORCHRUN}
+LAUNCHERS = {1: PYTHON, 2: torchrun(2)}
 # 26 full batches and one of a single row: the second of two ranks has nothing to train on in the last step.
 QUICK = ["--epochs", "1", "--batch-size", "3077"]
 EVENTS: dict[str, Callable[[float], bool]] = {

@@ -16,14 +16,18 @@ import torch.distributed as dist
 
 from tests.support.patience import SECONDS
 
-TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
 VARIABLES = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "GROUP_RANK", "TORCHELASTIC_RUN_ID")
+
+
+def torchrun(world_size: int) -> list[str]:
+    """The words before a script's name that start it on so many ranks."""
+    return [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={world_size}"]
 
 
 def script(world_size: int, path: str, *arguments: str) -> dict[str, float]:
     """Run a script as ``python`` would, but in this process, or through torchrun; the numbers that it printed."""
     if world_size > 1:
-        return command(*TORCHRUN, path, *arguments)
+        return command(*torchrun(world_size), path, *arguments)
     output = io.StringIO()
     with mock.patch.object(sys, "argv", [path, *arguments]), redirect_stdout(output):
         runpy.run_path(path, run_name="__main__")

@@ -48,7 +48,8 @@ class GlobalLoss(TaskMetric):
         nan_strategy: what becomes of a task's sums in an update in which they are not finite. "warn" leaves them out,
             counts them and says so at compute(); "ignore" leaves them out silently; "error" raises at compute();
             "disable" lets them in.
-        kwargs: ``Metric``'s own, such as ``process_group``; ``compute_with_cache`` can't be True.
+        kwargs: ``Metric``'s own, such as ``process_group``, which may be a 1-D ``DeviceMesh``; ``compute_with_cache``
+            can't be True.
 
     Raises:
         TypeError: for an argument of a wrong type.

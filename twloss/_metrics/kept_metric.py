@@ -64,12 +64,12 @@ class KeptMetric(Metric):
         settings: Mapping[str, Any],
         options: Mapping[str, Any],
     ) -> None:
-        check_process_group(options.get("process_group"))
+        group = check_process_group(options.get("process_group"))
         if options.get("compute_with_cache"):
             raise ValueError(
                 "compute_with_cache: got True, expected False: ranks with a cached value skip the collective"
             )
-        super().__init__(**{"compute_with_cache": False, **options})
+        super().__init__(**{"compute_with_cache": False, **options, "process_group": group})
         self._device = torch.empty(0).device  # torchmetrics 1.0.3 says "cpu" whatever it is
         self._names = ColumnNames(names)
         self._format = layout
@@ -228,7 +228,8 @@ class KeptMetric(Metric):
         return total.map(self._format.receive)
 
     def _sync_dist(self, dist_sync_fn: Callable[..., Any] = gather_all_tensors, process_group: Any = None) -> None:
-        total = self._start_sum(self._read(), f"{type(self).__name__}.sync()", dist_sync_fn, process_group).wait()
+        group = check_process_group(process_group)
+        total = self._start_sum(self._read(), f"{type(self).__name__}.sync()", dist_sync_fn, group).wait()
         self.totals = self._format.write(RunningSums.own(total), self.totals.device, self._ranks)
 
     @contextmanager

@@ -71,7 +71,7 @@ class RankingQuality(TaskMetric):
         validate_args: count the rows whose label is outside of [0, 1], and those of negative weight, on the device and
             without waiting for it; compute() warns with the counts by task. Of a loss's own, the loss has it.
         nan_strategy: as for ``GlobalLoss``.
-        kwargs: ``Metric``'s own, such as ``process_group``.
+        kwargs: ``Metric``'s own, such as ``process_group``, which may be a 1-D ``DeviceMesh``.
 
     Raises:
         TypeError: for an argument of a wrong type.

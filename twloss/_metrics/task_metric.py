@@ -58,8 +58,8 @@ class TaskMetric(KeptMetric):
             class are neither loaded nor merged.
         settings: what else makes its results, in JSON's types: a ``MetricCollection`` takes metrics with equal sums and
             equal settings for one.
-        options: ``Metric``'s own, such as ``process_group``; ``compute_with_cache`` can't be True, as a rank with a
-            cached value would leave the others waiting in the collective.
+        options: ``Metric``'s own, such as ``process_group``, which may be a 1-D ``DeviceMesh``; ``compute_with_cache``
+            can't be True, as a rank with a cached value would leave the others waiting in the collective.
 
     Raises:
         TypeError: for an argument of a wrong type.

@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh
 from typing_extensions import assert_type
 
 from twloss import (
@@ -164,6 +165,15 @@ def builders() -> None:
     assert_type(get_global_loss_detached(view, "mean", weight=torch.tensor(4)), dict[str, Tensor])
 
 
+def over_a_mesh(mesh: DeviceMesh | None = None) -> None:
+    """The ranks as a mesh."""
+    Loss("bce_with_logits", process_group=mesh)
+    MultiTaskLoss("bce_with_logits", TASKS, global_batch=True, process_group=mesh["dp"] if mesh else None)
+    GlobalLoss(TASKS, process_group=mesh)
+    assert_type(get_global_loss_detached(torch.ones(()), process_group=mesh), Tensor)
+    assert_type(get_global_loss_detached({"loss": torch.ones(())}, process_group=mesh), dict[str, Tensor])
+
+
 def metrics() -> None:
     """Running sums that other training code feeds."""
     metric = GlobalLoss(TASKS, "mean", "max", task_weights=[1.0, 2.0], nan_strategy="ignore", sync_on_compute=True)
@@ -221,6 +231,7 @@ PARTS = [
     callables,
     tasks_of_different_kinds,
     builders,
+    over_a_mesh,
     metrics,
     metrics_of_ones_own,
 ]
