@@ -1,7 +1,8 @@
 """torchrec_metrics: quality over two ranks against TorchRec's own metrics, in the environment that has TorchRec.
 
 RankingQuality, with a window of rows, against a RecMetricModule of normalised entropy, calibration and CTR, which
-computes tasks one by one, or fused. Both give all rows and a window, on all ranks.
+computes tasks one by one, or fused. Both give all rows and a window, on all ranks. And a loss's metrics of training and
+of evaluation, by one compute_all(), against a RecMetricModule for each.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ from benchmarks.paired import Timings
 from benchmarks.ranks import run_on_ranks, seconds_from_a_barrier
 from benchmarks.row import Row, at_least, speedup
 from benchmarks.workload import OURS, Setting
-from twloss import RankingQuality
+from twloss import MultiTaskLoss, RankingQuality, compute_all
 
 __all__ = ["torchrec_metrics"]
 
@@ -28,6 +29,7 @@ TASKS = (3, 20)
 # The slower of the two rivals, then the faster.
 UPDATE, COMPUTE = (at_least(2), at_least(1.5)), (at_least(10), at_least(5))
 HEADLINE = "compute() of quality on 2 ranks, 3 tasks, against TorchRec's fused metrics"
+OF_ALL = at_least(5)
 HEADLINES = {(3, "compute", "RecMetricModule, fused"): HEADLINE}
 
 
@@ -38,15 +40,17 @@ class _Subject(NamedTuple):
 
 def torchrec_metrics(setting: Setting) -> Iterator[Row]:
     """RankingQuality over ranks against TorchRec's RecMetricModule."""
-    for tasks, (update, compute) in run_on_ranks(2, _measure, setting.quick)[0].items():
+    for tasks, (update, compute, of_all) in run_on_ranks(2, _measure, setting.quick)[0].items():
         for what, timings, goals in (("update", update, UPDATE), ("compute", compute, COMPUTE)):
             for rival, goal in zip(MODES, goals):
                 headline = HEADLINES.get((tasks, what, rival), "")
                 yield speedup(f"2 ranks, {tasks} tasks, {what}", timings, OURS, rival, goal, headline=headline)
+        for rival in MODES:
+            yield speedup(f"2 ranks, {tasks} tasks, train and eval at once", of_all, OURS, rival, OF_ALL)
 
 
-def _measure(quick: bool) -> dict[int, tuple[Timings, Timings]]:
-    """On one rank: timings of update() and of compute(), by tasks."""
+def _measure(quick: bool) -> dict[int, tuple[Timings, Timings, Timings]]:
+    """On one rank, by tasks: timings of update(), of compute(), and of that of training and evaluation at once."""
     logging.disable(logging.WARNING)
     warnings.simplefilter("ignore")
     found = {}
@@ -57,8 +61,31 @@ def _measure(quick: bool) -> dict[int, tuple[Timings, Timings]]:
             for name, subject in subjects.items():
                 for times, call in zip(seconds, subject):
                     times[name].append(seconds_from_a_barrier(call))
-        found[tasks] = (Timings(seconds[0]), Timings(seconds[1]))
+        both: dict[str, list[float]] = {name: [] for name in subjects}
+        pairs = {
+            OURS: _losses(tasks),
+            **{name: _both(_module(tasks, mode), _module(tasks, mode)) for name, mode in MODES.items()},
+        }
+        for _ in range(3 if quick else 31):
+            for name, pair in pairs.items():
+                pair.update()
+                both[name].append(seconds_from_a_barrier(pair.compute))
+        found[tasks] = (Timings(seconds[0]), Timings(seconds[1]), Timings(both))
     return found
+
+
+def _both(train: _Subject, evaluation: _Subject) -> _Subject:
+    return _Subject(lambda: (train.update(), evaluation.update()), lambda: (train.compute(), evaluation.compute()))
+
+
+def _losses(tasks: int) -> _Subject:
+    """The losses and the quality of training and evaluation, with windows."""
+    names = [f"task{t}" for t in range(tasks)]
+    quality = RankingQuality(names, window_rows=WINDOW)
+    losses = {mode: MultiTaskLoss("bce_with_logits", names, quality=quality) for mode in ("train", "eval")}
+    losses["eval"].eval()
+    batch = _batch(tasks)
+    return _Subject(lambda: [loss(*batch) for loss in losses.values()], lambda: compute_all(losses))
 
 
 def _batch(tasks: int) -> tuple[torch.Tensor, ...]:

@@ -8,8 +8,9 @@ from __future__ import annotations
 
 import json
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from itertools import chain
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -143,17 +144,15 @@ class _Share:
         self.identity = self.name, type(metric).__qualname__, metric._names.hashes.numbers, metric._format.shape
 
     def results(self) -> list[Tensor]:
-        """The counts and the values of the total, ``(n,)`` each, on its device."""
+        """The counts of the total, and then its values, on its device."""
         sums, counts = self.metric._format.split(self.total)
         with torch.no_grad():
-            values = [value.to(counts) for value in chain.from_iterable(map(self.results_of, sums))]
-        return [counts.flatten(), torch.stack(values)]
+            return [counts, *chain.from_iterable(map(self.results_of, sums))]
 
-    def by_key(self, counts: Tensor, values: Tensor) -> Iterable[tuple[str, Tensor]]:
-        """The values by key; both are those of ``results()``, on the CPU."""
-        *_, tasks = self.metric._format.shape
-        self.metric._report(counts.view(-1, tasks), self.nan_strategy)
-        return zip(self.keys, values.unbind())
+    def by_key(self, counts: Tensor, *values: Tensor) -> Iterable[tuple[str, Tensor]]:
+        """The values by key; all are those of ``results()``, on the CPU."""
+        self.metric._report(counts, self.nan_strategy)
+        return zip(self.keys, values)
 
 
 _Check = tuple[Tensor, str]
@@ -225,24 +224,23 @@ def _start_together(
 
 def _finish(shares: Sequence[_Share], checks: Sequence[_Check]) -> dict[str, Tensor]:
     """The results of the totals, by one copy from a device."""
-    results = chain.from_iterable(share.results() for share in shares)
-    copies = iter(_to_cpu([*(is_sound.double().view(1) for is_sound, _ in checks), *results]))
-    for _, fault in checks:
-        if not next(copies):
+    results = [share.results() for share in shares]
+    are_sound, *copies = _to_cpu([[is_sound for is_sound, _ in checks], *results])
+    for is_sound, (_, fault) in zip(are_sound, checks):
+        if not is_sound:
             raise RuntimeError(fault)
-    return dict(chain.from_iterable(share.by_key(next(copies), next(copies)) for share in shares))
+    return dict(chain.from_iterable(share.by_key(*own) for share, own in zip(shares, copies)))
 
 
-def _to_cpu(parts: Sequence[Tensor]) -> list[Tensor]:
-    """Numbers ``(n,)`` on the CPU, by one copy from each device."""
-    by_device: dict[torch.device, list[int]] = {}
-    for index, part in enumerate(parts):
-        by_device.setdefault(part.device, []).append(index)
+def _to_cpu(lists: Sequence[Sequence[Tensor]]) -> list[list[Tensor]]:
+    """Lists of tensors, on the CPU, by one copy from each device."""
     copies: dict[int, Tensor] = {}
-    for indices in by_device.values():
-        own = [parts[index] for index in indices]
-        copies.update(zip(indices, torch.cat(own).cpu().split([len(part) for part in own])))
-    return [copies[index] for index in range(len(parts))]
+    for device in {each.device for own in lists for each in own if not each.is_cpu}:
+        there = [each for own in lists for each in own if each.device == device]
+        flat = torch.cat([each.flatten().to(torch.float64) for each in there]).cpu()
+        parts = flat.split([each.numel() for each in there])
+        copies.update((id(each), part.view(each.shape)) for each, part in zip(there, parts))
+    return [[copies.get(id(each), each) for each in own] for own in lists] if copies else [list(own) for own in lists]
 
 
 def _by_prefix(metrics: Metrics) -> list[tuple[str, TaskMetric]]:
@@ -264,7 +262,7 @@ def _by_prefix(metrics: Metrics) -> list[tuple[str, TaskMetric]]:
 
 
 def _some_metrics_in(module: nn.Module, argument: str) -> list[TaskMetric]:
-    found = list(_metrics_in(module))
+    found = _metrics_in(module)
     if not found:
         raise ValueError(
             f"{argument}: got {type(module).__name__}, expected a Loss, a MultiTaskLoss, a TaskMetric, or a module "
@@ -273,22 +271,28 @@ def _some_metrics_in(module: nn.Module, argument: str) -> list[TaskMetric]:
     return found
 
 
-def _metrics_in(module: nn.Module) -> Iterator[TaskMetric]:
+def _metrics_in(module: nn.Module) -> list[TaskMetric]:
     """The metrics of a module, each once; of a loss, those of its mode."""
-    seen = {id(idle) for each in module.modules() if isinstance(each, FeedsMetrics) for idle in each._idle_metrics()}
-    stack = [module]
+    found: dict[int, TaskMetric] = {}
+    idle: set[int] = set()
+    seen, stack = set(), [module]  # of ids, since a Metric's hash is that of its states, which takes a while
     while stack:
         each = stack.pop()
         if id(each) in seen:
             continue
         seen.add(id(each))
         if isinstance(each, TaskMetric):
-            yield each
-        elif isinstance(each, MetricCollection):
-            # Not its children: in a compute group one has the sums of all until they are asked for.
-            stack += reversed(list(each.values()))
-        elif not isinstance(each, (Metric, MetricTracker)):
-            stack += reversed(list(each.children()))
+            found[id(each)] = each
+            continue
+        if isinstance(each, FeedsMetrics):
+            idle.update(map(id, each._idle_metrics()))
+        children: Iterable[Any] = each._modules.values()
+        if isinstance(each, MetricCollection):
+            children = each.values()  # in a compute group, one has the sums of all until they are asked for
+        elif isinstance(each, (Metric, MetricTracker)):
+            continue
+        stack += reversed([child for child in children if child is not None])
+    return [metric for key, metric in found.items() if key not in idle]
 
 
 def _refuse_equal_keys(shares: Sequence[_Share]) -> None:
