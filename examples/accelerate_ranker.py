@@ -17,7 +17,7 @@ from accelerate import Accelerator, DataLoaderConfiguration
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
-from twloss import MultiTaskLoss
+from twloss import MultiTaskLoss, compute_all
 
 TASKS = ["like", "reply", "share"]
 FEATURES, ROWS, MISSING = 4, 87, -1
@@ -69,9 +69,7 @@ def main(epochs: int = 2) -> dict[str, float]:
         model, optimizer, DataLoader(rows(), batch_size=GLOBAL_BATCH)
     )
     ranker = accelerator.unwrap_model(model)  # inside of DDP
-    metric = ranker.loss.train_metric
     for _ in range(epochs):
-        metric.reset()
         batches = iter(loader)
         # The window's total comes before its first backward, so its batches are fetched
         # ahead. That rules accumulate() out, which asks the loader whether the data
@@ -90,8 +88,9 @@ def main(epochs: int = 2) -> dict[str, float]:
                     accelerator.backward(losses["loss"] * steps)
             optimizer.step()
             optimizer.zero_grad()
-        # One collective: on every rank.
-        results = {key: value.item() for key, value in metric.compute().items()}
+        # One collective, on every rank; the next epoch starts anew.
+        losses = compute_all(ranker.loss, reset=True)
+        results = {key: value.item() for key, value in losses.items()}
     for key, value in results.items():
         accelerator.print(f"{key:<12} {value:.6f}")
     return results

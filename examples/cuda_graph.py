@@ -21,7 +21,7 @@ def main() -> None:
             loss(logits, labels)["loss"].backward()
             logits.grad = None
     torch.cuda.current_stream().wait_stream(stream)
-    loss.train_metric.reset()  # the steps so far are not to count
+    loss.reset()  # the steps so far are not to count
 
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
@@ -34,7 +34,7 @@ def main() -> None:
             labels.bernoulli_(0.3)
         graph.replay()
     print("the last batch:", losses["loss"].item())
-    print("all ten:", loss.train_metric.compute()["loss"].item())
+    print("all ten:", loss.compute()["loss"].item())
 
 
 if __name__ == "__main__":

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 
-from twloss import MultiTaskLoss
+from twloss import MultiTaskLoss, compute_all
 
 TASKS = ["like", "reply", "share"]
 FEATURES, TRAIN_ROWS, EVAL_ROWS, GLOBAL_BATCH, MISSING = 4, 97, 45, 16, -1
@@ -72,7 +72,7 @@ def main(epochs: int = 2) -> dict[str, float]:
     # After the sharding, which replaces the parameters.
     optimizer = torch.optim.SGD(model.parameters(), lr=0.5)
     for _ in range(epochs):
-        model.loss.train_metric.reset()
+        model.loss.reset()
         for features, labels in shares(rows(TRAIN_ROWS, seed=1)):
             losses = model(features, labels)
             losses["loss"].backward()
@@ -83,11 +83,7 @@ def main(epochs: int = 2) -> dict[str, float]:
         for features, labels in shares(rows(EVAL_ROWS, seed=2)):
             model(features, labels)
     metrics = {"train": model.loss.train_metric, "eval": model.loss.eval_metric}
-    results = {
-        f"{mode}/{key}": x.item()
-        for mode, metric in metrics.items()
-        for key, x in metric.compute().items()
-    }
+    results = {key: value.item() for key, value in compute_all(metrics).items()}
     if dist.get_rank() == 0:
         for key, value in results.items():
             print(f"{key:<18} {value:.6f}")

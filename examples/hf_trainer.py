@@ -59,10 +59,9 @@ class RankerTrainer(Trainer):
     def log(self, logs: dict[str, float], *args: Any) -> None:
         """Add the losses of all rows since the last log, on every rank."""
         if "loss" in logs:
-            metric = self.model.loss.train_metric
-            for key, value in metric.compute().items():
+            for key, value in self.model.loss.compute().items():
                 logs[f"train/{key}"] = value.item()
-            metric.reset()
+            self.model.loss.reset()
         super().log(logs, *args)
 
     def get_train_dataloader(self) -> DataLoader[Any]:

@@ -16,9 +16,9 @@ import torch
 from lightning.pytorch.callbacks import Callback, EarlyStopping, ModelCheckpoint
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Subset, TensorDataset
-from torchmetrics import Metric, MetricCollection
+from torchmetrics import Metric
 
-from twloss import GlobalLoss, MultiTaskLoss
+from twloss import MultiTaskLoss, compute_all
 
 TASKS = ["like", "reply", "share"]
 FEATURES, TRAIN_ROWS, EVAL_ROWS = 4, 125, 61
@@ -36,11 +36,18 @@ def rows(count: int, seed: int) -> TensorDataset:
     return TensorDataset(features, labels)
 
 
-def views_of(metric: GlobalLoss, prefix: str) -> MetricCollection:
-    """A metric for each key of the result, to be logged all at once."""
-    keys = metric.keys()
-    views: dict[str, Metric | MetricCollection] = {k: metric.scalar(k) for k in keys}
-    return MetricCollection(views, prefix=prefix, compute_groups=False)
+class Everywhere(Metric):
+    """A number that every rank has already; without states there is nothing to sync."""
+
+    value: Tensor
+
+    def update(self, value: Tensor) -> None:
+        """Take the number."""
+        self.value = value
+
+    def compute(self) -> Tensor:
+        """Give it back."""
+        return self.value
 
 
 class Ranker(lightning.LightningModule):
@@ -56,29 +63,35 @@ class Ranker(lightning.LightningModule):
             ignore_index=MISSING,
             global_batch=True,
         )
-        # Lightning logs metrics that are submodules and give one number: a view of each
-        # key. After an epoch it resets each logged view, which starts that view anew
-        # and leaves the sums to the other views. So the metrics themselves are not
-        # reset by hand: Lightning reads the views only after on_train_epoch_end.
-        self.train_losses = views_of(self.loss.train_metric, "train/")
-        self.eval_losses = views_of(self.loss.eval_metric, "eval/")
 
     def training_step(self, batch: list[Tensor], _: int) -> Tensor:
-        """The step's loss, to train on; forward has added the batch to train_metric."""
+        """The step's loss, to train on; forward has added the batch to the sums."""
         features, labels = batch
         losses: dict[str, Tensor] = self.loss(self.heads(features), labels)
-        # The tensors, for on_step: a view has no value of a batch that came through the
-        # model, so that self.log(view, on_step=True) would log nothing.
         of_step = {f"step/{key}": value for key, value in losses.items()}
         self.log_dict(of_step, on_step=True, on_epoch=False)
-        self.log_dict(self.train_losses, on_step=False, on_epoch=True)
         return losses["loss"]
 
     def validation_step(self, batch: list[Tensor], _: int) -> None:
-        """Lightning has called eval(): forward adds to eval_metric alone."""
+        """Lightning has called eval(): forward adds to the evaluation's sums alone."""
         features, labels = batch
         self.loss(self.heads(features), labels)
-        self.log_dict(self.eval_losses)
+
+    def on_train_epoch_end(self) -> None:
+        """All training rows since the last time."""
+        self.log_all("train")
+
+    def on_validation_epoch_end(self) -> None:
+        """All evaluation rows since the last time; the loss is still in eval()."""
+        self.log_all("eval")
+
+    def log_all(self, prefix: str) -> None:
+        """Log what the loss tracks in its mode, on every rank, and start it anew."""
+        for key, value in compute_all({prefix: self.loss}, reset=True).items():
+            # Of a tensor, Lightning would advise to average it over the ranks.
+            everywhere = Everywhere()
+            everywhere.update(value)
+            self.log(key, everywhere, metric_attribute=key)
 
     def configure_optimizers(self) -> torch.optim.Optimizer:
         """Plain gradient descent."""

@@ -20,7 +20,7 @@ import wandb
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from twloss import MultiTaskLoss
+from twloss import MultiTaskLoss, compute_all
 
 TASKS = ["like", "reply", "share"]
 FEATURES, TRAIN_ROWS, EVAL_ROWS, GLOBAL_BATCH, MISSING = 4, 97, 45, 16, -1
@@ -74,12 +74,9 @@ def start_runs(folder: Path) -> Any:
 
 def losses_since_last_time(loss: MultiTaskLoss) -> dict[str, float]:
     """Of all rows of all ranks, and the sums start anew: every rank has to call it."""
-    values = {}
-    for mode, metric in (("train", loss.train_metric), ("eval", loss.eval_metric)):
-        for key, value in metric.compute().items():
-            values[f"{mode}/{key}"] = value.item()
-        metric.reset()
-    return values
+    metrics = {"train": loss.train_metric, "eval": loss.eval_metric}
+    values = compute_all(metrics, reset=True)
+    return {key: value.item() for key, value in values.items()}
 
 
 def main(folder: Path, epochs: int = 3) -> None:

@@ -15,7 +15,7 @@ from ray.train import ScalingConfig
 from ray.train.torch import TorchTrainer, prepare_model
 from torch import Tensor, nn
 
-from twloss import MultiTaskLoss
+from twloss import MultiTaskLoss, compute_all
 
 TASKS = ["like", "reply", "share"]
 FEATURES, ROWS, GLOBAL_BATCH, MISSING = 4, 45, 8, -1
@@ -65,15 +65,14 @@ def train_on_worker(config: dict[str, Any]) -> dict[str, Any]:
         (features[rank::world_size], labels[rank::world_size])
         for features, labels in zip(*(part.split(GLOBAL_BATCH) for part in rows()))
     ]
-    metric = ranker.loss.train_metric
     for _ in range(config["epochs"]):
         for features, labels in batches:
             optimizer.zero_grad()
             model(features, labels)["loss"].backward()
             optimizer.step()
         # A collective: every worker gets the losses of all rows. Ray takes no tensors.
-        values = {key: value.item() for key, value in metric.compute().items()}
-        metric.reset()
+        results = compute_all(ranker.loss, reset=True)
+        values = {key: value.item() for key, value in results.items()}
         ray.train.report(values)
     state = {key: value.tolist() for key, value in ranker.state_dict().items()}
     return {"losses": values, "state": state}

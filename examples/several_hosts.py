@@ -93,7 +93,7 @@ def main(steps: int = STEPS, save: str | None = None) -> dict[str, float]:
     ranker = Ranker()
     try:
         train(ranker, steps)
-        losses = ranker.loss.train_metric.compute()
+        losses = ranker.loss.compute()
         with global_sums(ranker):  # a collective, as compute() is
             state = ranker.state_dict()
     except RuntimeError as error:  # of gloo, and of NCCL

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.tensorboard import SummaryWriter
 
-from twloss import GlobalLoss, MultiTaskLoss
+from twloss import MultiTaskLoss, compute_all
 
 TASKS = ["like", "reply", "share"]
 FEATURES, TRAIN_ROWS, EVAL_ROWS, GLOBAL_BATCH, MISSING = 4, 97, 45, 16, -1
@@ -61,11 +61,10 @@ def share_of(data: tuple[Tensor, Tensor]) -> list[tuple[Tensor, Tensor]]:
     return [(x[mine], y[mine]) for x, y in zip(features, labels)]
 
 
-def write(writer: SummaryWriter | None, metric: GlobalLoss, step: int) -> None:
-    """One point of each curve, and the sums start anew."""
+def write(writer: SummaryWriter | None, loss: MultiTaskLoss, step: int) -> None:
+    """One point of each curve of the loss's mode, and its sums start anew."""
     # Every rank computes, since that is a collective; one writes.
-    values = metric.compute()
-    metric.reset()
+    values = compute_all(loss, reset=True)
     if writer is not None:
         for key, value in values.items():
             # "loss/like" and "loss/reply" come in one group, "loss". In float64, as
@@ -95,12 +94,12 @@ def main(log_dir: Path, epochs: int = 3) -> None:
             model(features, labels)["loss"].backward()
             optimizer.step()
             step += 1
+        write(writers["train"], ranker.loss, step)
         model.eval()
         with torch.no_grad():
             for features, labels in eval_batches:
                 model(features, labels)
-        write(writers["train"], ranker.loss.train_metric, step)
-        write(writers["eval"], ranker.loss.eval_metric, step)
+        write(writers["eval"], ranker.loss, step)
     for writer in writers.values():
         if writer is not None:
             writer.close()

@@ -166,14 +166,13 @@ def main(
     model, optimizer = shard(ranker)
     pipeline = pipeline_type(model, optimizer, CPU)
     data = batches(dist.get_rank(), dist.get_world_size())
-    metric, quality = ranker.loss.train_metric, ranker.loss.train_quality
     steps, logged = [], []
     for step in range(1, 2 + (ROWS - 1) // GLOBAL_BATCH):
         losses = pipeline.progress(data)
         steps.append({key: value.item() for key, value in losses.items()})
         if step % LOG_EVERY == 0 or step * GLOBAL_BATCH >= ROWS:
-            values = {**metric.compute(), **quality.compute()}
-            metric.reset()
+            values = ranker.loss.compute()
+            ranker.loss.train_metric.reset()
             logged.append({key: value.item() for key, value in values.items()})
             if dist.get_rank() == 0:
                 for key, value in logged[-1].items():

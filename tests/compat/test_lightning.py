@@ -16,13 +16,14 @@ from lightning.pytorch.loggers.logger import DummyLogger
 from torch import Tensor
 from torchmetrics import Metric, MetricCollection
 
+from benchmarks.counts import CollectiveLog
 from examples import lightning_ranker as example
 from tests.support import reference
 from tests.support.by_hand import Columns, HandRanker, Rows, columns_of, mean_of_means, together
 from tests.support.launch import as_if_from_torchrun, command
 from tests.support.lightning_warnings import lightnings_own_warnings
-from tests.support.rank_pool import on_one_or_two
-from twloss import GlobalLoss, PendingResult, ScalarView
+from tests.support.rank_pool import RankPool, on_one_or_two
+from twloss import GlobalLoss, PendingResult
 
 RULE = reference.Rule()
 Logged = list[tuple[int, dict[str, float]]]
@@ -83,7 +84,41 @@ def expected(world_size: int) -> dict[str, Any]:
     }
 
 
-class OneKey(example.Ranker):
+class Silent(example.Ranker):
+    """Logs no value of an epoch."""
+
+    def log_all(self, prefix: str) -> None:
+        """Nothing."""
+
+
+def views_of(metric: GlobalLoss, prefix: str) -> MetricCollection:
+    """A metric for each key of the result, to be logged all at once."""
+    keys = metric.keys()
+    views: dict[str, Metric | MetricCollection] = {key: metric.scalar(key) for key in keys}
+    return MetricCollection(views, prefix=prefix, compute_groups=False)
+
+
+class Views(Silent):
+    """Logs a view of each key, which Lightning computes and resets, one by one."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.train_losses = views_of(self.loss.train_metric, "train/")
+        self.eval_losses = views_of(self.loss.eval_metric, "eval/")
+
+    def training_step(self, batch: list[Tensor], number: int) -> Tensor:
+        """The example's, and the views."""
+        loss = super().training_step(batch, number)
+        self.log_dict(self.train_losses, on_step=False, on_epoch=True)
+        return loss
+
+    def validation_step(self, batch: list[Tensor], number: int) -> None:
+        """The example's, and the views."""
+        super().validation_step(batch, number)
+        self.log_dict(self.eval_losses)
+
+
+class OneKey(Views):
     """Logs one view of each metric."""
 
     def log(self, name: str, value: Any, **kwargs: Any) -> None:  # type: ignore[override]
@@ -92,7 +127,7 @@ class OneKey(example.Ranker):
             super().log(name, value, **kwargs)
 
 
-class Windows(example.Ranker):
+class Windows(Views):
     """Reads one view every three steps and starts it anew, while Lightning logs another at the end of the epoch."""
 
     def __init__(self) -> None:
@@ -109,54 +144,7 @@ class Windows(example.Ranker):
         return loss
 
 
-class Everywhere(Metric):
-    """A number that every rank has already, as in the guide."""
-
-    value: Tensor
-
-    def __init__(self) -> None:
-        super().__init__(sync_on_compute=False)
-        self.add_state("value", torch.tensor(torch.nan))
-
-    def update(self, value: Tensor) -> None:
-        """Take a number."""
-        self.value = value
-
-    def compute(self) -> Tensor:
-        """Give it back."""
-        return self.value
-
-
-class OneCollective(example.Ranker):
-    """Logs all keys at once, for one collective an epoch, and no view."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        keys = self.loss.train_metric.keys()
-        self.train_values = MetricCollection({key: Everywhere() for key in keys}, prefix="train/", compute_groups=False)
-        self.eval_values = self.train_values.clone(prefix="eval/")
-
-    def log(self, name: str, value: Any, **kwargs: Any) -> None:  # type: ignore[override]
-        """Lightning's, for all but views."""
-        if not isinstance(value, ScalarView):
-            super().log(name, value, **kwargs)
-
-    def on_train_epoch_end(self) -> None:
-        """All training rows since the last time."""
-        self._log_and_reset(self.train_values, self.loss.train_metric)
-
-    def on_validation_epoch_end(self) -> None:
-        """All evaluation rows since the last time."""
-        self._log_and_reset(self.eval_values, self.loss.eval_metric)
-
-    def _log_and_reset(self, values: MetricCollection, metric: GlobalLoss) -> None:
-        for key, value in metric.compute().items():
-            values[key].update(value)
-        self.log_dict(values)
-        metric.reset()
-
-
-class OnStep(example.Ranker):
+class OnStep(Views):
     """Asks Lightning for the steps' values of a view."""
 
     def __init__(self) -> None:
@@ -171,7 +159,7 @@ class OnStep(example.Ranker):
 
 
 class EveryStep(example.Ranker):
-    """Logs each step over all ranks one step later, as the guide has it, while other views go on."""
+    """Logs each step over all ranks one step later, as the guide has it, while the epoch's sums go on."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -264,6 +252,26 @@ def test_every_value_is_that_of_one_process_with_all_rows(run: Run) -> None:
     assert all(answer[0] == results for answer in answers)
 
 
+def count_collectives(rank: int, ranker: type[example.Ranker]) -> int:
+    """The collectives of one rank's run."""
+    with CollectiveLog() as log:
+        run_on_rank(rank, ranker, "64-true")
+    return len(log.names)
+
+
+@pytest.mark.parametrize(("ranker", "collectives"), [(example.Ranker, 1), (Views, 4)], ids=["by one call", "views"])
+def test_what_the_values_of_an_epoch_cost(ranker: type[example.Ranker], collectives: int, two_ranks: RankPool) -> None:
+    """Two epochs, five evaluations, and that of Lightning's sanity check, which is not logged."""
+    counts, without = two_ranks.run(count_collectives, ranker), two_ranks.run(count_collectives, Silent)
+    assert [count - other for count, other in zip(counts, without)] == [8 * collectives] * 2
+
+
+def test_a_view_of_each_key(run: Run) -> None:
+    answers = run(Views, "64-true")
+    truth = expected(len(answers))
+    expect_epochs(answers[0][1], truth, list(truth["untrained"]))
+
+
 def test_one_key_alone(run: Run) -> None:
     answers = run(OneKey, "64-true")
     expect_epochs(answers[0][1], expected(len(answers)), ["loss"])
@@ -275,12 +283,6 @@ def test_views_that_start_anew_at_different_times(run: Run) -> None:
     expect_epochs(answers[0][1], truth, ["loss", "loss/like"])
     windows = [reference.losses(together(truth["seen"][start : start + 3]), RULE) for start in range(0, 15, 3)]
     assert values_of(answers[0][1], "window/reply") == close([window["loss/reply"] for window in windows])
-
-
-def test_all_keys_by_one_collective_an_epoch(run: Run) -> None:
-    answers = run(OneCollective, "64-true")
-    truth = expected(len(answers))
-    expect_epochs(answers[0][1], truth, list(truth["untrained"]))
 
 
 def test_every_step_is_logged_one_step_later(run: Run) -> None:
@@ -318,9 +320,9 @@ def test_bfloat16_leaves_the_running_sums_in_float64(run: Run, precision: str) -
 @pytest.mark.parametrize(
     "copied", [copy.deepcopy, lambda model: pickle.loads(pickle.dumps(model))], ids=["deepcopy", "pickle"]
 )
-def test_views_of_a_copied_model_read_the_copy(copied: Callable[[example.Ranker], example.Ranker]) -> None:
+def test_views_of_a_copied_model_read_the_copy(copied: Callable[[Views], Views]) -> None:
     """As a spawned process, or a callback that averages weights, makes one."""
-    model = copied(example.Ranker())
+    model = copied(Views())
     for views, metric in ((model.train_losses, model.loss.train_metric), (model.eval_losses, model.loss.eval_metric)):
         assert [view.owner for view in views.values(copy_state=False)] == [metric] * 4
     assert set(model.state_dict()) == {"heads.weight", "heads.bias"}

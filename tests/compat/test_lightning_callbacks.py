@@ -15,7 +15,7 @@ import torch.distributed as dist
 from lightning.pytorch.trainer.connectors.logger_connector.result import warning_cache
 
 from examples import lightning_ranker as example
-from tests.compat.test_lightning import OneCollective, eval_data, parts_of, run_example, train_data, values_of
+from tests.compat.test_lightning import Views, eval_data, parts_of, run_example, train_data, values_of
 from tests.support.by_hand import HandRanker
 from tests.support.launch import as_if_from_torchrun
 from tests.support.rank_pool import RankPool, on_one_or_two
@@ -33,7 +33,7 @@ class Tensors(example.Ranker):
 
     def on_validation_epoch_end(self) -> None:
         """All evaluation rows since the last time."""
-        losses = self.loss.eval_metric.compute()
+        losses = self.loss.compute()
         ways: dict[str, Any] = {"bare": {}, "zero": {"rank_zero_only": True}, "synced": {"sync_dist": True}}
         for name, options in ways.items():
             self.log_dict({f"{name}/{key}": value for key, value in losses.items()}, **options)
@@ -102,7 +102,7 @@ def expected(world_size: int) -> list[Evaluation]:
     raise AssertionError("the loss has to rise")
 
 
-@pytest.mark.parametrize("ranker", [example.Ranker, OneCollective], ids=["views", "all keys by one collective"])
+@pytest.mark.parametrize("ranker", [example.Ranker, Views], ids=["by one collective", "views"])
 def test_training_stops_and_the_best_weights_are_kept_by_the_loss_of_all_rows(
     run: Run, ranker: type[example.Ranker], tmp_path: Path
 ) -> None:

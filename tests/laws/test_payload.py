@@ -83,6 +83,25 @@ def test_one_float64_tensor_whose_size_depends_on_the_tasks_alone(ranks: RankPoo
         assert ranks.run(tensors_sent, call, tasks, rows, steps) == [expected] * ranks.world_size
 
 
+def tensors_sent_for_all(rank: int, tasks: int) -> list[Sent]:
+    """By this rank, in a compute() of a loss that tracks its quality too."""
+    loss = MultiTaskLoss("bce_with_logits", [f"task {index}" for index in range(tasks)], quality=True)
+    loss(torch.zeros(2 + rank, tasks), torch.ones(2 + rank, tasks))
+    log = ProcessGroupLog()
+    with log:
+        loss.compute()
+    return log.sent
+
+
+@pytest.mark.parametrize("tasks", [1, 200])
+def test_all_metrics_of_a_loss_are_one_tensor_of_the_guides_size(two_ranks: RankPool, tasks: int) -> None:
+    assert "4,096 numbers (32,768\nbytes) at least, which is room for the losses and the quality of 200 tasks" in (
+        GUIDE.read_text(encoding="utf-8")
+    )
+    expected = [("c10d.allreduce_.default", torch.float64, (4096,))]
+    assert two_ranks.run(tensors_sent_for_all, tasks) == [expected] * 2
+
+
 def test_the_guide_gives_the_shapes_and_the_bytes_a_task(two_ranks: RankPool) -> None:
     lines = re.findall(r"^\| .*: \((\d+), T\) \| (\d+) T \|$", GUIDE.read_text(encoding="utf-8"), re.MULTILINE)
     assert [int(rows) for rows, _ in lines] == list(ROWS_SENT.values())

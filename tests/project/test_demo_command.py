@@ -69,7 +69,7 @@ def points_of(path: Sequence[float]) -> list[Point]:
     losses = {**{f"loss/{task}": 1.0 for task in TASKS}, "loss": 1.0}
     scaled = [{key: value * scale for key, value in losses.items()} for scale in path]
     return [
-        Point(1, 1000 * place, loss, loss, {f"ne/{task}": scale + index for index, task in enumerate(BINARY)})
+        Point(1, 1000 * place, loss, {**loss, **{f"ne/{task}": scale + index for index, task in enumerate(BINARY)}})
         for place, (scale, loss) in enumerate(zip(path, scaled), start=1)
     ]
 

@@ -29,6 +29,7 @@ def test_every_public_name_has_an_entry_on_one_page_and_a_row_on_the_first(site:
     assert Html(built(site, "api.md")).ids >= NAMES
     members = set().union(*(Html(built(site, page)).ids for page in API))
     assert {"twloss.GlobalLoss.compute", "twloss.MultiTaskLoss.forward", "twloss.GlobalLoss.scalar"} <= members
+    assert {f"twloss.{loss}.{call}" for loss in ("Loss", "MultiTaskLoss") for call in ("compute", "reset")} <= members
 
 
 def test_links_lead_somewhere_and_nothing_is_loaded_from_elsewhere(site: Path) -> None:

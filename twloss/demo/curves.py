@@ -10,7 +10,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from twloss.demo.movielens import TASKS
-from twloss.demo.training import Losses, Point, Quality
+from twloss.demo.training import Losses, Point, Results
 
 __all__ = ["draw_curves", "save_curves"]
 
@@ -33,7 +33,7 @@ def draw_curves(points: Sequence[Point], base_rate: Losses) -> Figure:
     _draw_lines(train, "train, since the point before", rows_seen, [point.train for point in points])
     _draw_lines(evaluation, "eval", rows_seen, [point.eval for point in points])
     evaluation.sharey(train)
-    _draw_entropy(entropy, rows_seen, [point.quality for point in points])
+    _draw_entropy(entropy, rows_seen, [point.eval for point in points])
     _draw_bars(last, "eval, at the end", points[-1].eval, base_rate)
     for panel in (train, evaluation, last):
         panel.set_ylabel("cross-entropy (nats); stars: squared error (stars²)")
@@ -43,18 +43,18 @@ def draw_curves(points: Sequence[Point], base_rate: Losses) -> Figure:
     return figure
 
 
-def _draw_lines(panel: Axes, title: str, rows_seen: Sequence[float], losses: Sequence[Losses]) -> None:
+def _draw_lines(panel: Axes, title: str, rows_seen: Sequence[float], results: Sequence[Results]) -> None:
     for key, look in LOOKS.items():
-        panel.plot(rows_seen, [each[key] for each in losses], marker="o", markersize=5, label=key, **look)
+        panel.plot(rows_seen, [each[key] for each in results], marker="o", markersize=5, label=key, **look)
     _describe(panel, title)
 
 
-def _draw_entropy(panel: Axes, rows_seen: Sequence[float], qualities: Sequence[Quality]) -> None:
+def _draw_entropy(panel: Axes, rows_seen: Sequence[float], results: Sequence[Results]) -> None:
     """A line for each binary task, and the base rate's, which is 1 for all of them."""
     for key, look in LOOKS.items():
-        ne = key.replace("loss/", "ne/")
-        if ne in qualities[0]:
-            panel.plot(rows_seen, [each[ne] for each in qualities], marker="o", markersize=5, **look)
+        ne = f"ne/{key.removeprefix('loss/')}"
+        if ne in results[0]:
+            panel.plot(rows_seen, [each[ne] for each in results], marker="o", markersize=5, **look)
     panel.axhline(1.0, color="grey", linestyle="--", linewidth=2)
     panel.set_ylabel("loss over the entropy of the eval rows' base rate")
     panel.set_axisbelow(True)

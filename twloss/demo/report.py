@@ -46,11 +46,11 @@ def print_table(console: Console, title: str, points: Sequence[Point], base_rate
     table.add_column("task", no_wrap=True)
     for heading in HEADINGS:
         table.add_column(heading, justify="right")
-    for key, loss in last.eval.items():
-        losses = (f"{value:.4f}" for value in (last.train[key], loss, base_rate[key]))
-        gain = f"{1 - loss / base_rate[key]:.1%}"
+    for key, base in base_rate.items():
+        losses = (f"{value:.4f}" for value in (last.train[key], last.eval[key], base))
+        gain = f"{1 - last.eval[key] / base:.1%}"
         task = "all (mean)" if key == "loss" else key.removeprefix("loss/")
-        of_task = (last.quality.get(f"{name}/{task}") for name in ("ne", "calibration"))
+        of_task = (last.eval.get(f"{name}/{task}") for name in ("ne", "calibration"))
         quality = ("" if value is None else f"{value:.3f}" for value in of_task)
         table.add_row(task, *losses, gain, *quality, f"{last.rows_seen:,}", f"{eval_rows:,}")
     console.print(table)

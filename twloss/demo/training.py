@@ -19,13 +19,13 @@ from rich.text import Text
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from twloss import GlobalLoss, PendingResult, RankingQuality
+from twloss import GlobalLoss, PendingResult, compute_all
 from twloss.demo.movielens import Rows, Split
 from twloss.demo.options import Options
 from twloss.demo.process_group import share
 from twloss.demo.ranker import Ranker
 
-__all__ = ["Losses", "Point", "Quality", "RowsPerSecond", "evaluate", "train"]
+__all__ = ["Losses", "Point", "Results", "RowsPerSecond", "evaluate", "train"]
 
 INTERVALS_PER_EPOCH = 2
 LEARNING_RATE = 1e-3
@@ -34,22 +34,20 @@ FORGOTTEN_SHARE = 0.3
 
 Losses = dict[str, float]
 """``{"loss/<task>": …, "loss": …}``"""
-Quality = dict[str, float]
-"""``{"ne/<task>": …, "calibration/<task>": …, …}``"""
+Results = dict[str, float]
+"""The losses, and the quality of the predictions for the binary tasks: ``{…, "ne/<task>": …, …}``"""
 
 
 class Point(NamedTuple):
-    """The losses over all ranks, at one moment of the training."""
+    """The results over all ranks, at one moment of the training."""
 
     epoch: int
     """From 1."""
     rows_seen: int
-    train: Losses
+    train: Results
     """Of the rows since the point before."""
-    eval: Losses
+    eval: Results
     """Of all rows to evaluate."""
-    quality: Quality
-    """Of the predictions for all rows to evaluate; of the binary tasks."""
 
 
 def train(ranker: Ranker, split: Split, options: Options, console: Console) -> list[Point]:
@@ -72,8 +70,7 @@ def train(ranker: Ranker, split: Split, options: Options, console: Console) -> l
             if log is not None:
                 log.start(step)
             if step % interval == 0 or step == steps:
-                train_losses = _total(ranker.loss.train_metric)
-                points.append(Point(epoch, rows_seen, train_losses, *evaluate(ranker, split.eval, options)))
+                points.append(Point(epoch, rows_seen, _results(ranker), evaluate(ranker, split.eval, options)))
                 # A line stays one where it goes to a file.
                 console.print(_line(points[-1], options.epochs), soft_wrap=True)
         if log is not None:
@@ -126,15 +123,16 @@ class _StepLog:
             self._console.print(f"step {step:5,}  loss {pending.wait().item():.4f}")
 
 
-def evaluate(ranker: Ranker, rows: Rows, options: Options) -> tuple[Losses, Quality]:
-    """The losses and the quality of all rows, each seen by one rank; the running sums of the training stay."""
+def evaluate(ranker: Ranker, rows: Rows, options: Options) -> Results:
+    """The results of all rows, each seen by one rank; the running sums of the training stay."""
     ranker.eval()
     with torch.no_grad():
         for batch in _batches(rows, options.batch_size):
             part = share(batch)
             ranker(part.ids, part.genres, part.labels)
+    results = _results(ranker)
     ranker.train()
-    return _total(ranker.loss.eval_metric), _total(ranker.loss.eval_quality)
+    return results
 
 
 def _training_step(model: nn.Module, optimizer: torch.optim.Optimizer, part: Rows) -> None:
@@ -144,11 +142,9 @@ def _training_step(model: nn.Module, optimizer: torch.optim.Optimizer, part: Row
     optimizer.step()
 
 
-def _total(metric: GlobalLoss | RankingQuality) -> dict[str, float]:
-    """What the metric has summed on all ranks since the last time; a collective, so every rank has to ask."""
-    results = {key: value.item() for key, value in metric.compute().items()}
-    metric.reset()
-    return results
+def _results(ranker: Ranker) -> Results:
+    """Of all rows in the ranker's mode since the last time; one collective, so every rank has to ask."""
+    return {key: value.item() for key, value in compute_all(ranker.loss, reset=True).items()}
 
 
 def _batches(rows: Rows, batch_size: int) -> Iterator[Rows]:
@@ -166,6 +162,8 @@ def _shuffled_batches(rows: Rows, options: Options) -> Iterator[Rows]:
 
 
 def _line(point: Point, epochs: int) -> str:
-    losses = "  ".join(f"{key.removeprefix('loss/')} {loss:.3f}" for key, loss in point.train.items())
+    losses = "  ".join(
+        f"{key.removeprefix('loss/')} {loss:.3f}" for key, loss in point.train.items() if key.startswith("loss")
+    )
     place = f"epoch {point.epoch:{len(str(epochs))}}/{epochs}  {point.rows_seen:7,} rows"
     return f"{place}  {losses}  eval {point.eval['loss']:.3f}"
