@@ -23,7 +23,7 @@ from twloss._arguments import check_bool, list_some
 from twloss._metrics.kept_metric import LOCK
 from twloss._metrics.task_metric import TaskMetric
 from twloss._sums.pending import PendingResult
-from twloss._sums.ranks import ColumnNames, place_in, start_envelope
+from twloss._sums.ranks import ColumnNames, named_group, place_in, start_envelope, world_size
 from twloss._sums.running_sums import CARRIED_ELSEWHERE, RunningSums
 from twloss._torch import hidden_from_jit
 
@@ -32,6 +32,8 @@ from twloss._torch import hidden_from_jit
 _LEAST_SENT = 4096
 
 Metrics = nn.Module | Mapping[str, nn.Module]
+_Check = tuple[Tensor, str]
+"""Whether a total is sound, 0-dim bool, and the error if it is not."""
 
 
 @hidden_from_jit
@@ -105,7 +107,7 @@ def compute_all_async(metrics: Metrics, *, reset: bool = False) -> PendingResult
 
     Args:
         metrics: as for ``compute_all()``.
-        reset: whether to start the sums anew now. Where the collective fails later, their rows are lost.
+        reset: whether to start the sums anew now. Where ``wait()`` raises an error, their rows are lost.
 
     Returns:
         The pending result, whose ``wait()`` gives that of this moment.
@@ -138,26 +140,33 @@ class _Share:
         self.nan_strategy = metric.nan_strategy
         self.rank, _ = place_in(metric.process_group)
         self.is_over_ranks = metric.sync_on_compute and not metric._is_synced and metric.distributed_available_fn()
+        if self.is_over_ranks:
+            world_size(metric.process_group)  # a rank outside of it is refused before any collective
         name, *_ = metric._counterpart or (type(metric).__name__,)  # in a loss it tells the mode
         self.name = prefix + name
+        self.shown = f"{self.name} of {list_some(metric.tasks or ('loss',))}"
         self.identity = self.name, type(metric).__qualname__, metric._names.hashes.numbers, metric._format.shape
 
-    def results(self) -> list[Tensor]:
-        """The counts and the values of the total, ``(n,)`` each, on its device."""
+    def receive(self, total: Tensor) -> list[_Check]:
+        """Take the total, which was checked."""
+        self.total = total
+        return []
+
+    def results(self) -> Tensor:
+        """The counts and the values of the total, ``(n,)``, on its device."""
         sums, counts = self.metric._format.split(self.total)
         with torch.no_grad():
-            values = [value.to(counts) for value in chain.from_iterable(map(self.results_of, sums))]
-        return [counts.flatten(), torch.stack(values)]
+            values = chain.from_iterable(map(self.results_of, sums))
+            # A metric of one's own may give numbers of any type.
+            wide = [torch.as_tensor(value, dtype=counts.dtype, device=counts.device).view(1) for value in values]
+            return torch.cat((counts.flatten(), *wide))
 
-    def by_key(self, counts: Tensor, values: Tensor) -> Iterable[tuple[str, Tensor]]:
-        """The values by key; both are those of ``results()``, on the CPU."""
+    def by_key(self, results: Tensor) -> Iterable[tuple[str, Tensor]]:
+        """The values by key, of what ``results()`` gave, on the CPU."""
         *_, tasks = self.metric._format.shape
+        counts, values = results.split((len(results) - len(self.keys), len(self.keys)))
         self.metric._report(counts.view(-1, tasks), self.nan_strategy)
         return zip(self.keys, values.unbind())
-
-
-_Check = tuple[Tensor, str]
-"""Whether a total is sound, 0-dim bool, and the error if it is not."""
 
 
 def _start(
@@ -170,12 +179,14 @@ def _start(
     unique = {id(share.metric): share.metric for share in shares}.values() if reset else ()
     for metric in unique:
         metric._refuse_between_syncs(f"{call} with reset=True")
-    with LOCK:  # so that all are of one moment
-        for share in shares:
-            share.value = share.metric._format.read_horizons(share.metric.totals)
-        taken = [(metric, metric._take()) for metric in unique]
+    taken = []
     try:
-        pending = PendingResult.join(_start_totals(shares, call, is_async=is_async), call)
+        with LOCK:  # so that all are of one moment
+            for share in shares:
+                share.value = share.metric._format.read_horizons(share.metric.totals)
+            for metric in unique:
+                taken.append((metric, metric._take()))
+        pending = PendingResult.join(_start_totals(shares, call), call)
         results = pending.map(lambda checks: _finish(shares, list(chain.from_iterable(checks))))
         if not is_async:
             results.wait()
@@ -186,51 +197,56 @@ def _start(
     return results
 
 
-def _start_totals(shares: Sequence[_Share], call: str, *, is_async: bool) -> list[PendingResult[list[_Check]]]:
+def _start_totals(shares: Sequence[_Share], call: str) -> list[PendingResult[list[_Check]]]:
     """Start the total of each metric: of those of a process group together, of any other in its own way."""
+    started: list[PendingResult[list[_Check]]] = []
     groups: dict[dist.ProcessGroup | None, list[_Share]] = {}
     for share in shares:
         metric = share.metric
         if not share.is_over_ranks:
             share.total = share.value.of_rank(share.rank)
         elif metric.dist_sync_fn in (None, gather_all_tensors):
-            groups.setdefault(metric.process_group, []).append(share)
+            groups.setdefault(named_group(metric.process_group), []).append(share)
         else:
-            share.total = metric._start_sum(share.value, call, metric.dist_sync_fn).wait()
-    return [_start_together(members, group, call, is_async=is_async) for group, members in groups.items()]
+            started.append(metric._start_sum(share.value, call, metric.dist_sync_fn).map(share.receive))
+    return started + [_start_together(members, group, call) for group, members in groups.items()]
 
 
 def _start_together(
-    shares: Sequence[_Share], group: dist.ProcessGroup | None, call: str, *, is_async: bool
+    shares: Sequence[_Share], group: dist.ProcessGroup | None, call: str
 ) -> PendingResult[list[_Check]]:
-    """Start one collective for the sums of all metrics of a process group."""
+    """Start one collective for the sums of all metrics of a process group.
+
+    None waits for itself alone: ranks that start those of two groups in another order would wait for each other.
+    """
     rows = [share.value.rows_of_rank(share.rank) for share in shares]
     # A metric that no batch has reached yet may not be on the device where the others are.
     device = max((each.device for each in rows), key=lambda device: device.type != "cpu")
-    numbers = torch.cat([each.to(device).flatten() for each in rows])
+    numbers = torch.cat([each.to(device, non_blocking=True).flatten() for each in rows])
     padding = max(_LEAST_SENT, 1 << len(numbers).bit_length()) - len(numbers) - 1
-    names = ColumnNames([json.dumps([share.identity for share in shares])], "metrics", [share.name for share in shares])
+    identity = json.dumps([share.identity for share in shares])
+    names = ColumnNames([identity], "metrics", [share.shown for share in shares])
 
     def receive(received: tuple[Tensor, Tensor]) -> list[_Check]:
         total, agree = received
         checks = [(agree, names.fault)]
         for share, own, part in zip(shares, rows, total.split([*(each.numel() for each in rows), padding])):
             share.total, is_complete = share.metric._format.unmark(part.view_as(own))
-            checks.append((is_complete, CARRIED_ELSEWHERE))
+            checks.append((is_complete, f"{share.name}: {CARRIED_ELSEWHERE}"))
         return checks
 
     padded = F.pad(numbers, (0, padding))
-    return start_envelope(padded, names, group, call, is_async=is_async).map(receive)
+    return start_envelope(padded, names, group, call, is_async=True).map(receive)
 
 
 def _finish(shares: Sequence[_Share], checks: Sequence[_Check]) -> dict[str, Tensor]:
     """The results of the totals, by one copy from a device."""
-    results = chain.from_iterable(share.results() for share in shares)
+    results = [share.results() for share in shares]
     copies = iter(_to_cpu([*(is_sound.double().view(1) for is_sound, _ in checks), *results]))
     for _, fault in checks:
         if not next(copies):
             raise RuntimeError(fault)
-    return dict(chain.from_iterable(share.by_key(next(copies), next(copies)) for share in shares))
+    return dict(chain.from_iterable(share.by_key(next(copies)) for share in shares))
 
 
 def _to_cpu(parts: Sequence[Tensor]) -> list[Tensor]:

@@ -170,6 +170,12 @@ class SumsFormat:
             return RunningSums(parts.clone())
         return RunningSums(torch.cat((parts[:, :1], parts[:, 1:].sum(1, keepdim=True)), 1))
 
+    def append(self, earlier: RunningSums, later: RunningSums, ranks: int = 1) -> RunningSums:
+        """The sums of updates and of later ones, which push the earlier ones out of a window."""
+        parts, begun = earlier.parts, min(self.places, int(self._places_begun(later.parts, ranks)))
+        gone = torch.zeros_like(parts[:, 1 : 1 + begun])
+        return RunningSums(torch.cat((parts[:, :1], parts[:, 1 + begun :], gone), 1)) + later
+
     def write(self, value: RunningSums, device: torch.device, ranks: int = 1) -> Tensor:
         """A new state of a device that has these sums."""
         return _state_of(self._turn(value.parts, ranks, -1), device)
@@ -233,14 +239,18 @@ class SumsFormat:
             return self.places, 1, 1, -1
         return self.places, self.places * ranks, self.window_rows, -2
 
+    def _places_begun(self, parts: Tensor, ranks: int) -> Tensor:
+        """The number of places that own updates have begun, 0-dim int64."""
+        _, every, per, counter = self._advance(ranks)
+        return _begun(parts[0, 0, counter, 0].long(), every, per)
+
     def _turn(self, parts: Tensor, ranks: int, direction: int) -> Tensor:
         """A copy with the ring buffers turned from the order of the places to that of age (1), or back (-1)."""
         if not self.places:
             return parts.clone()
-        places, every, per, counter = self._advance(ranks)
-        begun = _begun(parts[0, 0, counter, 0].long(), every, per)
+        begun = self._places_begun(parts, ranks)
         # Not roll, which would wait for the device to know how far.
-        order = (torch.arange(places, device=parts.device) + direction * begun).remainder(places)
+        order = (torch.arange(self.places, device=parts.device) + direction * begun).remainder(self.places)
         return torch.cat((parts[:, :1], parts[:, 1:].index_select(1, order)), 1)
 
 
