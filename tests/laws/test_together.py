@@ -23,7 +23,7 @@ from tests.support.cases import columns as rows_of_tasks
 from tests.support.metrics import KEY, KINDS, Batch, Kind, persistent
 from tests.support.rank_pool import RankPool
 from tests.support.results import assert_close, fed, numbers
-from twloss import GlobalLoss, MultiTaskLoss, RankingQuality, compute_all, compute_all_async, global_sums
+from twloss import GlobalLoss, MultiTaskLoss, RankingQuality, TaskMetric, compute_all, compute_all_async, global_sums
 
 Numbers = dict[str, float]
 ByRank = list[list[Batch]]
@@ -381,6 +381,34 @@ def test_ranks_that_differ_are_told_so_and_keep_their_sums(ranks: RankPool, name
         assert kept
         assert repr(agreed) == repr(answers[0][2]) != "{}"
     assert DIFFERENT[name][2] in answers[-1][0]
+
+
+class Refusing(TaskMetric):
+    """A metric that makes no result."""
+
+    def update(self) -> None:
+        """Add a row."""
+        self._add((torch.ones(1),))
+
+    def _keys(self) -> dict[str, bool | None]:
+        return {"refusing": None}
+
+    def _results(self, _: Tensor) -> Sequence[Tensor]:
+        raise ZeroDivisionError
+
+
+def refuse(rank: int, differs: bool) -> str:
+    """The error of ranks that ask for a metric without a result, and differ or not."""
+    metric = Refusing(["b" if rank and differs else "a"], sums=1)
+    metric.update()
+    with pytest.raises((RuntimeError, ZeroDivisionError)) as caught:
+        compute_all(metric, reset=True)
+    return f"{caught.type.__name__}, {metric.update_count}"
+
+
+@pytest.mark.parametrize(("differs", "error"), [(True, "RuntimeError, 1"), (False, "ZeroDivisionError, 1")])
+def test_a_result_of_sums_that_are_not_sound_hides_no_error(two_ranks: RankPool, differs: bool, error: str) -> None:
+    assert two_ranks.run(refuse, differs) == [error] * 2
 
 
 def not_finite(rank: int) -> tuple[str, list[bool], Numbers, Numbers]:

@@ -157,9 +157,13 @@ class _Share:
         sums, counts = self.metric._format.split(self.total)
         with torch.no_grad():
             values = chain.from_iterable(map(self.results_of, sums))
-            # A metric of one's own may give numbers of any type.
-            wide = [torch.as_tensor(value, dtype=counts.dtype, device=counts.device).view(1) for value in values]
-            return torch.cat((counts.flatten(), *wide))
+            # A metric of one's own may give numbers, of any type.
+            wide = [torch.as_tensor(value, dtype=counts.dtype, device=counts.device).flatten() for value in values]
+            results = torch.cat((counts.flatten(), *wide))
+        found, expected = len(results) - counts.numel(), len(self.keys)
+        if found != expected:
+            raise ValueError(f"_results: got {found} numbers, expected {expected}, one for each of the keys")
+        return results
 
     def by_key(self, results: Tensor) -> Iterable[tuple[str, Tensor]]:
         """The values by key, of what ``results()`` gave, on the CPU."""
@@ -241,12 +245,25 @@ def _start_together(
 
 def _finish(shares: Sequence[_Share], checks: Sequence[_Check]) -> dict[str, Tensor]:
     """The results of the totals, by one copy from a device."""
-    results = [share.results() for share in shares]
-    copies = iter(_to_cpu([*(is_sound.double().view(1) for is_sound, _ in checks), *results]))
+    try:
+        results = [share.results() for share in shares]
+    except Exception:
+        _raise_faults(checks, iter(_to_cpu(_sound(checks))))  # for which there may be no result
+        raise
+    copies = iter(_to_cpu([*_sound(checks), *results]))
+    _raise_faults(checks, copies)
+    return dict(chain.from_iterable(map(_Share.by_key, shares, copies)))
+
+
+def _sound(checks: Sequence[_Check]) -> list[Tensor]:
+    return [is_sound.double().view(1) for is_sound, _ in checks]
+
+
+def _raise_faults(checks: Sequence[_Check], sound: Iterator[Tensor]) -> None:
+    """Raise for the first total that is not sound, of as many numbers as there are checks."""
     for _, fault in checks:
-        if not next(copies):
+        if not next(sound):
             raise RuntimeError(fault)
-    return dict(chain.from_iterable(share.by_key(next(copies)) for share in shares))
 
 
 def _to_cpu(parts: Sequence[Tensor]) -> list[Tensor]:
