@@ -180,6 +180,7 @@ class KeptMetric(Metric):
             self._start_era()
 
     def _start_era(self) -> None:
+        """Make every earlier snapshot, and all that ``_take`` has taken, void."""
         self._era, self._clears = object(), self._clears + 1
 
     def _take(self) -> tuple[Tensor, object, int]:

@@ -23,7 +23,7 @@ from twloss._arguments import check_bool, list_some
 from twloss._metrics.kept_metric import LOCK
 from twloss._metrics.task_metric import TaskMetric
 from twloss._sums.pending import PendingResult
-from twloss._sums.ranks import ColumnNames, named_group, place_in, start_envelope, world_size
+from twloss._sums.ranks import ColumnNames, group_or_default, place_in, start_envelope, world_size
 from twloss._sums.running_sums import CARRIED_ELSEWHERE, RunningSums
 from twloss._torch import hidden_from_jit
 
@@ -87,7 +87,8 @@ def compute_all(metrics: Metrics, *, reset: bool = False) -> dict[str, Tensor]:
 
     Raises:
         TypeError: for anything but modules and mappings of these.
-        ValueError: for equal keys, or a module without losses and metrics of this package.
+        ValueError: for equal keys, a module without losses and metrics of this package, or a metric of a process group
+            that this process is not in.
         RuntimeError: where ranks ask for other metrics, and what ``GlobalLoss.compute()`` raises.
 
     Examples:
@@ -210,7 +211,7 @@ def _start_totals(shares: Sequence[_Share], call: str) -> list[PendingResult[lis
         if not share.is_over_ranks:
             share.total = share.value.of_rank(share.rank)
         elif metric.dist_sync_fn in (None, gather_all_tensors):
-            groups.setdefault(named_group(metric.process_group), []).append(share)
+            groups.setdefault(group_or_default(metric.process_group), []).append(share)
         else:
             started.append(metric._start_sum(share.value, call, metric.dist_sync_fn).map(share.receive))
     return started + [_start_together(members, group, call) for group, members in groups.items()]
@@ -221,7 +222,8 @@ def _start_together(
 ) -> PendingResult[list[_Check]]:
     """Start one collective for the sums of all metrics of a process group.
 
-    None waits for itself alone: ranks that start those of two groups in another order would wait for each other.
+    No call waits before all of its collectives are started: ranks with two groups in another order would wait for each
+    other.
     """
     rows = [share.value.rows_of_rank(share.rank) for share in shares]
     # A metric that no batch has reached yet may not be on the device where the others are.

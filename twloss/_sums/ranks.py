@@ -34,7 +34,7 @@ def world_size(process_group: dist.ProcessGroup | None) -> int:
     return ranks
 
 
-def named_group(process_group: dist.ProcessGroup | None) -> dist.ProcessGroup | None:
+def group_or_default(process_group: dist.ProcessGroup | None) -> dist.ProcessGroup | None:
     """The group; for None the default one, where there is one."""
     if process_group is None and dist.is_available() and dist.is_initialized():
         return dist.group.WORLD
