@@ -124,6 +124,8 @@ def tensor_of(numbers: Sequence[float], dtype: torch.dtype, device: torch.device
     """
     if _has_no_values():
         return torch.empty(len(numbers), dtype=dtype, device=device)
+    if len(numbers) == 1:  # by a kernel: a copy of numbers from Python makes a GPU's host wait
+        return torch.full((1,), numbers[0], dtype=dtype, device=device)
     return torch.tensor(numbers, dtype=dtype, device=device)
 
 

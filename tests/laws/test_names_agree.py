@@ -16,7 +16,7 @@ from tests.support import reference
 from tests.support.metrics import Kind, Summing, numbers_of_this_rank
 from tests.support.rank_pool import RankPool
 from tests.support.results import assert_close, fed, numbers
-from twloss import GlobalLoss, MultiTaskLoss, RankingQuality, get_global_loss_detached
+from twloss import GlobalLoss, MultiTaskLoss, RankingQuality, compute_all, get_global_loss_detached
 
 Names = tuple[str, ...]
 
@@ -112,6 +112,8 @@ METRICS = {
 def of_all_ranks(how: str, metric: Summing) -> object:
     if how == "compute":
         return metric.compute()
+    if how == "compute_all":
+        return compute_all(metric, reset=True)
     if how == "sync":
         return metric.sync()
     if how == "view":
@@ -135,7 +137,7 @@ def sums_of_different_names(rank: int, kind: Kind, how: str, names: tuple[Names,
     return text, kept
 
 
-@pytest.mark.parametrize("how", ["compute", "sync", "sync_context", "view"])
+@pytest.mark.parametrize("how", ["compute", "compute_all", "sync", "sync_context", "view"])
 @pytest.mark.parametrize("kind", METRICS.values(), ids=METRICS)
 def test_what_is_of_all_ranks_raises_on_every_rank_and_leaves_the_local_sums(
     ranks: RankPool, kind: Kind, how: str
@@ -147,9 +149,10 @@ def test_what_is_of_all_ranks_raises_on_every_rank_and_leaves_the_local_sums(
 
 
 @different
+@pytest.mark.parametrize("how", ["compute", "compute_all"])
 @pytest.mark.parametrize("kind", METRICS.values(), ids=METRICS)
-def test_compute_tells_any_names_apart(two_ranks: RankPool, kind: Kind, names: tuple[Names, Names]) -> None:
-    answers = two_ranks.run(sums_of_different_names, kind, "compute", names, -1)
+def test_compute_tells_any_names_apart(two_ranks: RankPool, kind: Kind, how: str, names: tuple[Names, Names]) -> None:
+    answers = two_ranks.run(sums_of_different_names, kind, how, names, -1)
     expect_named([text for text, _ in answers], names)
     assert all(kept for _, kept in answers)
 
@@ -161,17 +164,18 @@ def test_a_rank_without_an_update_has_names_too(two_ranks: RankPool, without: in
     expect_named([text for text, _ in answers], names)
 
 
-def losses_of_different_names(rank: int, names: tuple[Names, Names]) -> str:
+def losses_of_different_names(rank: int, names: tuple[Names, Names]) -> tuple[str, str]:
     """Of a loss whose forward is of this rank's rows alone, the first that all ranks do together is compute()."""
     own = names_of(rank, names)
     loss = MultiTaskLoss("bce_with_logits", own)
     loss(*batch_of(rank, len(own)))
-    return error_of(copy.deepcopy(loss).train_metric.compute)
+    return error_of(copy.deepcopy(loss).train_metric.compute), error_of(copy.deepcopy(loss).compute)
 
 
 def test_the_metric_of_a_loss_raises_too(ranks: RankPool) -> None:
     names = DIFFERENT["another order"]
-    expect_named(ranks.run(losses_of_different_names, names), names)
+    for answers in zip(*ranks.run(losses_of_different_names, names)):
+        expect_named(answers, names)
 
 
 # Names that agree.

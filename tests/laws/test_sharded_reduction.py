@@ -19,7 +19,7 @@ from tests.support.cases import Ranker, Rows, Settings, columns, joined
 from tests.support.gradient_errors import case_parts
 from tests.support.rank_pool import RankPool
 from tests.support.results import numbers
-from twloss import MultiTaskLoss
+from twloss import MultiTaskLoss, compute_all
 
 SCALES, BIAS = [0.3, -0.5, 1.1], [0.25]
 CASE = Settings(3)
@@ -79,6 +79,9 @@ def train(rank: int, parts: list[Rows], shard: str, backward: bool) -> list[Any]
             evaluated = {key: value.item() for key, value in model(parts[rank]).items()}
     found = [loss.train_metric.compute(), loss.train_metric.compute(), loss.eval_metric.compute()]
     results = [{key: value.item() for key, value in result.items()} for result in found]
+    together = compute_all({"train": loss.train_metric, "eval": loss})
+    for name, result in (("train", results[0]), ("eval", results[2])):
+        assert {key: together[f"{name}/{key}"].item() for key in result} == result
     view = loss.train_metric.scalar("loss").compute().item()
     return [results, view, evaluated, whole(reduction.scales), whole(reduction.bias)]
 
@@ -99,7 +102,7 @@ def test_running_losses_of_a_sharded_reduction(two_ranks: RankPool, shard: str, 
             assert eval_result == pytest.approx(exact, rel=1e-12)
 
 
-def log_a_step_later(rank: int, parts: list[Rows], shard: str) -> list[Any]:
+def log_a_step_later(rank: int, parts: list[Rows], shard: str, is_joint: bool) -> list[Any]:
     """What two steps logged before the parameters changed, and with which; and the collectives that waiting took."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", UserWarning)
@@ -108,7 +111,7 @@ def log_a_step_later(rank: int, parts: list[Rows], shard: str) -> list[Any]:
         logged = []
         for _ in range(2):
             losses = model(parts[rank])
-            pending = loss.train_metric.compute_async()
+            pending = loss.compute_async() if is_joint else loss.train_metric.compute_async()
             losses["loss"].backward()
             parameters = [whole(loss.global_reduction.scales), whole(loss.global_reduction.bias)]
             optimizer.step()
@@ -121,9 +124,12 @@ def log_a_step_later(rank: int, parts: list[Rows], shard: str) -> list[Any]:
 
 
 @pytest.mark.parametrize("shard", ["model", "loss", "reduction"])
-def test_a_pending_result_is_of_the_sharded_parameters_of_the_call(two_ranks: RankPool, shard: str) -> None:
+@pytest.mark.parametrize("is_joint", [False, True])
+def test_a_pending_result_is_of_the_sharded_parameters_of_the_call(
+    two_ranks: RankPool, shard: str, is_joint: bool
+) -> None:
     parts = case_parts(CASE, 2, weighted=True)
-    for first, second in two_ranks.run(log_a_step_later, parts, shard):
+    for first, second in two_ranks.run(log_a_step_later, parts, shard, is_joint):
         assert first[1:] == (SCALES, BIAS, [])
         assert first[0]["loss"] == pytest.approx(expected(joined(parts), SCALES, BIAS)["loss"], rel=1e-12)
         later, scales, bias, waited = second

@@ -9,7 +9,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from tests.support.metrics import Kind, expect_result_of, of_every_kind
+from tests.support.metrics import Ask, Kind, either_way, expect_result_of, jointly, of_every_kind
 from tests.support.results import assert_close, fed, numbers
 
 
@@ -19,6 +19,7 @@ def test_the_result_is_the_oracles_of_any_batches(kind: Kind, seeds_and_rows: li
     batches = [kind.batch(seed, rows) for seed, rows in seeds_and_rows]
     metric = fed(kind.make(), batches)
     expect_result_of(kind, metric, batches)
+    assert_close(numbers(jointly(metric)), kind.expected(batches))
     assert (metric.update_count, metric.update_called) == (len(batches), True)
 
 
@@ -45,7 +46,7 @@ def test_forward_returns_the_batch_and_keeps_the_sums(kind: Kind) -> None:
 def test_results_are_detached_float64_in_the_order_of_the_keys(kind: Kind) -> None:
     metric = kind.make()
     batch = tuple(part.requires_grad_() for part in kind.batch(3))
-    for result in (metric(*batch), metric.compute()):
+    for result in (metric(*batch), metric.compute(), jointly(metric)):
         assert list(result) == metric.keys() == list(kind.expected([kind.batch(3)]))
         for value in result.values():
             assert (value.shape, value.dtype) == ((), torch.float64)
@@ -56,7 +57,7 @@ def test_results_are_detached_float64_in_the_order_of_the_keys(kind: Kind) -> No
 @of_every_kind
 def test_results_share_no_memory_with_the_sums_nor_each_other(kind: Kind) -> None:
     metric, batches = kind.make(), kind.batches(2)
-    for result in (metric(*batches[0]), metric(*batches[1]), metric.compute()):
+    for result in (metric(*batches[0]), metric(*batches[1]), metric.compute(), jointly(metric)):
         for value in result.values():
             value.zero_()
     expect_result_of(kind, metric, batches)
@@ -73,11 +74,12 @@ def test_an_update_leaves_its_arguments_alone(kind: Kind) -> None:
 
 
 @of_every_kind
-def test_before_any_update_there_is_no_data_and_compute_says_so(kind: Kind) -> None:
+@either_way
+def test_before_any_update_there_is_no_data_and_compute_says_so(kind: Kind, ask: Ask) -> None:
     metric = kind.make()
     assert (metric.update_count, metric.update_called) == (0, False)
     with pytest.warns(UserWarning, match=rf"{kind.of.__name__}.compute\(\) was called before update"):
-        found = numbers(metric.compute())
+        found = numbers(ask(metric))
     assert_close(found, kind.expected([]))
     assert all(value == 0.0 if "weight" in key else math.isnan(value) for key, value in found.items())
 
@@ -114,7 +116,8 @@ BAD = pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
 
 @of_every_kind
 @BAD
-def test_what_is_not_finite_is_left_out_counted_and_named(kind: Kind, bad: float) -> None:
+@either_way
+def test_what_is_not_finite_is_left_out_counted_and_named(kind: Kind, bad: float, ask: Ask) -> None:
     first, last, good = kind.batch(1), kind.batch(2), kind.batch(3)
     for part in range(len(good)):
         given, left_out = kind.changed(good, part, bad), kind.without_last_task(good)
@@ -122,7 +125,7 @@ def test_what_is_not_finite_is_left_out_counted_and_named(kind: Kind, bad: float
         metric = fed(kind.make(), [first, given, given, last])
         for _ in range(2):
             with pytest.warns(UserWarning, match=rf"{kind.of.__name__}: .* not finite: {kind.names()[-1]}: 2$"):
-                assert_close(numbers(metric.compute()), clean)
+                assert_close(numbers(ask(metric)), clean)
         assert metric.update_count == 4
         metric.reset()
         expect_result_of(kind, fed(metric, [last]), [last])
@@ -139,14 +142,15 @@ def test_with_ignore_it_is_left_out_silently(kind: Kind, bad: float) -> None:
 
 @of_every_kind
 @BAD
-def test_with_error_compute_raises_until_the_reset_and_no_sums_are_lost(kind: Kind, bad: float) -> None:
+@either_way
+def test_with_error_compute_raises_until_the_reset_and_no_sums_are_lost(kind: Kind, bad: float, ask: Ask) -> None:
     batches = kind.batches(3)
     for part in range(len(batches[0])):
         metric = fed(kind.make(nan_strategy="error"), [batches[0], kind.changed(batches[1], part, bad)])
         before = metric.totals.clone()
         for _ in range(2):
             with pytest.raises(RuntimeError, match=rf"{kind.of.__name__}: .* not finite: {kind.names()[-1]}: 1$"):
-                metric.compute()
+                ask(metric)
         assert torch.equal(metric.totals, before)
         metric.reset()
         expect_result_of(kind, fed(metric, batches), batches)

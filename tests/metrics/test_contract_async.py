@@ -22,25 +22,42 @@ from torch.distributed.distributed_c10d import _set_pg_timeout
 from torch.nn.parallel import DistributedDataParallel
 
 from benchmarks.counts import CollectiveLog, KernelLog
-from tests.support.metrics import Kind, expect_result_of, numbers_of_this_rank, of_every_kind
+from tests.support.metrics import Kind, Summing, expect_result_of, numbers_of_this_rank, of_every_kind
 from tests.support.patience import PATIENCE, SECONDS
 from tests.support.rank_pool import RankPool
 from tests.support.results import assert_close, fed, numbers
-from twloss import GlobalLoss, MultiTaskLoss, PendingResult, RankingQuality
+from twloss import GlobalLoss, MultiTaskLoss, PendingResult, RankingQuality, compute_all_async
 
 Numbers = dict[str, float]
 
 
+AskLater = Callable[[Summing], PendingResult[dict[str, Tensor]]]
+
+
+def by_itself(metric: Summing) -> PendingResult[dict[str, Tensor]]:
+    """A metric's pending result, from the metric."""
+    return metric.compute_async()
+
+
+def jointly(metric: Summing) -> PendingResult[dict[str, Tensor]]:
+    """The same from the call for any number of metrics."""
+    return compute_all_async(metric)
+
+
+either_way: Callable[[Any], Any] = pytest.mark.parametrize("ask", [by_itself, jointly])
+
+
 @of_every_kind
-def test_it_is_the_result_of_the_moment_of_the_call(kind: Kind) -> None:
+@either_way
+def test_it_is_the_result_of_the_moment_of_the_call(kind: Kind, ask: AskLater) -> None:
     batches = kind.batches(4)
     metric = fed(kind.make(), batches[:2])
-    pending = [metric.compute_async()]
+    pending = [ask(metric)]
     fed(metric, batches[2:])
-    pending.append(metric.compute_async())
+    pending.append(ask(metric))
     metric.reset()
     fed(metric, batches[3:])
-    pending.append(metric.compute_async())
+    pending.append(ask(metric))
     expected = [kind.expected(batches[:2]), kind.expected(batches), kind.expected(batches[3:])]
     expect_result_of(kind, metric, batches[3:])
     del metric
@@ -63,11 +80,12 @@ def test_the_call_reads_nothing_from_the_device(kind: Kind) -> None:
     with KernelLog() as log:
         for each in (metric, view):
             each.compute_async()
+        compute_all_async(metric, reset=True)
     assert log.names
     assert not [name for name in log.names if "_local_scalar_dense" in name or "_to_copy" in name or "nonzero" in name]
 
 
-def run_ahead(rank: int, kind: Kind, store: str) -> tuple[list[Numbers], list[bool], int]:
+def run_ahead(rank: int, kind: Kind, ask: AskLater, store: str) -> tuple[list[Numbers], list[bool], int]:
     """The first rank goes on through its steps before the others start; the results, and whether they were there."""
     signs = FileStore(store, dist.get_world_size())
     batches = later(kind, rank)
@@ -77,7 +95,7 @@ def run_ahead(rank: int, kind: Kind, store: str) -> tuple[list[Numbers], list[bo
     pending: list[PendingResult[dict[str, Tensor]]] = []
     with CollectiveLog() as log:
         for batch in batches:
-            pending.append(fed(metric, [batch]).compute_async())
+            pending.append(ask(fed(metric, [batch])))
             metric.reset()
     completed = [each.is_completed() for each in pending]
     signs.set("ready", "yes")
@@ -90,9 +108,10 @@ def later(kind: Kind, rank: int) -> list[Any]:
 
 
 @of_every_kind
-def test_no_call_waits_for_a_slower_rank(ranks: RankPool, kind: Kind, tmp_path: Path) -> None:
+@either_way
+def test_no_call_waits_for_a_slower_rank(ranks: RankPool, kind: Kind, ask: AskLater, tmp_path: Path) -> None:
     steps = list(zip(*(later(kind, rank) for rank in range(ranks.world_size))))
-    answers = ranks.run(run_ahead, kind, str(tmp_path / "store"))
+    answers = ranks.run(run_ahead, kind, ask, str(tmp_path / "store"))
     assert answers[0][1] == [False] * len(steps)
     for results, _, collectives in answers:
         assert collectives == len(steps)
@@ -127,7 +146,7 @@ def test_many_may_be_under_way_and_any_of_them_dropped(two_ranks: RankPool) -> N
     assert two_ranks.run(many_pending) == [[step * 1.5 for step in range(1, 200, 2)]] * 2
 
 
-def leave(rank: int, store: str) -> tuple[str, bool, Numbers]:
+def leave(rank: int, ask: AskLater, store: str) -> tuple[str, bool, Numbers]:
     """One rank leaves once the other waits for it; that one's error, and its own sums afterwards."""
     signs = FileStore(store, 2)
     metric = GlobalLoss(["a"])
@@ -136,7 +155,7 @@ def leave(rank: int, store: str) -> tuple[str, bool, Numbers]:
         signs.wait(["pending"], PATIENCE)
         dist.destroy_process_group()
         return "", True, {}
-    pending = metric.compute_async()
+    pending = ask(metric)
     signs.set("pending", "yes")
     try:
         pending.wait()
@@ -146,10 +165,11 @@ def leave(rank: int, store: str) -> tuple[str, bool, Numbers]:
     return message, completed, numbers_of_this_rank(metric)
 
 
-def test_a_rank_that_is_gone_is_an_error_at_wait(tmp_path: Path) -> None:
+@either_way
+def test_a_rank_that_is_gone_is_an_error_at_wait(tmp_path: Path, ask: AskLater) -> None:
     pool = RankPool(2)
     try:
-        message, completed, local = pool.run(leave, str(tmp_path / "store"))[0]
+        message, completed, local = pool.run(leave, ask, str(tmp_path / "store"))[0]
     finally:
         pool.stop()
     assert message
@@ -184,11 +204,11 @@ def test_a_rank_that_never_calls_is_an_error_at_wait() -> None:
     assert [local for _, local in answers] == [{"loss/a": 1.5, "loss": 1.5}, {"loss/a": 1.5, "loss": 1.5}]
 
 
-def differ(rank: int) -> tuple[str, str]:
+def differ(rank: int, ask: AskLater) -> tuple[str, str]:
     """What is raised where ranks mean different tasks; a second time too."""
     metric = GlobalLoss(["like", "reply"] if rank else ["reply", "like"])
     metric.update(torch.ones(2), 1)
-    pending, messages = metric.compute_async(), []
+    pending, messages = ask(metric), []
     for _ in range(2):
         with pytest.raises(RuntimeError) as caught:
             pending.wait()
@@ -196,26 +216,28 @@ def differ(rank: int) -> tuple[str, str]:
     return messages[0], messages[1]
 
 
-def test_ranks_that_mean_different_tasks_are_an_error_at_wait(two_ranks: RankPool) -> None:
-    for first, second in two_ranks.run(differ):
+@either_way
+def test_ranks_that_mean_different_tasks_are_an_error_at_wait(two_ranks: RankPool, ask: AskLater) -> None:
+    for first, second in two_ranks.run(differ, ask):
         assert first == second
         assert "'like'" in first
         assert "on all ranks" in first
 
 
 @of_every_kind
-def test_warnings_and_errors_of_updates_come_at_wait(kind: Kind) -> None:
+@either_way
+def test_warnings_and_errors_of_updates_come_at_wait(kind: Kind, ask: AskLater) -> None:
     bad = kind.changed(kind.batch(0), 0, math.nan)
     metric = fed(kind.make(), [bad])
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        warned = metric.compute_async()
+        warned = ask(metric)
         metric.nan_strategy = "error"
-        raised = metric.compute_async()
+        raised = ask(metric)
         metric.nan_strategy = "ignore"
-        silent = metric.compute_async()
+        silent = ask(metric)
         metric.reset()
-        empty = metric.compute_async()
+        empty = ask(metric)
         silent.wait()
     with pytest.warns(UserWarning, match="not finite"):
         warned.wait()
@@ -241,7 +263,7 @@ class Learned(nn.Module):
         return (self.scale * losses).sum() + self.shift
 
 
-def change_settings(rank: int) -> list[Numbers]:
+def change_settings(rank: int, ask: AskLater) -> list[Numbers]:
     """Results that were started before the settings changed, and after."""
     learned = Learned()
     loss = MultiTaskLoss("bce_with_logits", ["a", "b"], "mean", learned, task_weights=[1.0, 1.0], global_batch=True)
@@ -252,7 +274,7 @@ def change_settings(rank: int) -> list[Numbers]:
             learned.shift.fill_(10.0)
         loss.task_weights = [1.0, 1.0]
         metric.update(torch.tensor([3.0, 1.0], dtype=torch.float64), 2 - rank)
-        pending = metric.compute_async()
+        pending = ask(metric)
         loss.task_weights = [100.0, 100.0]
         with torch.no_grad():
             learned.scale.mul_(3.0)
@@ -263,11 +285,14 @@ def change_settings(rank: int) -> list[Numbers]:
 
 
 @pytest.mark.parametrize("world_size", [1, 2])
-def test_it_has_the_settings_and_the_parameters_of_the_call(two_ranks: RankPool, world_size: int) -> None:
+@either_way
+def test_it_has_the_settings_and_the_parameters_of_the_call(
+    two_ranks: RankPool, world_size: int, ask: AskLater
+) -> None:
     weight = 2.0 if world_size == 1 else 3.0
     a, b = 3.0 * world_size / weight, 1.0 * world_size / weight
     for first, again, after, other, _, other_after in (
-        [change_settings(0)] if world_size == 1 else two_ranks.run(change_settings)
+        [change_settings(0, ask)] if world_size == 1 else two_ranks.run(change_settings, ask)
     ):
         assert first == again == other == pytest.approx({"loss/a": a, "loss/b": b, "loss": a + 2 * b + 11})
         assert after["loss"] == pytest.approx(100 * (3 * a + 6 * b) + 31)
@@ -430,7 +455,7 @@ def test_scalar_views_have_it_too(two_ranks: RankPool, kind: Kind) -> None:
             assert found == pytest.approx(expected, rel=1e-15, nan_ok=True)
 
 
-def other_ways(rank: int, kind: Kind) -> list[Numbers]:
+def other_ways(rank: int, kind: Kind, ask: AskLater) -> list[Numbers]:
     """With a gather of the user's own, on this rank alone, and between sync() and unsync()."""
 
     def gather(values: Tensor, group: Any = None) -> list[Tensor]:
@@ -439,11 +464,11 @@ def other_ways(rank: int, kind: Kind) -> list[Numbers]:
         return parts
 
     metrics = [fed(kind.make(**options), kind.batches(2, seed=rank)) for options in ({"dist_sync_fn": gather}, {})]
-    pending = [metric.compute_async() for metric in metrics]
+    pending = [ask(metric) for metric in metrics]
     metrics[1].sync_on_compute = False
-    pending.append(metrics[1].compute_async())
+    pending.append(ask(metrics[1]))
     metrics[1].sync()
-    pending.append(metrics[1].compute_async())
+    pending.append(ask(metrics[1]))
     metrics[1].unsync()
     for metric in metrics:
         metric.reset()
@@ -451,9 +476,10 @@ def other_ways(rank: int, kind: Kind) -> list[Numbers]:
 
 
 @of_every_kind
-def test_it_goes_the_ways_of_compute(two_ranks: RankPool, kind: Kind) -> None:
+@either_way
+def test_it_goes_the_ways_of_compute(two_ranks: RankPool, kind: Kind, ask: AskLater) -> None:
     batches = [kind.batches(2, seed=rank) for rank in range(2)]
-    for rank, (gathered, plain, alone, synced) in enumerate(two_ranks.run(other_ways, kind)):
+    for rank, (gathered, plain, alone, synced) in enumerate(two_ranks.run(other_ways, kind, ask)):
         for found in (gathered, plain, synced):
             assert_close(found, kind.expected(*batches))
         assert_close(alone, kind.expected(batches[rank]))

@@ -7,6 +7,7 @@ import math
 import pickle
 import warnings
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 import pytest
@@ -16,9 +17,20 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from benchmarks.counts import CollectiveLog
-from tests.support.metrics import Batch, Kind, Summing, expect_result_of, numbers_of_this_rank, of_every_kind
+from tests.support.metrics import (
+    Ask,
+    Batch,
+    Kind,
+    Summing,
+    either_way,
+    expect_result_of,
+    jointly,
+    numbers_of_this_rank,
+    of_every_kind,
+)
 from tests.support.rank_pool import RankPool
 from tests.support.results import assert_close, fed, numbers
+from twloss import compute_all
 
 ONE_COLLECTIVE = ["c10d.allreduce_.default"]
 # How many batches each rank has.
@@ -42,7 +54,7 @@ def expect_on_every_rank(found: Sequence[Result], oracle: Result) -> None:
         assert repr(each) == repr(found[0])
 
 
-def compute_twice(rank: int, kind: Kind, batches: ByRank) -> dict[str, Any]:
+def compute_twice(rank: int, kind: Kind, batches: ByRank, ask: Ask) -> dict[str, Any]:
     metric = kind.make()
     logs = [CollectiveLog() for _ in range(3)]
     with logs[0]:
@@ -51,7 +63,7 @@ def compute_twice(rank: int, kind: Kind, batches: ByRank) -> dict[str, Any]:
     results = []
     for log in logs[1:]:
         with log:
-            results.append(numbers(metric.compute()))
+            results.append(numbers(ask(metric)))
     return {
         "collectives": [log.names for log in logs],
         "results": results,
@@ -62,11 +74,12 @@ def compute_twice(rank: int, kind: Kind, batches: ByRank) -> dict[str, Any]:
 
 @of_every_kind
 @SPLITS
+@either_way
 def test_compute_is_of_all_ranks_in_one_collective_and_keeps_the_local_sums(
-    ranks: RankPool, kind: Kind, counts: dict[int, list[int]]
+    ranks: RankPool, kind: Kind, counts: dict[int, list[int]], ask: Ask
 ) -> None:
     batches = batches_of(kind, counts[ranks.world_size])
-    answers = ranks.run(compute_twice, kind, batches)
+    answers = ranks.run(compute_twice, kind, batches, ask)
     for answer, own in zip(answers, batches):
         assert answer["collectives"] == [[], ONE_COLLECTIVE, ONE_COLLECTIVE]
         assert answer["kept"]
@@ -76,15 +89,16 @@ def test_compute_is_of_all_ranks_in_one_collective_and_keeps_the_local_sums(
         expect_on_every_rank([answer["results"][which] for answer in answers], kind.expected(*batches))
 
 
-def compute_without_data(rank: int, kind: Kind) -> tuple[Result, list[str]]:
+def compute_without_data(rank: int, kind: Kind, ask: Ask) -> tuple[Result, list[str]]:
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
-        return numbers(kind.make().compute()), [str(warning.message) for warning in caught]
+        return numbers(ask(kind.make())), [str(warning.message) for warning in caught]
 
 
 @of_every_kind
-def test_without_data_on_any_rank_compute_says_so(two_ranks: RankPool, kind: Kind) -> None:
-    answers = two_ranks.run(compute_without_data, kind)
+@either_way
+def test_without_data_on_any_rank_compute_says_so(two_ranks: RankPool, kind: Kind, ask: Ask) -> None:
+    answers = two_ranks.run(compute_without_data, kind, ask)
     expect_on_every_rank([found for found, _ in answers], kind.expected())
     # A launcher's variables tell torchmetrics which rank is the one to speak; here there are none.
     for _, messages in answers:
@@ -92,16 +106,16 @@ def test_without_data_on_any_rank_compute_says_so(two_ranks: RankPool, kind: Kin
         assert "before update() on any rank" in messages[0]
 
 
-def sync_by_hand(rank: int, kind: Kind, batches: ByRank) -> dict[str, Any]:
+def sync_by_hand(rank: int, kind: Kind, batches: ByRank, ask: Ask) -> dict[str, Any]:
     metric = fed(kind.make(), batches[rank])
     before = metric.totals.clone()
     with CollectiveLog() as of_sync:
         metric.sync()
     with CollectiveLog() as of_compute:
-        synced = numbers(metric.compute())
+        synced = numbers(ask(metric))
     metric.unsync()
     with CollectiveLog() as of_context, metric.sync_context():
-        within = numbers(metric.compute())
+        within = numbers(ask(metric))
     return {
         "collectives": [log.names for log in (of_sync, of_compute, of_context)],
         "results": [synced, within],
@@ -111,11 +125,12 @@ def sync_by_hand(rank: int, kind: Kind, batches: ByRank) -> dict[str, Any]:
 
 @of_every_kind
 @SPLITS
+@either_way
 def test_what_is_synced_by_hand_is_of_all_ranks_until_it_is_unsynced(
-    ranks: RankPool, kind: Kind, counts: dict[int, list[int]]
+    ranks: RankPool, kind: Kind, counts: dict[int, list[int]], ask: Ask
 ) -> None:
     batches = batches_of(kind, counts[ranks.world_size])
-    answers = ranks.run(sync_by_hand, kind, batches)
+    answers = ranks.run(sync_by_hand, kind, batches, ask)
     for answer in answers:
         assert answer["collectives"] == [ONE_COLLECTIVE, [], ONE_COLLECTIVE]
         assert answer["kept"]
@@ -158,6 +173,10 @@ def by_compute(metric: Summing) -> None:
     metric.compute()
 
 
+def by_a_joint_call(metric: Summing) -> None:
+    jointly(metric)
+
+
 def by_sync(metric: Summing) -> None:
     metric.sync()
     metric.compute()
@@ -182,7 +201,7 @@ def read_in_inference_mode(
 
 
 @of_every_kind
-@pytest.mark.parametrize("read", [by_compute, by_sync, by_context])
+@pytest.mark.parametrize("read", [by_compute, by_a_joint_call, by_sync, by_context])
 def test_reading_in_inference_mode_does_not_spoil_the_updates_that_follow(
     two_ranks: RankPool, kind: Kind, read: Callable[[Summing], None]
 ) -> None:
@@ -192,17 +211,18 @@ def test_reading_in_inference_mode_does_not_spoil_the_updates_that_follow(
     expect_on_every_rank([found for _, found in answers], kind.expected(*batches))
 
 
-def compute_in_a_group(rank: int, kind: Kind, batches: ByRank) -> Result | None:
+def compute_in_a_group(rank: int, kind: Kind, batches: ByRank, ask: Ask) -> Result | None:
     group = dist.new_group([0, 2])
     if rank == 1:
         return None
-    return numbers(fed(kind.make(process_group=group), batches[rank]).compute())
+    return numbers(ask(fed(kind.make(process_group=group), batches[rank])))
 
 
 @of_every_kind
-def test_a_process_group_limits_the_ranks(three_ranks: RankPool, kind: Kind) -> None:
+@either_way
+def test_a_process_group_limits_the_ranks(three_ranks: RankPool, kind: Kind, ask: Ask) -> None:
     batches = batches_of(kind, UNEVEN[3])
-    first, none, last = three_ranks.run(compute_in_a_group, kind, batches)
+    first, none, last = three_ranks.run(compute_in_a_group, kind, batches, ask)
     assert none is None
     expect_on_every_rank([first, last], kind.expected(batches[0], batches[2]))
 
@@ -257,17 +277,18 @@ def gather_in_order(values: Tensor, group: Any = None) -> list[Tensor]:
     return parts
 
 
-def compute_with_own_sync(rank: int, kind: Kind, batches: ByRank) -> tuple[list[str], Result]:
+def compute_with_own_sync(rank: int, kind: Kind, batches: ByRank, ask: Ask) -> tuple[list[str], Result]:
     metric = fed(kind.make(dist_sync_fn=gather_in_order), batches[rank])
     with CollectiveLog() as log:
-        result = numbers(metric.compute())
+        result = numbers(ask(metric))
     return log.names, result
 
 
 @of_every_kind
-def test_a_dist_sync_fn_of_the_users_is_honoured(two_ranks: RankPool, kind: Kind) -> None:
+@either_way
+def test_a_dist_sync_fn_of_the_users_is_honoured(two_ranks: RankPool, kind: Kind, ask: Ask) -> None:
     batches = batches_of(kind, UNEVEN[2])
-    answers = two_ranks.run(compute_with_own_sync, kind, batches)
+    answers = two_ranks.run(compute_with_own_sync, kind, batches, ask)
     assert [names for names, _ in answers] == [["c10d.allgather_.default"]] * 2
     expect_on_every_rank([found for _, found in answers], kind.expected(*batches))
 
@@ -283,6 +304,7 @@ def test_a_dist_sync_fn_may_bring_the_sums_of_others_than_the_ranks(kind: Kind) 
     batches = kind.batches(2)
     metric = kind.make(dist_sync_fn=thrice, distributed_available_fn=lambda: True)
     expect_result_of(kind, fed(metric, batches), batches, batches, batches, of=1)
+    assert_close(numbers(jointly(metric)), kind.expected(batches, batches, batches, of=1))
 
 
 def compute_alone_first(rank: int, kind: Kind, batches: ByRank) -> Result:
@@ -303,22 +325,23 @@ def test_no_rank_waits_because_another_has_computed_before(two_ranks: RankPool, 
 # What goes wrong.
 
 
-def compute_what_is_not_finite(rank: int, kind: Kind, batches: ByRank) -> tuple[str, bool, Result]:
+def compute_what_is_not_finite(rank: int, kind: Kind, batches: ByRank, ask: Ask) -> tuple[str, bool, Result]:
     """An error on all ranks, after which the metric can be used."""
     metric = fed(kind.make(nan_strategy="error"), batches[rank])
     before = metric.totals.clone()
     with pytest.raises(RuntimeError, match="not finite") as caught:
-        metric.compute()
+        ask(metric)
     metric.nan_strategy = "ignore"
-    return str(caught.value), torch.equal(metric.totals, before), numbers(metric.compute())
+    return str(caught.value), torch.equal(metric.totals, before), numbers(ask(metric))
 
 
 @of_every_kind
-def test_a_batch_that_is_not_finite_on_one_rank_is_an_error_on_all(two_ranks: RankPool, kind: Kind) -> None:
+@either_way
+def test_a_batch_that_is_not_finite_on_one_rank_is_an_error_on_all(two_ranks: RankPool, kind: Kind, ask: Ask) -> None:
     given = batches_of(kind, UNEVEN[2])
     clean = [given[0], [*given[1], kind.without_last_task(given[1][0])]]
     given[1].append(kind.changed(given[1][0], 0, float("nan")))
-    answers = two_ranks.run(compute_what_is_not_finite, kind, given)
+    answers = two_ranks.run(compute_what_is_not_finite, kind, given, ask)
     for message, kept, _ in answers:
         assert message.endswith(f"not finite: {kind.names()[-1]}: 1")
         assert kept
@@ -335,10 +358,14 @@ def fail_in_the_collective(rank: int, kind: Kind, batches: ByRank) -> tuple[bool
 
     dist.all_reduce = broken
     try:
-        with pytest.raises(RuntimeError, match="the network is down"):
-            metric.compute()
-        with pytest.raises(RuntimeError, match="the network is down"):
-            metric.sync()
+        for call in (
+            metric.compute,
+            partial(compute_all, metric),
+            partial(compute_all, metric, reset=True),
+            metric.sync,
+        ):
+            with pytest.raises(RuntimeError, match="the network is down"):
+                call()
     finally:
         dist.all_reduce = whole
     kept = torch.equal(metric.totals, before)
@@ -377,9 +404,11 @@ def test_a_collective_that_fails_halfway_leaves_the_local_sums(
         monkeypatch.setattr(dist, "all_reduce", spoil_and_fail)
     fed(metric, batches[:3])
     before = metric.totals.clone()
-    for _ in range(2):
+    for reset in (False, True):
         with pytest.raises(RuntimeError, match="the network is down"):
             metric.compute()
+        with pytest.raises(RuntimeError, match="the network is down"):
+            compute_all(metric, reset=reset)
         with pytest.raises(RuntimeError, match="the network is down"):
             metric.sync(dist_sync_fn=spoil_and_fail if of_the_users else None)
         with (

@@ -18,10 +18,11 @@ from torch import Tensor
 from tests.support import quality_reference, reference
 from tests.support.quality_batches import Rows, columns, random_rows
 from tests.support.results import assert_close, numbers
-from twloss import GlobalLoss, RankingQuality
+from twloss import GlobalLoss, RankingQuality, compute_all
 
 Batch = tuple[Tensor, ...]
 Summing = GlobalLoss | RankingQuality
+Ask = Callable[[Summing], dict[str, Tensor]]
 
 
 @dataclass(frozen=True)
@@ -151,6 +152,19 @@ def persistent(kind: Kind, **options: Any) -> Summing:
 
 
 of_every_kind: Callable[[Any], Any] = pytest.mark.parametrize("kind", KINDS.values(), ids=KINDS)
+
+
+def by_itself(metric: Summing) -> dict[str, Tensor]:
+    """A metric's result, from the metric."""
+    return metric.compute()
+
+
+def jointly(metric: Summing) -> dict[str, Tensor]:
+    """The same from the call for any number of metrics."""
+    return compute_all(metric)
+
+
+either_way: Callable[[Any], Any] = pytest.mark.parametrize("ask", [by_itself, jointly])
 
 
 def expect_result_of(kind: Kind, metric: Summing, *ranks: Sequence[Batch], of: int | None = None) -> None:

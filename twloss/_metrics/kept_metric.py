@@ -54,7 +54,9 @@ class KeptMetric(Metric):
     """A second state, which says what the sums are of."""
     _drops_non_finite: bool
     """True where a task's sums that are not finite are left out."""
-    _restarts = 0  # of the sums, which make every earlier snapshot of them void
+    _era: object
+    """Another one after each start of the sums, which makes every earlier snapshot of them void."""
+    _clears = 0  # how often the sums were started anew for good, and not by ``_take``
 
     def __init__(
         self,
@@ -75,6 +77,7 @@ class KeptMetric(Metric):
         self._format = layout
         self._description = {**description, "shape": list(layout.saved_shape)}
         self._settings = dict(settings)
+        self._start_era()
         self._describe_state()  # the first state, the only one that torchmetrics 1.0.3 compares
         with plain_tensors():
             super().add_state("totals", layout.zeros(self.device), dist_reduce_fx="sum")
@@ -174,21 +177,30 @@ class KeptMetric(Metric):
             super().reset()
             if is_captured(totals):
                 self.totals = totals.zero_()
-            self._restarts += 1
+            self._start_era()
 
-    def _take(self) -> Tensor:
-        """Start the sums anew, and return the state that they had, for ``_give_back``."""
+    def _start_era(self) -> None:
+        """Make every earlier snapshot, and all that ``_take`` has taken, void."""
+        self._era, self._clears = object(), self._clears + 1
+
+    def _take(self) -> tuple[Tensor, object, int]:
+        """Start the sums anew, and return the state that they had, and its era, for ``_give_back``."""
         with LOCK:
-            taken = self.totals.clone()
+            taken = self.totals.clone(), self._era, self._clears
             self.reset()
+            self._clears -= 1
         return taken
 
-    def _give_back(self, taken: Tensor) -> None:
-        """Undo ``_take``: what was added since is added to what was taken."""
+    def _give_back(self, taken: tuple[Tensor, object, int]) -> None:
+        """Undo ``_take``: what was added since comes after what was taken, unless a reset or a load came between."""
+        totals, era, clears = taken
         with LOCK:
-            merged = self._format.read(taken, self._ranks) + self._read()
-            self._put(self._format.write(merged, self.totals.device, self._ranks))
-            self._restarts -= 1  # snapshots from before are those of these sums again
+            if clears != self._clears or self.totals.is_meta:
+                return
+            together = self._format.read(totals, self._ranks)
+            together = self._format.append(together, self._read(), self._ranks)
+            self._put(self._format.write(together, self.totals.device, self._ranks))
+            self._era = era
 
     def _put(self, totals: Tensor) -> None:
         """Replace the sums; in place where a captured CUDA graph adds to them."""
@@ -312,7 +324,7 @@ class KeptMetric(Metric):
         if device == self.totals.device:
             return
         if self.totals.is_meta or device.type == "meta":
-            self._restarts += 1
+            self._start_era()
         with LOCK, plain_tensors():
             self.totals = self._format.move(self.totals, device)
             self._defaults["totals"] = torch.zeros_like(self.totals)
@@ -364,7 +376,7 @@ class KeptMetric(Metric):
         with LOCK:
             device = sums.device if self.totals.is_meta else self.totals.device
             self._put(self._format.write(value, device, self._ranks))
-            self._restarts += 1
+            self._start_era()
 
     def _load_from_state_dict(self, *args: Any) -> None:
         # Not Metric's, which would take a tensor of the name of a state for that state, without a look at it.

@@ -49,7 +49,7 @@ class ScalarView(Metric):
         known = {"higher_is_better": higher_is_better, "is_differentiable": owner.is_differentiable}
         self.__dict__.update(owner=owner, **known)
         self.key = key
-        self._since: tuple[int, RunningSums | None] = (owner._restarts, None)
+        self._since: tuple[object, RunningSums | None] = (owner._era, None)
 
     def extra_repr(self) -> str:
         """The key, for repr()."""
@@ -88,9 +88,9 @@ class ScalarView(Metric):
         return self._start(is_async=True)
 
     def _start(self, *, is_async: bool) -> PendingResult[Tensor]:
-        restarts, snapshot = self._since
+        era, snapshot = self._since
         # The owner's own reset() starts all of its views anew.
-        is_valid = restarts == self.owner._restarts
+        is_valid = era is self.owner._era
         is_over_ranks = self.sync_on_compute and self.owner.sync_on_compute
         pending = self.owner._start_since(snapshot if is_valid else None, is_over_ranks, is_async=is_async)
         return pending.map(lambda results: results[self.key])
@@ -98,7 +98,7 @@ class ScalarView(Metric):
     def reset(self) -> None:
         """Start this view anew; the owner's sums, which other views read, stay."""
         super().reset()
-        self._since = (self.owner._restarts, self.owner._take_snapshot())
+        self._since = (self.owner._era, self.owner._take_snapshot())
 
     def plot(self, val: Any = None, ax: Any = None) -> Any:
         """Plot a value as a point, or several as a line.

@@ -9,7 +9,9 @@ from __future__ import annotations
 import json
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
+from functools import lru_cache
 from itertools import chain
+from operator import attrgetter
 from typing import Any
 
 import torch
@@ -24,15 +26,19 @@ from twloss._arguments import check_bool, list_some
 from twloss._metrics.kept_metric import LOCK
 from twloss._metrics.task_metric import TaskMetric
 from twloss._sums.pending import PendingResult
-from twloss._sums.ranks import ColumnNames, place_in, start_envelope
-from twloss._sums.running_sums import CARRIED_ELSEWHERE, RunningSums
+from twloss._sums.ranks import ColumnNames, group_or_default, place_in, start_envelope, world_size
+from twloss._sums.running_sums import CARRIED_ELSEWHERE, RunningSums, are_counted, marks_of_rank
 from twloss._torch import hidden_from_jit
 
 # Ranks that ask for other metrics send as many numbers nevertheless, so that the hash tells: gloo ends the process
 # where sizes differ. 32 KiB, which is the sums of four metrics of 100 tasks, travel about as fast as nothing.
 _LEAST_SENT = 4096
 
+_KIND = attrgetter("dtype", "ndim", "requires_grad")
+
 Metrics = nn.Module | Mapping[str, nn.Module]
+_Check = tuple[Tensor, str]
+"""Whether a total is sound, 0-dim bool, and the error if it is not."""
 
 
 @hidden_from_jit
@@ -86,7 +92,8 @@ def compute_all(metrics: Metrics, *, reset: bool = False) -> dict[str, Tensor]:
 
     Raises:
         TypeError: for anything but modules and mappings of these.
-        ValueError: for equal keys, or a module without losses and metrics of this package.
+        ValueError: for equal keys, a module without losses and metrics of this package, or a metric of a process group
+            that this process is not in.
         RuntimeError: where ranks ask for other metrics, and what ``GlobalLoss.compute()`` raises.
 
     Examples:
@@ -106,7 +113,7 @@ def compute_all_async(metrics: Metrics, *, reset: bool = False) -> PendingResult
 
     Args:
         metrics: as for ``compute_all()``.
-        reset: whether to start the sums anew now. Where the collective fails later, their rows are lost.
+        reset: whether to start the sums anew now. Where ``wait()`` raises an error, their rows are lost.
 
     Returns:
         The pending result, whose ``wait()`` gives that of this moment.
@@ -139,24 +146,41 @@ class _Share:
         self.nan_strategy = metric.nan_strategy
         self.rank, _ = place_in(metric.process_group)
         self.is_over_ranks = metric.sync_on_compute and not metric._is_synced and metric.distributed_available_fn()
+        if self.is_over_ranks:
+            world_size(metric.process_group)  # a rank outside of it is refused before any collective
         name, *_ = metric._counterpart or (type(metric).__name__,)  # in a loss it tells the mode
         self.name = prefix + name
+        self.shown = f"{self.name} of {list_some(metric.tasks or ('loss',))}"
         self.identity = self.name, type(metric).__qualname__, metric._names.hashes.numbers, metric._format.shape
+
+    def receive(self, total: Tensor) -> list[_Check]:
+        """Take the total, which was checked."""
+        self.total = total
+        return []
 
     def results(self) -> list[Tensor]:
         """The counts of the total, and then its values, on its device."""
         sums, counts = self.metric._format.split(self.total)
         with torch.no_grad():
-            return [counts, *chain.from_iterable(map(self.results_of, sums))]
+            values = list(chain.from_iterable(map(self.results_of, sums)))
+            # Those of a metric of one's own may be anything. Two sets, as there may be thousands of values.
+            if set(map(type, values)) != {Tensor} or set(map(_KIND, values)) != {(counts.dtype, 0, False)}:
+                values = [_to_number(value, counts) for value in values]
+        return [counts, *values]
 
-    def by_key(self, counts: Tensor, *values: Tensor) -> Iterable[tuple[str, Tensor]]:
-        """The values by key; all are those of ``results()``, on the CPU."""
+    def by_key(self, results: Sequence[Tensor]) -> Iterable[tuple[str, Tensor]]:
+        """The values by key, of what ``results()`` gave, on the CPU."""
+        counts, *values = results
         self.metric._report(counts, self.nan_strategy)
         return zip(self.keys, values)
 
 
-_Check = tuple[Tensor, str]
-"""Whether a total is sound, 0-dim bool, and the error if it is not."""
+def _to_number(value: Any, like: Tensor) -> Tensor:
+    """A number, or a tensor of one element of any type, as 0-dim."""
+    number = torch.as_tensor(value, dtype=like.dtype, device=like.device).detach()
+    if number.numel() != 1:
+        raise ValueError(f"_results: got a value of shape {tuple(number.shape)}, expected a 0-dim Tensor")
+    return number.view(())
 
 
 def _start(
@@ -169,12 +193,14 @@ def _start(
     unique = {id(share.metric): share.metric for share in shares}.values() if reset else ()
     for metric in unique:
         metric._refuse_between_syncs(f"{call} with reset=True")
-    with LOCK:  # so that all are of one moment
-        for share in shares:
-            share.value = share.metric._format.read_horizons(share.metric.totals)
-        taken = [(metric, metric._take()) for metric in unique]
+    taken = []
     try:
-        pending = PendingResult.join(_start_totals(shares, call, is_async=is_async), call)
+        with LOCK:  # so that all are of one moment
+            for share in shares:
+                share.value = share.metric._format.read_horizons(share.metric.totals)
+            for metric in unique:
+                taken.append((metric, metric._take()))
+        pending = PendingResult.join(_start_totals(shares, call), call)
         results = pending.map(lambda checks: _finish(shares, list(chain.from_iterable(checks))))
         if not is_async:
             results.wait()
@@ -185,62 +211,86 @@ def _start(
     return results
 
 
-def _start_totals(shares: Sequence[_Share], call: str, *, is_async: bool) -> list[PendingResult[list[_Check]]]:
+def _start_totals(shares: Sequence[_Share], call: str) -> list[PendingResult[list[_Check]]]:
     """Start the total of each metric: of those of a process group together, of any other in its own way."""
+    started: list[PendingResult[list[_Check]]] = []
     groups: dict[dist.ProcessGroup | None, list[_Share]] = {}
     for share in shares:
         metric = share.metric
         if not share.is_over_ranks:
             share.total = share.value.of_rank(share.rank)
         elif metric.dist_sync_fn in (None, gather_all_tensors):
-            groups.setdefault(metric.process_group, []).append(share)
+            groups.setdefault(group_or_default(metric.process_group), []).append(share)
         else:
-            share.total = metric._start_sum(share.value, call, metric.dist_sync_fn).wait()
-    return [_start_together(members, group, call, is_async=is_async) for group, members in groups.items()]
+            started.append(metric._start_sum(share.value, call, metric.dist_sync_fn).map(share.receive))
+    return started + [_start_together(members, group, call) for group, members in groups.items()]
 
 
 def _start_together(
-    shares: Sequence[_Share], group: dist.ProcessGroup | None, call: str, *, is_async: bool
+    shares: Sequence[_Share], group: dist.ProcessGroup | None, call: str
 ) -> PendingResult[list[_Check]]:
-    """Start one collective for the sums of all metrics of a process group."""
-    rows = [share.value.rows_of_rank(share.rank) for share in shares]
+    """Start one collective for the sums of all metrics of a process group.
+
+    No call waits before all of its collectives are started: ranks with two groups in another order would wait for each
+    other.
+    """
     # A metric that no batch has reached yet may not be on the device where the others are.
-    device = max((each.device for each in rows), key=lambda device: device.type != "cpu")
-    numbers = torch.cat([each.to(device).flatten() for each in rows])
+    device = max((share.value.parts.device for share in shares), key=lambda device: device.type != "cpu")
+    values = [share.value.to(device) for share in shares]
+    rank, _ = place_in(group)
+    sums = [value.of_rank(rank) for value in values]
+    marks = marks_of_rank(values, rank)
+    numbers = torch.cat([each.flatten() for each in (*sums, marks)])
     padding = max(_LEAST_SENT, 1 << len(numbers).bit_length()) - len(numbers) - 1
-    names = ColumnNames([json.dumps([share.identity for share in shares])], "metrics", [share.name for share in shares])
+    names = _header(tuple(share.identity for share in shares), tuple(share.shown for share in shares))
 
     def receive(received: tuple[Tensor, Tensor]) -> list[_Check]:
         total, agree = received
-        checks = [(agree, names.fault)]
-        for share, own, part in zip(shares, rows, total.split([*(each.numel() for each in rows), padding])):
-            share.total, is_complete = share.metric._format.unmark(part.view_as(own))
-            checks.append((is_complete, CARRIED_ELSEWHERE))
-        return checks
+        *parts, of_marks, _ = total.split([*(each.numel() for each in (*sums, marks)), padding])
+        for share, own, part in zip(shares, sums, parts):
+            share.total = part.view_as(own)
+        return [(agree, names.fault), (are_counted(of_marks.view_as(marks)), CARRIED_ELSEWHERE)]
 
-    padded = F.pad(numbers, (0, padding))
-    return start_envelope(padded, names, group, call, is_async=is_async).map(receive)
+    return start_envelope(F.pad(numbers, (0, padding)), names, group, call, is_async=True).map(receive)
+
+
+@lru_cache(maxsize=16)
+def _header(identities: tuple[Any, ...], shown: tuple[str, ...]) -> ColumnNames:
+    """One name for what several metrics send: a training asks for the same ones again and again."""
+    return ColumnNames([json.dumps(identities)], "metrics", list(shown))
 
 
 def _finish(shares: Sequence[_Share], checks: Sequence[_Check]) -> dict[str, Tensor]:
     """The results of the totals, by one copy from a device."""
-    results = [share.results() for share in shares]
+    try:
+        results = [share.results() for share in shares]
+    except Exception:
+        _raise_faults(checks)  # of what is no total there may be no result
+        raise
     are_sound, *copies = _to_cpu([[is_sound for is_sound, _ in checks], *results])
-    for is_sound, (_, fault) in zip(are_sound, checks):
+    _raise_faults([(is_sound, fault) for is_sound, (_, fault) in zip(are_sound, checks)])
+    return dict(chain.from_iterable(map(_Share.by_key, shares, copies)))
+
+
+def _raise_faults(checks: Sequence[_Check]) -> None:
+    """Raise for the first total that is not sound."""
+    for is_sound, fault in checks:
         if not is_sound:
             raise RuntimeError(fault)
-    return dict(chain.from_iterable(share.by_key(*own) for share, own in zip(shares, copies)))
 
 
-def _to_cpu(lists: Sequence[Sequence[Tensor]]) -> list[list[Tensor]]:
+def _to_cpu(lists: Sequence[Sequence[Tensor]]) -> Sequence[Sequence[Tensor]]:
     """Lists of tensors, on the CPU, by one copy from each device."""
+    elsewhere = [each for own in lists for each in own if not each.is_cpu]
+    if not elsewhere:
+        return lists
     copies: dict[int, Tensor] = {}
-    for device in {each.device for own in lists for each in own if not each.is_cpu}:
-        there = [each for own in lists for each in own if each.device == device]
+    for device in {each.device for each in elsewhere}:
+        there = [each for each in elsewhere if each.device == device]
         flat = torch.cat([each.flatten().to(torch.float64) for each in there]).cpu()
         parts = flat.split([each.numel() for each in there])
         copies.update((id(each), part.view(each.shape)) for each, part in zip(there, parts))
-    return [[copies.get(id(each), each) for each in own] for own in lists] if copies else [list(own) for own in lists]
+    return [[copies.get(id(each), each) for each in own] for own in lists]
 
 
 def _by_prefix(metrics: Metrics) -> list[tuple[str, TaskMetric]]:
@@ -296,8 +346,9 @@ def _metrics_in(module: nn.Module) -> list[TaskMetric]:
 
 
 def _refuse_equal_keys(shares: Sequence[_Share]) -> None:
-    counts = Counter(chain.from_iterable(share.keys for share in shares))
-    if equal := [key for key, count in counts.items() if count > 1]:
+    keys = list(chain.from_iterable(share.keys for share in shares))
+    if len(set(keys)) < len(keys):
+        equal = [key for key, count in Counter(keys).items() if count > 1]
         raise ValueError(
             f"metrics: got {list_some(equal)} of more than one metric, expected each key once: pass a mapping "
             "name -> metric, whose names become prefixes"

@@ -34,6 +34,13 @@ def world_size(process_group: dist.ProcessGroup | None) -> int:
     return ranks
 
 
+def group_or_default(process_group: dist.ProcessGroup | None) -> dist.ProcessGroup | None:
+    """The group; for None the default one, where there is one."""
+    if process_group is None and dist.is_available() and dist.is_initialized():
+        return dist.group.WORLD
+    return process_group
+
+
 def place_in(process_group: dist.ProcessGroup | None) -> tuple[int, int]:
     """This rank in the group, and the number of ranks: (0, 1) without a process group, (-1, -1) outside of this one."""
     if not (dist.is_available() and dist.is_initialized()):

@@ -77,11 +77,28 @@ class RunningSums:
 
     def rows_of_rank(self, rank: int) -> Tensor:
         """The rows that this rank sends, ``((1 + places)·rows + marks, tasks)``; see ``SumsFormat.receive``."""
-        # What is carried of the window is not marked: it leaves the window as this rank goes on.
-        mark = self.parts[1, 0].nan_to_num(0.0, 0.0, 0.0).abs().sum(0)
-        nothing = torch.zeros_like(mark)
-        marks = (mark, nothing, nothing) if rank == 0 else (nothing, mark, (mark != 0).to(mark))
-        return torch.cat((self.of_rank(rank).flatten(0, 1), torch.stack(marks)))
+        return torch.cat((self.of_rank(rank).flatten(0, 1), marks_of_rank([self], rank)))
+
+    def to(self, device: torch.device) -> RunningSums:
+        """The same sums on a device, without waiting for it."""
+        return RunningSums(self.parts.to(device, non_blocking=True))
+
+
+def marks_of_rank(values: Sequence[RunningSums], rank: int) -> Tensor:
+    """The marks that a rank sends beside these sums, ``(marks, columns)`` of all of them; see ``are_counted``."""
+    # What is carried of the window is not marked: it leaves the window as this rank goes on.
+    mark = torch.cat([value.parts[1, 0].nan_to_num(0.0, 0.0, 0.0).abs().sum(0) for value in values])
+    nothing = torch.zeros_like(mark)
+    return torch.stack((mark, nothing, nothing) if rank == 0 else (nothing, mark, (mark != 0).to(mark)))
+
+
+def are_counted(marks: Tensor) -> Tensor:
+    """Whether the first rank carries all that others do, by the total of their marks; 0-dim bool."""
+    first, rest, carriers = marks
+    expected = carriers * first
+    # But for the rounding of as many additions.
+    is_equal: Tensor = (rest - expected).abs() <= torch.finfo(marks.dtype).eps * carriers * expected
+    return is_equal.all()
 
 
 class SumsFormat:
@@ -170,6 +187,12 @@ class SumsFormat:
             return RunningSums(parts.clone())
         return RunningSums(torch.cat((parts[:, :1], parts[:, 1:].sum(1, keepdim=True)), 1))
 
+    def append(self, earlier: RunningSums, later: RunningSums, ranks: int = 1) -> RunningSums:
+        """The sums of updates and of later ones, which push the earlier ones out of a window."""
+        parts, begun = earlier.parts, min(self.places, int(self._places_begun(later.parts, ranks)))
+        gone = torch.zeros_like(parts[:, 1 : 1 + begun])
+        return RunningSums(torch.cat((parts[:, :1], parts[:, 1 + begun :], gone), 1)) + later
+
     def write(self, value: RunningSums, device: torch.device, ranks: int = 1) -> Tensor:
         """A new state of a device that has these sums."""
         return _state_of(self._turn(value.parts, ranks, -1), device)
@@ -188,18 +211,9 @@ class SumsFormat:
         Raises:
             RuntimeError: if a rank carries what the first does not, and so what would not be counted.
         """
-        total, is_complete = self.unmark(rows)
-        if not is_complete:
+        if not are_counted(rows[-_MARKS:]):
             raise RuntimeError(CARRIED_ELSEWHERE)
-        return total
-
-    def unmark(self, rows: Tensor) -> tuple[Tensor, Tensor]:
-        """What ``receive`` returns, and whether it counts all that the ranks carry, 0-dim bool: no host reads it."""
-        first, rest, carriers = rows[-_MARKS:]
-        expected = carriers * first
-        # But for the rounding of as many additions.
-        is_complete = ((rest - expected).abs() <= torch.finfo(rows.dtype).eps * carriers * expected).all()
-        return rows[:-_MARKS].view(-1, *self.shape[1:]), is_complete
+        return rows[:-_MARKS].view(-1, *self.shape[1:])
 
     def split(self, total: Tensor) -> tuple[Tensor, Tensor]:
         """The parts of a total ``(horizons, rows, tasks)`` that results are made of.
@@ -233,14 +247,18 @@ class SumsFormat:
             return self.places, 1, 1, -1
         return self.places, self.places * ranks, self.window_rows, -2
 
+    def _places_begun(self, parts: Tensor, ranks: int) -> Tensor:
+        """The number of places that own updates have begun, 0-dim int64."""
+        _, every, per, counter = self._advance(ranks)
+        return _begun(parts[0, 0, counter, 0].long(), every, per)
+
     def _turn(self, parts: Tensor, ranks: int, direction: int) -> Tensor:
         """A copy with the ring buffers turned from the order of the places to that of age (1), or back (-1)."""
         if not self.places:
             return parts.clone()
-        places, every, per, counter = self._advance(ranks)
-        begun = _begun(parts[0, 0, counter, 0].long(), every, per)
+        begun = self._places_begun(parts, ranks)
         # Not roll, which would wait for the device to know how far.
-        order = (torch.arange(places, device=parts.device) + direction * begun).remainder(places)
+        order = (torch.arange(self.places, device=parts.device) + direction * begun).remainder(self.places)
         return torch.cat((parts[:, :1], parts[:, 1:].index_select(1, order)), 1)
 
 
