@@ -98,8 +98,8 @@ class Ranker(nn.Module):
         logits = {task: head(batch[task].features) for task, head in zip(self.names, self.heads)}
         given = {task: self.sums_of(logits.pop(task), batch[task]) for task in self.given}
         if not logits:
-            sums, counted = ({task: pair[place] for task, pair in given.items()} for place in (0, 1))
-            return self.loss.from_sums(sums, counted, normalizer=normalizer)
+            sums = {task: loss_sum for task, (loss_sum, _) in given.items()}
+            return self.loss.from_sums(sums, {task: w for task, (_, w) in given.items()}, normalizer=normalizer)
         labels = {task: batch[task].labels for task in reversed(self.names) if task in logits}
         weights = {task: batch[task].weights for task in labels if batch[task].weights is not None}
         inputs: Any = (logits, labels, weights or None)
