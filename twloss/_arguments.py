@@ -152,12 +152,13 @@ def check_number(name: str, value: object) -> float:
     """A Python number that a float can hold, and that is finite."""
     if isinstance(value, bool) or not isinstance(value, Real):
         raise TypeError(f"{name}: got {type(value).__name__}, expected a Tensor or a number")
+    # NumPy compares in its own dtype, float32 with infinity, and warns.
+    number: Any = value.item() if not isinstance(value, (int, float)) and hasattr(value, "item") else value
     # Compared, as of a symbolic number torch.compile knows no isfinite().
-    number: Any = value
-    largest = _LARGEST_INT if isinstance(value, int) else _LARGEST_FLOAT
+    largest = _LARGEST_INT if isinstance(number, int) else _LARGEST_FLOAT
     if not -largest <= number <= largest:
         raise ValueError(f"{name}: got {value}, expected a finite number")
-    return value if isinstance(value, (int, float)) else float(value)
+    return number if isinstance(number, (int, float)) else float(number)
 
 
 def check_ignore_index(ignore_index: object, tasks: Sequence[str] | None) -> IgnoreIndex:

@@ -54,7 +54,8 @@ class _TaskLosses(TracksSums):
     ) -> dict[str, Tensor]:
         """The losses of a batch, whose sums are added to the running ones."""
         # These are no Proxy; all else is looked at.
-        if not (type(logits) is type(labels) is Tensor and type(weights) in _PLAIN and type(normalizer) in _PLAIN):
+        is_plain = type(logits) is type(labels) is Tensor and type(weights) in _PLAIN and type(normalizer) in _PLAIN
+        if not is_plain or given is not None:
             proxy = find_proxy(logits, labels, weights, normalizer, given)
             if proxy is not None:
                 asked = {"normalizer": normalizer, "given": given}
@@ -90,7 +91,7 @@ class _TaskLosses(TracksSums):
         return sum_given(given, self._given, plan.over_rows, device, validates=plan.validates)
 
     def _losses_of_sums(
-        self, loss_sum: LossSums, weight: Weights, normalizer: Tensor | float | None
+        self, loss_sum: LossSums, weight: Weights, normalizer: Tensor | float | None = None
     ) -> dict[str, Tensor]:
         """The losses of sums made elsewhere, which are added to the running ones."""
         proxy = find_proxy(loss_sum, weight, normalizer)

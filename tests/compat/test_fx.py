@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, fx, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from tests.support.cases import Ranker, Rows, Settings
+from tests.support.cases import Rows, Settings
 from tests.support.gradient_errors import case_parts, errors_of, flat_gradients
 from tests.support.rank_pool import RankPool
 from twloss import GlobalLoss, Loss, MultiTaskLoss, RankingQuality
@@ -116,6 +116,28 @@ def of_mappings(loss: MultiTaskLoss, x: Any, y: Any, w: Any, n: Any) -> Any:
     return loss(logits, labels, weights={task: w[:, t] for t, task in enumerate(TASKS)}, normalizer=n)
 
 
+def sums_of(x: Any, y: Any, w: Any) -> Any:
+    """Σ w·l of each task, ``(tasks,)``, made in the model."""
+    positive = torch.tensor(POSITIVE, dtype=torch.float64)
+    return F.binary_cross_entropy_with_logits(x, y, w, pos_weight=positive, reduction="none").sum(0)
+
+
+def of_sums(loss: MultiTaskLoss, x: Any, y: Any, w: Any, n: Any) -> Any:
+    return loss.from_sums(sums_of(x, y, None), 5)
+
+
+def of_weighted_sums(loss: MultiTaskLoss, x: Any, y: Any, w: Any, n: Any) -> Any:
+    losses = loss.from_sums(sums_of(x, y, w), weight=(w < 2).sum(0), normalizer=n)
+    assert isinstance(losses, dict)
+    return dict(losses.items())
+
+
+def of_sums_by_task(loss: MultiTaskLoss, x: Any, y: Any, w: Any, n: Any) -> Any:
+    sums = sums_of(x, y, w)
+    rows = (w < 2).sum(0)
+    return loss.from_sums({"reply": sums[1], "like": sums[0]}, {"like": rows[0], "reply": 5}, normalizer=n)
+
+
 # How forward calls the loss, and whether with the weights and with the normalizer.
 USES: dict[str, tuple[Callable[..., Any], bool, bool]] = {
     "items": (by_items, False, False),
@@ -124,6 +146,9 @@ USES: dict[str, tuple[Callable[..., Any], bool, bool]] = {
     "weights": (with_weights, True, False),
     "keywords": (with_keywords, True, True),
     "mappings": (of_mappings, True, True),
+    "sums": (of_sums, False, False),
+    "sums and all else": (of_weighted_sums, True, True),
+    "sums by task": (of_sums_by_task, True, True),
 }
 
 
@@ -256,6 +281,78 @@ def test_class_labels() -> None:
     assert model.loss.train_metric.update_count == 1
 
 
+class WithGiven(nn.Module):
+    """A model of which one task's rows are the loss's, and another's its own."""
+
+    def __init__(self, loss: MultiTaskLoss, form: str) -> None:
+        super().__init__()
+        torch.manual_seed(1)
+        self.heads = nn.Linear(3, 2, dtype=torch.float64)
+        self.loss = loss
+        self.form = form
+        self.register_buffer("logits", torch.zeros(1, 1, dtype=torch.float64))
+
+    def forward(self, features: Tensor, labels: Tensor, weight: Tensor) -> dict[str, Tensor]:
+        """The losses."""
+        logits = self.heads(features)
+        aux = logits[:, 0].square().sum()
+        pairs: dict[str, Any] = {"bare": aux, "pair": (aux, weight), "number": (aux, 4), "list": [aux, weight]}
+        if self.form == "alone":
+            # Nothing else is traced.
+            return {**self.loss(self.logits, torch.ones(1, 1), given={"aux": (aux, weight)})}
+        return {**self.loss(logits[:, 1:], labels, given={"aux": pairs[self.form]})}
+
+
+GIVEN_TYPES: Any = {"aux": "given", "like": "bce_with_logits"}
+
+
+@pytest.mark.parametrize("tracer", [fx.Tracer, LeavesOfTorch])
+@pytest.mark.parametrize("form", ["bare", "pair", "number", "list", "alone"])
+def test_a_given_loss_in_a_traced_model(form: str, tracer: type[fx.Tracer]) -> None:
+    model = WithGiven(MultiTaskLoss(GIVEN_TYPES, list(GIVEN_TYPES)), form)
+    graph: Any = traced(model, tracer)
+    assert update_counts(model) == (0, 0)
+    features, labels = torch.randn(5, 3, dtype=torch.float64), torch.rand(5, 1, dtype=torch.float64)
+    weight = torch.tensor(4.0, dtype=torch.float64)
+    logits = model.heads(features)
+    aux = logits[:, 0].square().sum() / (1 if form == "bare" else 4)
+    like = F.binary_cross_entropy_with_logits(logits[:, 1:], labels)
+    if form == "alone":
+        like = F.softplus(torch.tensor(0.0, dtype=torch.float64))
+    (exact,) = torch.autograd.grad((aux + like) / 2, model.heads.weight)
+    for count in (1, 2):
+        losses = graph(features, labels, weight)
+        values = [aux.item(), like.item(), (aux + like).item() / 2]
+        assert [value.item() for value in losses.values()] == pytest.approx(values, rel=1e-12)
+        (found,) = torch.autograd.grad(losses["loss"], model.heads.weight)
+        assert torch.allclose(found, exact, rtol=1e-12, atol=1e-15)
+        assert update_counts(graph) == (count, 0)
+    twin = copy.deepcopy(graph)
+    twin(features, labels, weight)
+    assert (update_counts(graph), update_counts(twin)) == ((2, 0), (3, 0))
+
+
+class SumsOfOne(nn.Module):
+    """A model that makes the sum of one task."""
+
+    def __init__(self, loss: Loss) -> None:
+        super().__init__()
+        self.loss = loss
+
+    def forward(self, rows: Tensor, weight: Tensor) -> Tensor:
+        """Twice the loss."""
+        return 2 * self.loss.from_sums(rows.sum(), weight)
+
+
+@pytest.mark.parametrize("tracer", [fx.Tracer, LeavesOfTorch, LossIsALeaf])
+def test_the_sums_of_one_task(tracer: type[fx.Tracer]) -> None:
+    model = SumsOfOne(Loss("given"))
+    graph: Any = traced(model, tracer)
+    for rows in (4, 7):
+        assert graph(torch.ones(rows), torch.tensor(2 * rows)).item() == 1.0
+    assert update_counts(graph) == (2, 0)
+
+
 class Tempered(MultiTaskLoss):
     """A loss with a forward of its own."""
 
@@ -292,6 +389,15 @@ def test_what_a_subclass_does_to_its_inputs_is_done_once(loss: nn.Module) -> Non
     assert torch.allclose(value, F.binary_cross_entropy_with_logits(logits / 2, labels.double()), rtol=1e-12)
 
 
+def test_what_a_subclass_does_beside_a_given_loss_is_done_once() -> None:
+    model = WithGiven(Tempered(GIVEN_TYPES, list(GIVEN_TYPES)), "pair")
+    inputs = torch.randn(5, 3, dtype=torch.float64), torch.rand(5, 1, dtype=torch.float64), torch.tensor(4)
+    found, exact = fx.symbolic_trace(model)(*inputs), model(*inputs)
+    assert {key: value.item() for key, value in found.items()} == pytest.approx(
+        {key: value.item() for key, value in exact.items()}, rel=1e-12
+    )
+
+
 def test_hooks_of_the_loss_run_once() -> None:
     def features_of(loss: MultiTaskLoss, logits: Tensor, labels: Tensor, *_: Tensor) -> Tensor:
         result: Tensor = loss(logits, labels)["loss"]
@@ -315,16 +421,16 @@ def test_a_loss_that_no_model_holds_is_refused(loss: nn.Module) -> None:
 
 def traced_step(rank: int, case: Settings, parts: list[Rows]) -> tuple[Numbers, list[list[float]]]:
     """One rank's losses, and gradients as DDP averages them, of a traced model."""
-    graph: Any = fx.symbolic_trace(Ranker(case.loss(global_batch=True), case.tasks), {"normalizer": None})
+    graph: Any = fx.symbolic_trace(case.ranker(global_batch=True), {"normalizer": None})
     model = DistributedDataParallel(graph)
     losses: Mapping[str, Tensor] = model(parts[rank])
     losses["loss"].backward()
     return {key: value.item() for key, value in losses.items()}, flat_gradients(graph)
 
 
-@pytest.mark.parametrize("reduction", ["mean", "max"])
-def test_on_ranks_a_traced_step_is_that_of_one_process(two_ranks: RankPool, reduction: str) -> None:
-    case = Settings(global_reduction=reduction)
+@pytest.mark.parametrize(("reduction", "form"), [("mean", "rows"), ("max", "rows"), ("max", "sums")])
+def test_on_ranks_a_traced_step_is_that_of_one_process(two_ranks: RankPool, reduction: str, form: str) -> None:
+    case = Settings(global_reduction=reduction, form=form)
     parts = case_parts(case, 2, weighted=True)
     errors = errors_of(case, parts, two_ranks.run(traced_step, case, parts))
     assert errors.loss <= 1e-12
@@ -352,6 +458,8 @@ ATTACHED: dict[str, Callable[[], nn.Module]] = {
     "Loss": lambda: Loss("bce_with_logits"),
     "MultiTaskLoss": lambda: MultiTaskLoss("bce_with_logits", TASKS, pos_weights=POSITIVE, quality=True),
     "classes": lambda: MultiTaskLoss("cross_entropy", TASKS, task_weights=[1.0, 2.0], global_batch=True),
+    "sums": lambda: MultiTaskLoss("given", TASKS),
+    "given": lambda: MultiTaskLoss(GIVEN_TYPES, list(GIVEN_TYPES), quality=True),
     "GlobalLoss": lambda: GlobalLoss(TASKS),
     "RankingQuality": lambda: RankingQuality(TASKS, window=3),
     "scalar view": lambda: GlobalLoss(TASKS).scalar("loss/like"),
@@ -414,6 +522,11 @@ CALLING: dict[str, tuple[nn.Module, Callable[..., Any]]] = {
     "MultiTaskLoss": (
         MultiTaskLoss("bce_with_logits", TASKS, fused=True),
         lambda loss, logits: loss(dict(zip(TASKS, logits.unbind(1))), torch.ones(4, 2))["loss"],
+    ),
+    "sums": (MultiTaskLoss("given", TASKS), lambda loss, logits: loss.from_sums(logits.sum(0), 4)["loss"]),
+    "given": (
+        MultiTaskLoss(GIVEN_TYPES, list(GIVEN_TYPES)),
+        lambda loss, logits: loss(logits[:, :1], torch.ones(4, 1), given={"aux": (logits.sum(), 4)})["loss"],
     ),
     "GlobalLoss": (GlobalLoss(TASKS), update_sums),
     "RankingQuality": (RankingQuality(TASKS), update_quality),

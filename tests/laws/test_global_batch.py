@@ -16,7 +16,7 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.utils.checkpoint import checkpoint
 
 from benchmarks.counts import CollectiveLog
-from tests.support.cases import REDUCTIONS, Ranker, Rows, Settings
+from tests.support.cases import FORMS, REDUCTIONS, Rows, Settings
 from tests.support.gradient_errors import Errors, case_parts, errors_of, flat_gradients, measure
 from tests.support.pairwise import pairwise
 from tests.support.rank_pool import RankPool
@@ -35,11 +35,12 @@ def expect_at_most(errors: Errors, bound: Errors) -> None:
     reductions=COMBINATIONS,
     weighted={"": False, "weights": True},
     positive={"": None, "pos_weights": (0.5, 27.3, 4.0)},
+    form=FORMS,
 )
 def test_loss_and_gradient_are_those_of_one_process(
-    ranks: RankPool, reductions: tuple[str, str], weighted: bool, positive: tuple[float, ...] | None
+    ranks: RankPool, reductions: tuple[str, str], weighted: bool, positive: tuple[float, ...] | None, form: str
 ) -> None:
-    case = Settings(3, *reductions, positive)
+    case = Settings(3, *reductions, positive, form=form)
     expect_at_most(measure(ranks, case, weighted=weighted, global_batch=True), FLOAT64)
     expect_at_most(measure(ranks, case, torch.float32, weighted=weighted, global_batch=True), FLOAT32)
 
@@ -66,7 +67,7 @@ def backward(model: nn.Module, rows: Rows) -> tuple[dict[str, float], list[list[
 
 def wrapped_step(rank: int, case: Settings, parts: list[Rows], wrap: str) -> tuple[dict[str, float], list[list[float]]]:
     """One rank's step of a model that is wrapped in another way than DDP's default."""
-    ranker = Ranker(case.loss(global_batch=True), case.tasks)
+    ranker = case.ranker(global_batch=True)
     model: nn.Module = ranker
     if wrap == "fsdp2":
         fully_shard(ranker, mesh=init_device_mesh("cpu", (dist.get_world_size(),)))
@@ -86,8 +87,9 @@ def wrapped_step(rank: int, case: Settings, parts: list[Rows], wrap: str) -> tup
     ],
     indirect=["ranks"],
 )
-def test_however_the_model_is_wrapped(ranks: RankPool, wrap: str, reduction: str) -> None:
-    case = Settings(3, "mean", reduction, (0.5, 27.3, 4.0))
+@pytest.mark.parametrize("form", FORMS)
+def test_however_the_model_is_wrapped(ranks: RankPool, wrap: str, reduction: str, form: str) -> None:
+    case = Settings(3, "mean", reduction, (0.5, 27.3, 4.0), form=form)
     parts = case_parts(case, ranks.world_size, weighted=True)
     expect_at_most(errors_of(case, parts, ranks.run(wrapped_step, case, parts, wrap)), FLOAT64)
 
@@ -103,8 +105,7 @@ def checkpointed_step(
     rank: int, case: Settings, parts: list[Rows]
 ) -> tuple[tuple[dict[str, float], list[list[float]]], list[str], list[str], int]:
     """One rank's step, the collectives of its forward and of its backward, and how often the batch was counted."""
-    loss = case.loss(global_batch=True, gradient_reduction="sum")
-    model = Ranker(loss, case.tasks)
+    model = case.ranker(global_batch=True, gradient_reduction="sum")
     with CollectiveLog() as forward:
         result = checkpoint(model, parts[rank], use_reentrant=False)
     with CollectiveLog() as backward:
@@ -112,12 +113,13 @@ def checkpointed_step(
     for parameter in model.parameters():
         dist.all_reduce(parameter.grad)
     losses = {key: value.item() for key, value in result.items()}
-    return (losses, flat_gradients(model)), forward.names, backward.names, loss.train_metric.update_count
+    return (losses, flat_gradients(model)), forward.names, backward.names, model.loss.train_metric.update_count
 
 
-def test_a_checkpointed_block_takes_its_collective_again_in_backward(two_ranks: RankPool) -> None:
+@pytest.mark.parametrize("form", FORMS)
+def test_a_checkpointed_block_takes_its_collective_again_in_backward(two_ranks: RankPool, form: str) -> None:
     """The loss and the gradient are one process's, and the batch counts once."""
-    case = Settings(global_reduction="max")
+    case = Settings(global_reduction="max", form=form)
     parts = case_parts(case, 2, weighted=True)
     results = two_ranks.run(checkpointed_step, case, parts)
     expect_at_most(errors_of(case, parts, [step for step, *_ in results]), FLOAT64)
@@ -130,13 +132,13 @@ def step_in_a_subgroup(rank: int, case: Settings, parts: list[Rows]) -> Any:
     group = dist.new_group([1, 2])
     if rank == 0:
         return None
-    loss = case.loss(global_batch=True, process_group=group)
-    model = DistributedDataParallel(Ranker(loss, case.tasks), process_group=group)
+    model = DistributedDataParallel(case.ranker(global_batch=True, process_group=group), process_group=group)
     return backward(model, parts[rank - 1])
 
 
-def test_in_a_sub_group(three_ranks: RankPool) -> None:
-    case = Settings(global_reduction="median")
+@pytest.mark.parametrize("form", FORMS)
+def test_in_a_sub_group(three_ranks: RankPool, form: str) -> None:
+    case = Settings(global_reduction="median", form=form)
     parts = case_parts(case, 2, weighted=True)
     expect_at_most(errors_of(case, parts, three_ranks.run(step_in_a_subgroup, case, parts)[1:]), FLOAT64)
 
@@ -144,7 +146,7 @@ def test_in_a_sub_group(three_ranks: RankPool) -> None:
 def hybrid_step(rank: int, case: Settings, parts: list[Rows]) -> tuple[dict[str, float], list[list[float]]]:
     """Parameters sharded over pairs of ranks and replicated over the pairs."""
     mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=("replicate", "shard"))
-    model = Ranker(case.loss(global_batch=True), case.tasks)
+    model = case.ranker(global_batch=True)
     fully_shard(model, mesh=mesh)
     return backward(model, parts[rank])
 
@@ -157,13 +159,14 @@ def test_under_hybrid_sharding(four_ranks: RankPool) -> None:
 
 def in_a_world_of_one(rank: int, case: Settings, parts: list[Rows]) -> tuple[dict[str, float], list[list[float]]]:
     group = [dist.new_group([r]) for r in range(dist.get_world_size())][rank]
-    model = Ranker(case.loss(global_batch=True, process_group=group), case.tasks)
+    model = case.ranker(global_batch=True, process_group=group)
     return backward(model, parts[0])
 
 
-def test_one_rank_and_no_process_group_are_the_plain_loss(two_ranks: RankPool) -> None:
-    case = Settings()
+@pytest.mark.parametrize("form", FORMS)
+def test_one_rank_and_no_process_group_are_the_plain_loss(two_ranks: RankPool, form: str) -> None:
+    case = Settings(form=form)
     parts = case_parts(case, 2, weighted=True)[:1]
     expect_at_most(errors_of(case, parts, two_ranks.run(in_a_world_of_one, case, parts)), FLOAT64)
-    model = Ranker(case.loss(global_batch=True), case.tasks)
+    model = case.ranker(global_batch=True)
     expect_at_most(errors_of(case, parts, [backward(model, parts[0])]), FLOAT64)

@@ -15,7 +15,7 @@ from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.nn.parallel import DistributedDataParallel
 
 from tests.support import reference
-from tests.support.cases import REDUCTIONS, Ranker, Rows, Settings, columns, joined, random_rows
+from tests.support.cases import FORMS, REDUCTIONS, Ranker, Rows, Settings, columns, joined, random_rows
 from tests.support.gradient_errors import case_parts, errors_of, flat_gradients
 from tests.support.rank_pool import RankPool
 from twloss import Loss, MultiTaskLoss
@@ -60,7 +60,7 @@ def wrapped(ranker: nn.Module, how: str) -> nn.Module:
 
 def step(rank: int, case: Settings, parts: list[Rows], rule: str, how: str) -> Step:
     """One rank's losses and gradients."""
-    ranker = Ranker(case.loss(global_batch=True, gradient_reduction=rule), case.tasks)
+    ranker = case.ranker(global_batch=True, gradient_reduction=rule)
     if how == "by hand":
         return by_hand(ranker, parts[rank], average=rule == "mean")
     model = wrapped(ranker, how)
@@ -75,9 +75,10 @@ def step(rank: int, case: Settings, parts: list[Rows], rule: str, how: str) -> S
     ("rule", "how"),
     [("sum", "by hand"), ("sum", "hook"), ("sum", "fsdp2"), ("mean", "by hand"), ("mean", "average")],
 )
-def test_gradients_over_ranks_are_those_of_one_process(two_ranks: RankPool, rule: str, how: str) -> None:
+@pytest.mark.parametrize("form", FORMS)
+def test_gradients_over_ranks_are_those_of_one_process(two_ranks: RankPool, rule: str, how: str, form: str) -> None:
     for reduction in REDUCTIONS if how == "by hand" else ("mean",):
-        case = Settings(3, "mean", reduction, (0.5, 27.3, 4.0), task_weights=(1.0, 0.5, 2.0))
+        case = Settings(3, "mean", reduction, (0.5, 27.3, 4.0), task_weights=(1.0, 0.5, 2.0), form=form)
         parts = case_parts(case, 2, weighted=True)
         errors = errors_of(case, parts, two_ranks.run(step, case, parts, rule, how))
         assert errors.loss <= 1e-12

@@ -14,7 +14,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from tests.support.cases import Ranker, Rows, Settings, cases, columns, joined, parameter_gradients, random_rows, split
+from tests.support.cases import Rows, Settings, cases, columns, joined, parameter_gradients, random_rows, split
 from tests.support.laws import Columns, expect_exact_gradients, expect_split_invariance, run_steps
 from tests.support.rank_pool import RankPool
 from tests.support.tiers import dozens
@@ -22,7 +22,7 @@ from tests.support.tiers import dozens
 
 def run(rank: int, case: Settings, steps: list[list[Rows]], global_batch: bool) -> dict[str, Any]:
     """The life of a ``Ranker``."""
-    return run_steps(rank, Ranker(case.loss(global_batch=global_batch), case.tasks), steps)
+    return run_steps(rank, case.ranker(global_batch=global_batch), steps)
 
 
 def by_step(case: Settings, steps: list[list[Rows]]) -> list[tuple[Columns, list[list[float]]]]:

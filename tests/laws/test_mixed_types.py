@@ -16,6 +16,7 @@ from torch.nn.parallel import DistributedDataParallel
 from tests.support import reference
 from tests.support.laws import TOLERANCE, Columns, expect_exact_gradients, expect_split_invariance, run_steps
 from tests.support.mixed import (
+    TYPES,
     Batch,
     Mixed,
     Ranker,
@@ -46,7 +47,7 @@ def by_step(case: Mixed, steps: list[list[Batch]]) -> list[tuple[Columns, list[l
     return [(columns(case, joined(parts)), parameter_gradients(case, joined(parts))) for parts in steps]
 
 
-@given(mixed_cases(world_size=1))
+@given(mixed_cases(world_size=1, of_kinds=tuple(TYPES)))
 @dozens(2)
 def test_both_laws_on_one_process(case: tuple[Mixed, list[list[Batch]]]) -> None:
     options, steps = case
@@ -59,7 +60,7 @@ def test_both_laws_on_one_process(case: tuple[Mixed, list[list[Batch]]]) -> None
 @given(data=st.data())
 @pytest.mark.parametrize("global_batch", [False, True])
 def test_both_laws_on_ranks(ranks: RankPool, data: st.DataObject, global_batch: bool) -> None:
-    options, steps = data.draw(mixed_cases(ranks.world_size))
+    options, steps = data.draw(mixed_cases(ranks.world_size, tuple(TYPES)))
     results = ranks.run(run, options, steps, global_batch)
     expect_split_invariance(options, all_columns(options, steps), results)
     if global_batch:
@@ -67,6 +68,7 @@ def test_both_laws_on_ranks(ranks: RankPool, data: st.DataObject, global_batch: 
 
 
 KINDS = ("binary", "three classes", "squared", "binary", "five classes")
+WITH_GIVEN = ("given", "three classes", "given", "binary", "five classes")
 
 
 def run_added(rank: int, case: Mixed, parts: list[Batch]) -> list[list[float]]:
@@ -78,8 +80,9 @@ def run_added(rank: int, case: Mixed, parts: list[Batch]) -> list[list[float]]:
     return [each.grad.flatten().tolist() for each in ranker.heads.parameters() if each.grad is not None]
 
 
-def test_gradients_that_are_added_are_those_of_one_process(ranks: RankPool) -> None:
-    case = Mixed(KINDS, weighted=True)
+@pytest.mark.parametrize("kinds", [KINDS, WITH_GIVEN, ("given",) * 5])
+def test_gradients_that_are_added_are_those_of_one_process(ranks: RankPool, kinds: tuple[str, ...]) -> None:
+    case = Mixed(kinds, weighted=True)
     sizes = [[3, 1, 0, 2, 4], [0, 5, 0, 1, 0], [2, 0, 1, 0, 3]]
     parts = [random_batch(case, sizes[rank], rank) for rank in range(ranks.world_size)]
     expected = parameter_gradients(case, joined(parts))
@@ -111,9 +114,9 @@ def run_window(
     return [each.grad.flatten().tolist() for each in model.parameters() if each.grad is not None], loss
 
 
-def window(**options: Any) -> tuple[Mixed, list[list[Batch]], list[float]]:
+def window(kinds: tuple[str, ...] = KINDS, **options: Any) -> tuple[Mixed, list[list[Batch]], list[float]]:
     """Micro-batches of two ranks, and each task's number of rows; one task has none at all."""
-    case = Mixed(KINDS, weighted=True, **options)
+    case = Mixed(kinds, weighted=True, **options)
     sizes = [[[3, 1, 0, 2, 4], [0, 5, 0, 1, 0]], [[0, 0, 0, 2, 0], [1, 2, 0, 0, 3]]]
     steps = [
         [random_batch(case, own, 2 * step + rank) for rank, own in enumerate(each)] for step, each in enumerate(sizes)
@@ -121,8 +124,9 @@ def window(**options: Any) -> tuple[Mixed, list[list[Batch]], list[float]]:
     return case, steps, [float(sum(own[t] for each in sizes for own in each)) for t in range(len(KINDS))]
 
 
-def test_a_normalizer_of_each_task_makes_accumulation_exact(two_ranks: RankPool) -> None:
-    case, steps, total = window()
+@pytest.mark.parametrize("kinds", [KINDS, WITH_GIVEN, ("given",) * 5])
+def test_a_normalizer_of_each_task_makes_accumulation_exact(two_ranks: RankPool, kinds: tuple[str, ...]) -> None:
+    case, steps, total = window(kinds)
     # One process knows all at once: a task without a row is out of the mean over tasks, as its total of 0 says.
     expected = parameter_gradients(case, joined([batch for parts in steps for batch in parts]))
     alone = run_window(0, case, [[batch] for parts in steps for batch in parts], total)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import math
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -14,7 +15,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from tests.support import reference
-from tests.support.cases import Ranker, Rows, Settings, columns, joined, random_rows, split
+from tests.support.cases import FORMS, Ranker, Rows, Settings, columns, joined, random_rows, split
 from tests.support.gradient_errors import exact_gradients, flat_gradients, gradient_error
 from tests.support.rank_pool import RankPool
 from twloss import Loss, MultiTaskLoss, get_global_loss_detached
@@ -43,13 +44,13 @@ def accumulate(
 ) -> tuple[list[list[float]], float]:
     """One rank's window, as a user would write it; the gradients, and the sum of the losses."""
     distributed = dist.is_initialized()
-    loss = case.loss(global_batch=True)
-    model: nn.Module = Ranker(loss, case.tasks)
+    ranker = case.ranker(global_batch=True)
+    model: nn.Module = ranker
     if distributed:
         model = DistributedDataParallel(model)
     mine = [parts[rank] for parts in micro_batches]
     by_hand = counts == "by hand"
-    total = sum(weights_of(case, rows) if by_hand else loss.count(rows.labels, rows.weights) for rows in mine)
+    total = sum(weights_of(case, rows) if by_hand else ranker.loss.count(rows.labels, rows.weights) for rows in mine)
     assert isinstance(total, Tensor)
     if distributed:
         dist.all_reduce(total)
@@ -83,18 +84,24 @@ def expect_exact(
 
 
 COUNTS = ("by hand", "by the loss")
+# GIVEN tasks have no rows to count.
+counted_in_every_form = pytest.mark.parametrize(
+    ("counts", "form"), [(counts, form) for counts in COUNTS for form in FORMS if (counts, form) != (COUNTS[1], "sums")]
+)
 
 
-@pytest.mark.parametrize("counts", COUNTS)
+@counted_in_every_form
 @pytest.mark.parametrize("case", CASES.values(), ids=CASES)
-def test_accumulation_on_ranks_is_exact(ranks: RankPool, case: Settings, counts: str) -> None:
+def test_accumulation_on_ranks_is_exact(ranks: RankPool, case: Settings, counts: str, form: str) -> None:
+    case = replace(case, form=form)
     micro_batches = window(case, ranks.world_size)
     expect_exact(case, micro_batches, ranks.run(accumulate, case, micro_batches, counts))
 
 
-@pytest.mark.parametrize("counts", COUNTS)
+@counted_in_every_form
 @pytest.mark.parametrize("case", CASES.values(), ids=CASES)
-def test_accumulation_in_one_process_is_exact(case: Settings, counts: str) -> None:
+def test_accumulation_in_one_process_is_exact(case: Settings, counts: str, form: str) -> None:
+    case = replace(case, form=form)
     micro_batches = window(case, 1)
     expect_exact(case, micro_batches, [accumulate(0, case, micro_batches, counts)])
 
@@ -178,19 +185,20 @@ def test_a_callable_reduction_is_refused() -> None:
 
 def train_to_the_end(rank: int, case: Settings, steps: list[list[Rows]]) -> tuple[Any, dict[str, float]]:
     """Each rank's batches, and an empty one on the rank that has run out."""
-    loss = case.loss(global_batch=True)
-    model = DistributedDataParallel(Ranker(loss, case.tasks))
+    ranker = case.ranker(global_batch=True)
+    model = DistributedDataParallel(ranker)
     gradients = []
     for parts in steps:
         model.zero_grad()
         model(parts[rank])["loss"].backward()
         gradients.append(flat_gradients(model))
-    return gradients, {key: value.item() for key, value in loss.train_metric.compute().items()}
+    return gradients, {key: value.item() for key, value in ranker.loss.train_metric.compute().items()}
 
 
+@pytest.mark.parametrize("form", FORMS)
 @pytest.mark.parametrize("reduction", ["mean", "min", "max", "median", "sum"])
-def test_three_batches_against_two_stay_exact(two_ranks: RankPool, reduction: Any) -> None:
-    case = Settings(global_reduction=reduction)
+def test_three_batches_against_two_stay_exact(two_ranks: RankPool, reduction: Any, form: str) -> None:
+    case = Settings(global_reduction=reduction, form=form)
     sizes = [[4, 3], [4, 3], [4, 0]]
     steps = split(random_rows(case, 18, 2, weighted=True), sizes)
     rows = joined([part for parts in steps for part in parts])

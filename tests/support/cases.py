@@ -9,6 +9,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
@@ -51,7 +52,7 @@ class Arguments:
                 self.names(),
                 self.task_loss_reduction,
                 norm if self.global_reduction == "norm" else self.global_reduction,
-                self.pos_weights,
+                None if self.loss_type == "given" else self.pos_weights,
                 task_weights=self.task_weights,
                 mean_over=self.mean_over,
                 ignore_index=self.ignore_index,
@@ -67,8 +68,6 @@ class Arguments:
 class Settings(Arguments):
     """The arguments of a ``MultiTaskLoss``, as values that travel to other processes."""
 
-    loss_type = "bce_with_logits"
-
     tasks: int = 3
     task_loss_reduction: Any = "mean"
     global_reduction: Any = "mean"
@@ -77,10 +76,21 @@ class Settings(Arguments):
     mean_over: Any = "rows"
     ignore_index: float | None = None
     fused: bool = False
+    form: str = "rows"
+    """What a ``Ranker`` hands to its loss: "rows"; "sums", for GIVEN tasks; or "mappings" of these, for others."""
+
+    @property
+    def loss_type(self) -> str:
+        """That of all tasks."""
+        return "given" if self.form == "sums" else "bce_with_logits"
 
     def names(self) -> list[str]:
         """The tasks' names."""
         return [f"task{t}" for t in range(self.tasks)]
+
+    def ranker(self, dtype: torch.dtype = torch.float64, **kwargs: Any) -> Ranker:
+        """A model with the loss, which has these further arguments."""
+        return Ranker(self.loss(**kwargs), self.tasks, dtype, None if self.form == "rows" else self)
 
 
 @dataclass(frozen=True)
@@ -123,9 +133,11 @@ def joined(parts: Sequence[Rows]) -> Rows:
 
 
 class Ranker(nn.Module):
-    """A linear model with its loss as a submodule, of known parameters."""
+    """A linear model with its loss as a submodule, of known parameters; it makes the sums of a case of these."""
 
-    def __init__(self, loss: MultiTaskLoss, tasks: int, dtype: torch.dtype = torch.float64) -> None:
+    def __init__(
+        self, loss: MultiTaskLoss, tasks: int, dtype: torch.dtype = torch.float64, case: Settings | None = None
+    ) -> None:
         super().__init__()
         self.heads = nn.Linear(FEATURES, tasks, dtype=dtype)
         with torch.no_grad():
@@ -133,13 +145,32 @@ class Ranker(nn.Module):
             self.heads.weight.copy_(values[:, :-1])
             self.heads.bias.copy_(values[:, -1])
         self.loss = loss
+        self.case = case
 
     def forward(self, rows: Rows, normalizer: Tensor | float | None = None) -> dict[str, Tensor]:
         """The losses of the rows."""
+        if self.case is not None:
+            sums: tuple[Any, Any] = sums_of(self.case, self.heads(rows.features), rows)
+            if self.case.form == "mappings":
+                sums = dict(zip(self.case.names(), sums[0])), dict(zip(reversed(self.case.names()), sums[1].flip(0)))
+            return self.loss.from_sums(*sums, normalizer=normalizer)
         losses: dict[str, Tensor] = self.loss(
             self.heads(rows.features), rows.labels, rows.weights, normalizer=normalizer
         )
         return losses
+
+
+def sums_of(case: Settings, logits: Tensor, rows: Rows) -> tuple[Tensor, Tensor]:
+    """Σ w·l of each task and what its mean divides by, ``(tasks,)`` each, by torch's own loss."""
+    missing = torch.zeros_like(logits, dtype=torch.bool)
+    if case.ignore_index is not None:
+        missing = rows.labels.isnan() | (rows.labels == case.ignore_index)
+    positive = None if case.pos_weights is None else logits.new_tensor(case.pos_weights)
+    labels = rows.labels.masked_fill(missing, 0.0)
+    losses = F.binary_cross_entropy_with_logits(logits, labels, pos_weight=positive, reduction="none")
+    weights = torch.ones_like(logits) if rows.weights is None else rows.weights
+    counted = torch.ones_like(weights) if case.mean_over == "rows" else weights
+    return (weights * losses).masked_fill(missing, 0.0).sum(0), counted.masked_fill(missing, 0.0).sum(0)
 
 
 def columns(settings: Settings, rows: Rows) -> dict[str, list[reference.Row]]:
@@ -186,8 +217,11 @@ def numbers(tasks: int) -> st.SearchStrategy[list[float] | None]:
     return st.none() | st.lists(st.floats(0.1, 30.0), min_size=tasks, max_size=tasks)
 
 
+FORMS = ("rows", "sums", "mappings")
+
+
 @st.composite
-def settings_of_all_kinds(draw: st.DrawFn) -> Settings:
+def settings_of_all_kinds(draw: st.DrawFn, forms: Sequence[str] = ("rows",)) -> Settings:
     """Every option at random."""
     tasks = draw(st.integers(1, 5))
     return Settings(
@@ -198,13 +232,14 @@ def settings_of_all_kinds(draw: st.DrawFn) -> Settings:
         draw(numbers(tasks)),
         draw(st.sampled_from(("rows", "weights"))),
         draw(st.sampled_from((None, -1.0, math.nan))),
+        form=draw(st.sampled_from(forms)),
     )
 
 
 @st.composite
 def cases(draw: st.DrawFn, world_size: int) -> tuple[Settings, Rows, list[list[int]]]:
     """Settings, all rows, and the sizes of the parts: by step, by rank."""
-    settings = draw(settings_of_all_kinds())
+    settings = draw(settings_of_all_kinds(FORMS))
     steps = draw(st.integers(1, 4))
     sizes = [[draw(st.integers(0, 7)) for _ in range(world_size)] for _ in range(steps)]
     rows = random_rows(settings, sum(map(sum, sizes)), draw(st.integers(0, 2**31)), weighted=draw(st.booleans()))

@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
 
 from tests.support import reference
-from tests.support.cases import FEATURES, Ranker, Rows, Settings, columns, joined, parameter_gradients, random_rows
+from tests.support.cases import FEATURES, Rows, Settings, columns, joined, parameter_gradients, random_rows
 from tests.support.rank_pool import RankPool
 
 # Rows by rank.
@@ -36,7 +36,7 @@ def one_step(
     rank: int, case: Settings, parts: list[Rows], dtype: torch.dtype, options: dict[str, Any]
 ) -> tuple[dict[str, float], list[list[float]]]:
     """One rank's losses, and the gradients of matrix and bias, flat, as DDP averages them."""
-    model = DistributedDataParallel(Ranker(case.loss(**options), case.tasks, dtype))
+    model = DistributedDataParallel(case.ranker(dtype, **options))
     losses = model(parts[rank].to(dtype))
     losses["loss"].backward()
     return {key: value.item() for key, value in losses.items()}, flat_gradients(model)

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from tests.support import reference
 from tests.support.cases import FEATURES, REDUCTIONS, Arguments, numbers
 
-CLASSES = {"binary": 1, "squared": 1, "three classes": 3, "five classes": 5}
+CLASSES = {"binary": 1, "squared": 1, "three classes": 3, "five classes": 5, "given": 1}
 
 
 def squared(logits: Tensor, labels: Tensor) -> Tensor:
@@ -39,7 +39,9 @@ TYPES: dict[str, Any] = {
     "squared": squared,
     "three classes": "cross_entropy",
     "five classes": "cross_entropy",
+    "given": "given",  # sums of squares, which a ``Ranker`` makes
 }
+KINDS_WITH_ROWS = tuple(kind for kind in TYPES if kind != "given")
 
 
 @dataclass(frozen=True)
@@ -84,6 +86,7 @@ class Ranker(nn.Module):
     def __init__(self, case: Mixed, **kwargs: Any) -> None:
         super().__init__()
         self.names = case.names()
+        self.given = [task for task, kind in zip(self.names, case.kinds) if kind == "given"]
         self.heads = nn.ModuleList(nn.Linear(FEATURES, CLASSES[kind], dtype=torch.float64) for kind in case.kinds)
         with torch.no_grad():
             for t, parameter in enumerate(self.heads.parameters()):
@@ -93,10 +96,21 @@ class Ranker(nn.Module):
     def forward(self, batch: Batch, normalizer: Tensor | float | None = None) -> dict[str, Tensor]:
         """The losses of a batch."""
         logits = {task: head(batch[task].features) for task, head in zip(self.names, self.heads)}
-        labels = {task: batch[task].labels for task in reversed(self.names)}
-        weights = {task: part.weights for task, part in batch.items() if part.weights is not None}
-        losses: dict[str, Tensor] = self.loss(logits, labels, weights or None, normalizer=normalizer)
+        given = {task: self.sums_of(logits.pop(task), batch[task]) for task in self.given}
+        if not logits:
+            sums = {task: loss_sum for task, (loss_sum, _) in given.items()}
+            return self.loss.from_sums(sums, {task: w for task, (_, w) in given.items()}, normalizer=normalizer)
+        labels = {task: batch[task].labels for task in reversed(self.names) if task in logits}
+        weights = {task: batch[task].weights for task in labels if batch[task].weights is not None}
+        inputs: Any = (logits, labels, weights or None)
+        losses: dict[str, Tensor] = self.loss(*inputs, normalizer=normalizer, given=given or None)
         return losses
+
+    def sums_of(self, logits: Tensor, part: Part) -> tuple[Tensor, Tensor | int]:
+        """Σ w·l of the rows of a GIVEN task, and what its mean divides by."""
+        squares = squared(logits.squeeze(1), part.labels)
+        weights = torch.ones_like(squares) if part.weights is None else part.weights
+        return (weights * squares).sum(), len(squares) if self.loss.mean_over == "rows" else weights.sum()
 
 
 def random_batch(case: Mixed, sizes: Sequence[int], seed: int) -> Batch:
@@ -178,7 +192,7 @@ def _row_loss(kind: str, outputs: list[float], label: float, pos_weight: float) 
             reference.bce_with_logits(logit, label, pos_weight),
             [reference.bce_slope(logit, label, pos_weight)],
         )
-    if kind == "squared":
+    if kind in ("squared", "given"):
         return (outputs[0] - label) ** 2, [2 * (outputs[0] - label)]
     total = math.fsum(map(math.exp, outputs))
     slopes = [math.exp(x) / total - (c == label) for c, x in enumerate(outputs)]
@@ -186,15 +200,18 @@ def _row_loss(kind: str, outputs: list[float], label: float, pos_weight: float) 
 
 
 @st.composite
-def mixed_cases(draw: st.DrawFn, world_size: int) -> tuple[Mixed, list[list[Batch]]]:
+def mixed_cases(
+    draw: st.DrawFn, world_size: int, of_kinds: Sequence[str] = KINDS_WITH_ROWS
+) -> tuple[Mixed, list[list[Batch]]]:
     """Settings, and the batches by step, by rank; a task's rows are as many as they happen to be."""
-    kinds = tuple(draw(st.lists(st.sampled_from(tuple(TYPES)), min_size=1, max_size=5)))
+    kinds = tuple(draw(st.lists(st.sampled_from(of_kinds), min_size=1, max_size=5)))
     names = Mixed(kinds).names()
     binary = [task for task, kind in zip(names, kinds) if kind == "binary"]
     some = st.dictionaries(st.sampled_from(binary), st.floats(0.1, 30.0)) if binary else st.nothing()
     labels = {
         task: draw(st.sampled_from((None, -1.0) if "classes" in kind else (None, -1.0, 7.5, math.nan)))
         for task, kind in zip(names, kinds)
+        if kind != "given"
     }
     case = Mixed(
         kinds,

@@ -47,9 +47,12 @@ def check_sums(loss_sum: Tensor, weight: Tensor | float, tasks: tuple[str, ...] 
         if weight.device != loss_sum.device:
             raise ValueError(f"weight: got a tensor on {weight.device}, expected {loss_sum.device} as for loss_sum")
         weight = weight.detach().expand(columns)
-    elif not torch.compiler.is_compiling():
+    else:
         # A number of rows that is traced has no value to look at.
-        check_number("weight", weight)
+        weight = weight if torch.compiler.is_compiling() else check_number("weight", weight)
+        if is_transformed():
+            # A program of torch.export would take for granted that there are rows.
+            weight = torch.full_like(loss_sum, weight, dtype=sum_dtype(loss_sum.device))
     return TaskSums(loss_sum, weight)
 
 
@@ -65,11 +68,11 @@ def stack_sums(loss_sum: Any, weight: Any, tasks: tuple[str, ...] | None) -> tup
         return loss_sum, weight
     if isinstance(loss_sum, Mapping):
         check_names("loss_sum", loss_sum, tasks)
-        loss_sum = _stack("loss_sum", {task: loss_sum[task] for task in tasks}, None)
+        loss_sum = _stack({f"loss_sum[{task!r}]": loss_sum[task] for task in tasks}, None)
     check_dense("loss_sum", loss_sum, tensor="a Tensor or a mapping task -> Tensor")
     if isinstance(weight, Mapping):
         check_names("weight", weight, tasks)
-        weight = _stack("weight", {task: weight[task] for task in tasks}, loss_sum.device, takes_numbers=True)
+        weight = _stack_weights({f"weight[{task!r}]": weight[task] for task in tasks}, loss_sum.device)
     return loss_sum, weight
 
 
@@ -90,19 +93,25 @@ def sum_given(
         raise TypeError(f"given: got {type(given).__name__}, expected {expected}, as these are of type GIVEN")
     check_names("given", given, tasks)
     pairs: dict[str, Any] = {task: _pair(task, given[task]) for task in tasks}
-    loss_sum = in_float(_stack("given", {task: loss_sum for task, (loss_sum, _) in pairs.items()}, device))
-    weight = _stack("given", {task: weight for task, (_, weight) in pairs.items()}, device, takes_numbers=True).detach()
+    loss_sum = _stack({f"given[{task!r}]": pair[0] for task, pair in pairs.items()}, device)
+    weight: Any = _stack_weights({f"given[{task!r}][1]": pair[1] for task, pair in pairs.items()}, device)
     faults = count_negative(loss_sum, weight) if validates else None
     if over_rows == "sum":
-        weight = weight.abs()
-    tracked = None if is_transformed(loss_sum, weight) else loss_sum.detach().to(sum_dtype(loss_sum.device))
-    return BatchSums(loss_sum, None, weight, tracked, None, faults)
+        weight = absolute(weight)
+    tracked = None if is_transformed(loss_sum, weight) else loss_sum.detach().to(sum_dtype(device))
+    return BatchSums(in_float(loss_sum), None, weight, tracked, None, faults)
 
 
 def count_negative(loss_sum: Tensor, weight: Tensor | float) -> Tensor:
     """Faults ``(2, tasks)`` of sums: of their labels nothing is known, and a negative weight is one."""
     none = torch.zeros_like(loss_sum.detach())
     return torch.stack((none, none + (weight < 0)))
+
+
+def absolute(weight: Tensor | float) -> Tensor | float:
+    """|w|: to a sum a weight only tells whether there is data, and weights that cancel are."""
+    # Unsigned integers and bool have no abs(), and the least of a signed one has none of its dtype.
+    return weight.to(sum_dtype(weight.device)).abs() if isinstance(weight, Tensor) else abs(weight)
 
 
 def _pair(task: str, value: object) -> tuple[object, object]:
@@ -114,37 +123,42 @@ def _pair(task: str, value: object) -> tuple[object, object]:
     raise TypeError(f"given[{task!r}]: got {type(value).__name__}, expected a 0-dim Tensor or (loss_sum, weight)")
 
 
-def _stack(name: str, values: Mapping[str, Any], device: torch.device | None, *, takes_numbers: bool = False) -> Tensor:
+def _stack_weights(weights: Mapping[str, Any], device: torch.device) -> Tensor:
+    """``_stack`` of weights, which may be numbers as well; detached."""
+    columns = {}
+    for argument, weight in weights.items():
+        column = weight
+        if not isinstance(weight, Tensor):
+            number = weight if torch.compiler.is_compiling() else check_number(argument, weight)
+            # Not torch.full(): the compiler would make a constant of a float.
+            column = torch.ones((), dtype=sum_dtype(device), device=device) * number
+        columns[argument] = column
+    return _stack(columns, device).detach()
+
+
+def _stack(columns: Mapping[str, Any], device: torch.device | None) -> Tensor:
     """``(tasks,)`` of 0-dim tensors, in a dtype that holds them all.
 
     Args:
-        name: of the argument.
-        values: task -> a tensor, or a number.
+        columns: the tensors, by the names of the arguments that they are.
         device: where they have to be; None: all on one.
-        takes_numbers: whether numbers may be among them.
     """
-    columns: list[Tensor] = []
-    for task, value in values.items():
-        argument, column = f"{name}[{task!r}]", value
-        if takes_numbers and not isinstance(value, Tensor):
-            if not torch.compiler.is_compiling():
-                check_number(argument, value)
-            column = torch.full((), value, dtype=torch.float32 if device is None else sum_dtype(device), device=device)
+    for argument, column in columns.items():
         check_dense(argument, column)
         if column.ndim != 0:
             raise ValueError(f"{argument}: got shape {tuple(column.shape)}, expected a 0-dim Tensor")
         device = column.device if device is None else device
         if column.device != device:
             raise ValueError(f"{argument}: got a tensor on {column.device}, expected {device} as for the others")
-        columns.append(column)
     assert device is not None
-    dtypes = {column.dtype for column in columns}
+    values = list(columns.values())
+    dtypes = {value.dtype for value in values}
     if len(dtypes) > 1:
         is_small = all(dtype.is_floating_point and dtype != torch.float64 for dtype in dtypes)
-        columns = [column.to(torch.float32 if is_small else sum_dtype(device)) for column in columns]
-    return torch.stack(columns)
+        values = [value.to(torch.float32 if is_small else sum_dtype(device)) for value in values]
+    return torch.stack(values)
 
 
 def in_float(loss_sum: Tensor) -> Tensor:
-    """A sum in the dtype of a loss: float64 if it is, float32 otherwise."""
-    return loss_sum if loss_sum.dtype == torch.float64 else loss_sum.to(torch.float32)
+    """A copy of a sum in the dtype of a loss: float64 if it is, float32 otherwise."""
+    return loss_sum.to(torch.float64 if loss_sum.dtype == torch.float64 else torch.float32, copy=True)

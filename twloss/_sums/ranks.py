@@ -127,7 +127,7 @@ def sum_over_ranks_with_gradient(
     if ranks == 1:
         return sums
     loss_sum = sums.loss_sum.to(sum_dtype(sums.loss_sum.device))
-    weight = sums.weight if isinstance(sums.weight, Tensor) else torch.full_like(loss_sum, sums.weight)
+    weight = sums.weight if isinstance(sums.weight, Tensor) else torch.ones_like(loss_sum) * sums.weight
     packed = names.pack(torch.stack((loss_sum, weight)))
     total = _SumOverRanks.apply(packed, process_group, ranks)  # type: ignore[no-untyped-call]
     rows, agree = names.unpack(total, ranks)

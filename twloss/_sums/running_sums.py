@@ -286,7 +286,8 @@ def pack_update(
     one = torch.ones_like(like, dtype=SUM_DTYPES.get(like.device.type, torch.float64))
     wide = []
     for each in sums:
-        wide.append(each.detach().to(one) if isinstance(each, Tensor) else torch.full_like(one, each))
+        # Not full_like(): the compiler would make a constant of a float.
+        wide.append(each.detach().to(one) if isinstance(each, Tensor) else one * each)
     counters = (one,) if rows is None else (torch.full_like(one, rows), one)
     if faults is not None:
         counters = (*faults.to(one).unbind(0), *counters)
