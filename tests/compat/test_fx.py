@@ -284,6 +284,8 @@ def test_class_labels() -> None:
 class WithGiven(nn.Module):
     """A model of which one task's rows are the loss's, and another's its own."""
 
+    logits: Tensor
+
     def __init__(self, loss: MultiTaskLoss, form: str) -> None:
         super().__init__()
         torch.manual_seed(1)

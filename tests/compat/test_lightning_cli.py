@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import sys
 from contextlib import AbstractContextManager
 from pathlib import Path
@@ -124,6 +125,27 @@ def test_kinds_by_task_and_a_quality_with_options(tmp_path: Path) -> None:
     assert (loss.train_quality.window, loss.train_quality.logit_shift) == (9, (-2.5,))
 
 
+def test_given_tasks_alone_and_beside_others(tmp_path: Path) -> None:
+    alone = loss_of(f"--config={CONFIG}", "--model.loss.loss_type=given", "--model.loss.pos_weights=null")
+    assert alone.loss_type == LossType.GIVEN
+    config = tmp_path / "given.yaml"
+    config.write_text(
+        """
+        model:
+          loss:
+            class_path: twloss.MultiTaskLoss
+            init_args:
+              loss_type: {click: bce_with_logits, aux: given}
+              tasks: [click, aux]
+              task_weights: {click: 1, aux: 0.01}
+        """
+    )
+    loss = loss_of(f"--config={config}")
+    assert loss.loss_type == {"click": LossType.BCE_WITH_LOGITS, "aux": LossType.GIVEN}
+    result = loss(torch.zeros(2, 1), torch.ones(2, 1), given={"aux": torch.tensor(50.0)})
+    assert result["loss"].item() == pytest.approx((math.log(2) + 0.5) / 2, rel=1e-6)
+
+
 def test_nan_as_the_missing_label() -> None:
     loss = loss_of(f"--config={CONFIG}", "--model.loss.ignore_index=.nan")
     assert loss.ignore_index != loss.ignore_index
@@ -133,7 +155,7 @@ def test_nan_as_the_missing_label() -> None:
     ("option", "expected"),
     [
         ("--model.loss.mean_over=avg", "Literal['rows', 'weights']"),
-        ("--model.loss.loss_type=bce", "{BCE_WITH_LOGITS,CROSS_ENTROPY}"),
+        ("--model.loss.loss_type=bce", "{BCE_WITH_LOGITS,CROSS_ENTROPY,GIVEN}"),
         ("--model.loss.taks=[a]", "taks"),
     ],
 )

@@ -18,24 +18,47 @@ from torchmetrics import MeanMetric
 from tests.support import reference
 from tests.support.checkpointed import WRAPS, Block, once
 from tests.support.metrics import weights_of
+from tests.support.pairwise import pairwise
 from tests.support.rank_pool import RankPool
 from twloss import GlobalLoss, Loss, MultiTaskLoss
 
 ROWS, TASKS = 8, ["a", "b"]
 
 
-class Model(nn.Module):
-    """A model with its loss as a submodule."""
+FORMS = ("rows", "sums", "sums and a number", "sums by task", "given", "bare")
 
-    def __init__(self, **kwargs: Any) -> None:
+
+class Model(nn.Module):
+    """A model with its loss as a submodule, to which it hands rows, or sums that it makes, in one of the forms."""
+
+    def __init__(self, form: str = "rows", **kwargs: Any) -> None:
         super().__init__()
         self.heads = nn.Linear(3, 2)
-        self.loss = MultiTaskLoss("bce_with_logits", TASKS, pos_weights=[1.5, 2.0], **kwargs)
+        types: Any = "bce_with_logits" if form == "rows" else "given"
+        if form in ("given", "bare"):
+            types = {"a": "given", "b": "bce_with_logits"}
+            kwargs = {"pos_weights": {"b": 2.0}, **kwargs}
+        elif form == "rows":
+            kwargs = {"pos_weights": [1.5, 2.0], **kwargs}
+        self.loss = MultiTaskLoss(types, TASKS, **kwargs)
+        self.form = form
 
     def forward(self, features: Tensor, labels: Tensor, weights: Tensor | None = None) -> Tensor:
         """The global loss."""
-        loss: Tensor = self.loss(self.heads(features), labels, weights)["loss"]
-        return loss
+        return self.losses(self.heads(features), labels, weights)["loss"]
+
+    def losses(self, logits: Tensor, labels: Tensor, weights: Tensor | None) -> dict[str, Tensor]:
+        """The losses, of rows or of sums."""
+        if self.form == "rows":
+            return self.loss(logits, labels, weights)
+        sums = (logits - labels).square().sum(0)
+        if self.form in ("given", "bare"):
+            own = weights[:, 1:] if weights is not None else None
+            given: Any = (sums[0], len(labels)) if self.form == "given" else sums[0] / 8
+            return self.loss(logits[:, 1:], labels[:, 1:], own, given={"a": given})
+        if self.form == "sums by task":
+            return self.loss.from_sums(dict(zip(TASKS, sums)), {"a": len(labels), "b": labels.shape[0] + labels.sum()})
+        return self.loss.from_sums(sums, len(labels) if "number" in self.form else labels.sum(0) + len(labels))
 
 
 def batch(rows: int = ROWS) -> tuple[Tensor, Tensor, Tensor]:
@@ -52,9 +75,11 @@ OPTIONS: dict[str, dict[str, Any]] = {
 }
 
 
-@pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS)
-def test_one_graph_in_each_mode_and_no_recompilation_in_20_steps(options: dict[str, Any]) -> None:
-    model, twin = Model(**options), Model(**options)
+@pairwise(options=OPTIONS, form=FORMS)
+def test_one_graph_in_each_mode_and_no_recompilation_in_20_steps(options: dict[str, Any], form: str) -> None:
+    if form != "rows":
+        options = {name: value for name, value in options.items() if name != "ignore_index"}
+    model, twin = Model(form, **options), Model(form, **options)
     twin.load_state_dict(model.state_dict())
     counter = CompileCounterWithBackend("aot_eager")
     compiled = torch.compile(model, fullgraph=True, backend=counter)
@@ -120,10 +145,38 @@ def test_a_users_own_metric_may_be_in_the_graph() -> None:
     assert metric.update_count == 3
 
 
-def train_compiled_under_ddp(rank: int) -> list[float]:
+@pytest.mark.parametrize("call", ["from_sums", "by task", "given", "update"])
+@pytest.mark.parametrize("options", [{}, {"task_loss_reduction": "sum", "validate_args": True}], ids=["", "a sum"])
+def test_a_weight_that_is_a_float_is_no_constant_of_the_graph(call: str, options: dict[str, Any]) -> None:
+    """One graph for the first number, and one for all others."""
+    metric = GlobalLoss(TASKS)
+    losses: Any = MultiTaskLoss("given", TASKS, global_reduction="sum", global_batch=True, **options)
+    beside: Any = MultiTaskLoss(
+        {"a": "given", "b": torch.sub}, TASKS, global_reduction="sum", global_batch=True, **options
+    )
+
+    def step(sums: Tensor, weight: float) -> Any:
+        if call == "update":
+            metric.update(sums, weight)
+            return sums.sum() / weight
+        if call == "given":
+            return beside(sums[None, 1:], sums[None, 1:], given={"a": (sums[0], weight)})["loss/a"]
+        by_task = {"a": weight, "b": weight}
+        return losses.from_sums(sums, by_task if call == "by task" else weight)["loss/a"]
+
+    counter = CompileCounterWithBackend("aot_eager")
+    compiled = torch.compile(step, fullgraph=True, backend=counter)
+    sums = torch.tensor([3.0, 0.0])
+    for weight in (1.5, 2.25, 3.125, 4.0625, 5.5):
+        expected = 3.0 if options and call != "update" else 3.0 / weight
+        assert compiled(sums, weight).item() == pytest.approx(expected, rel=1e-6)
+    assert counter.frame_count == 2
+
+
+def train_compiled_under_ddp(rank: int, form: str) -> list[float]:
     warnings.simplefilter("ignore")
     try:
-        model = Model()
+        model = Model(form)
         ddp = DistributedDataParallel(torch.compile(model, fullgraph=True, backend="aot_eager"))
         for _ in range(3):
             ddp(*batch(4 + rank)).backward()
@@ -132,18 +185,18 @@ def train_compiled_under_ddp(rank: int) -> list[float]:
         warnings.simplefilter("error")
 
 
-def test_ddp_over_a_compiled_model(two_ranks: RankPool) -> None:
-    for weights in two_ranks.run(train_compiled_under_ddp):
+@pytest.mark.parametrize("form", ["rows", "sums and a number", "given"])
+def test_ddp_over_a_compiled_model(two_ranks: RankPool, form: str) -> None:
+    for weights in two_ranks.run(train_compiled_under_ddp, form):
         assert weights == pytest.approx([27.0, 27.0])
 
 
 # Activation checkpointing.
 
 
-@pytest.mark.parametrize("reentrant", [False, True])
-@pytest.mark.parametrize("wrap", WRAPS)
-def test_rows_of_a_checkpointed_block_are_counted_once(wrap: Callable[..., Block], reentrant: bool) -> None:
-    model, twin = Model(), Model()
+@pairwise(wrap=WRAPS, reentrant=[False, True], form=FORMS)
+def test_rows_of_a_checkpointed_block_are_counted_once(wrap: Callable[..., Block], reentrant: bool, form: str) -> None:
+    model, twin = Model(form), Model(form)
     twin.load_state_dict(model.state_dict())
     wrapped = wrap(model, reentrant)
     for _ in range(3):

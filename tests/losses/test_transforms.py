@@ -6,7 +6,8 @@ import math
 
 import pytest
 import torch
-from torch import Tensor
+import torch.nn.functional as F
+from torch import Tensor, nn
 from torch.autograd import forward_ad
 
 from tests.support import reference
@@ -25,13 +26,34 @@ def tensor(values: list[float]) -> Tensor:
     return torch.tensor(values, dtype=torch.float64)
 
 
-@pytest.fixture
-def loss() -> Loss:
-    return Loss("bce_with_logits", quality=True)
+@pytest.fixture(params=["rows", "sums", "sums and a number"])
+def loss(request: pytest.FixtureRequest) -> Loss:
+    """The loss of rows, or of sums that are made of them."""
+    if request.param == "rows":
+        return Loss("bce_with_logits", quality=True)
+    return OfSums(request.param)
+
+
+class OfSums(Loss):
+    """Takes rows, and hands over their sums."""
+
+    def __init__(self, form: str) -> None:
+        super().__init__("given")
+        self.form = form
+
+    def forward(self, logits: Tensor, labels: Tensor, weights: Tensor) -> Tensor:  # type: ignore[override]
+        """The loss of the sums of these rows."""
+        rows = weights * F.binary_cross_entropy_with_logits(logits, labels, reduction="none")
+        count = rows.numel() if "number" in self.form else torch.ones_like(labels).sum()
+        return self.from_sums(rows.sum(), count)
+
+    __call__ = nn.Module.__call__
 
 
 def counts(loss: Loss) -> tuple[int, int]:
-    return loss.train_metric.update_count, loss.train_quality.update_count
+    """The updates of the loss's metric and of its quality, where it has one."""
+    metric = loss.train_metric
+    return metric.update_count, (loss.train_quality if loss.quality else metric).update_count
 
 
 def at(loss: Loss, logits: Tensor) -> Tensor:

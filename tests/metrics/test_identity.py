@@ -18,7 +18,7 @@ from torchmetrics import MetricCollection
 
 from tests.support.metrics import Kind, Summing, expect_result_of, of_every_kind
 from tests.support.results import compute_each, fed, forward_each, numbers
-from twloss import GlobalLoss, Loss, MultiTaskLoss, RankingQuality
+from twloss import GlobalLoss, Loss, LossType, MultiTaskLoss, RankingQuality
 
 TASKS = ["like", "reply"]
 
@@ -107,6 +107,9 @@ RULES: dict[str, tuple[str, dict[str, Any], dict[str, Any]]] = {
     "ignore_index or NaN": ("ignore_index", {"ignore_index": -1}, {"ignore_index": math.nan}),
     "loss type": ("cross_entropy", {}, {"loss_type": "cross_entropy"}),
     "callable": ("squared", {}, {"loss_type": squared}),
+    "given": ("given", {}, {"loss_type": "given"}),
+    "given or classes": ("given", {"loss_type": "given"}, {"loss_type": "cross_entropy"}),
+    "given and mean over": ("mean_over", {"loss_type": "given"}, {"loss_type": "given", "mean_over": "weights"}),
     "reduction over rows": ("task_loss_reduction", {}, {"task_loss_reduction": "sum"}),
 }
 
@@ -133,6 +136,8 @@ def trained(loss: Any, mode: bool = True) -> GlobalLoss:
     logits = torch.arange(float(math.prod(shape)), dtype=torch.float64).view(shape)
     if loss.loss_type == "cross_entropy":
         loss(torch.stack([logits, -logits], -1), torch.zeros(shape, dtype=torch.int64))
+    elif loss.loss_type == "given":
+        loss.from_sums(logits.sum(0), 5)
     else:
         loss(logits, torch.ones(shape))
     metric: GlobalLoss = loss.train_metric if mode else loss.eval_metric
@@ -179,6 +184,7 @@ EQUAL: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     "ignore_index": ({"ignore_index": -1}, {"ignore_index": -1.0}),
     "NaN": ({"ignore_index": math.nan}, {"ignore_index": float("nan")}),
     "name": ({"loss_type": "cross_entropy"}, {"loss_type": "cross_entropy"}),
+    "given": ({"loss_type": "given"}, {"loss_type": LossType.GIVEN}),
     "function": ({"loss_type": squared}, {"loss_type": squared}),
     "partial": (
         {"loss_type": functools.partial(F.mse_loss, reduction="none")},
@@ -225,6 +231,33 @@ def test_sums_of_training_and_of_evaluation_are_of_one_rule() -> None:
     both = trained(loss).totals + trained(loss, mode=False).totals
     loss.train_metric.merge_state(loss.eval_metric)
     assert torch.equal(loss.train_metric.totals, both)
+
+
+GIVEN = {"like": "given", "reply": "bce_with_logits"}
+
+
+@both_ways
+@pytest.mark.parametrize("other", ["given", "bce_with_logits", {"like": "bce_with_logits", "reply": "given"}])
+def test_which_tasks_are_given_is_part_of_the_rule(other: Any, swap: bool) -> None:
+    saved, loaded = (many(loss_type) for loss_type in ((other, GIVEN) if swap else (GIVEN, other)))
+    for loss in (saved, loaded):
+        loss.train_metric.persistent(True)
+        loss.from_sums(torch.tensor([6.0, 1.0]), 2)
+    with pytest.raises(RuntimeError, match="given"):
+        loaded.load_state_dict(saved.state_dict())
+    with pytest.raises(ValueError, match="given"):
+        loaded.train_metric.merge_state(saved.train_metric)
+    assert loaded.train_metric.compute()["loss/like"].item() == 3.0
+
+
+def test_a_loss_of_given_tasks_resumes() -> None:
+    saved, loaded = persistent(many(GIVEN)), persistent(many(GIVEN))
+    rows, given_sums = torch.zeros(4, 1), {"like": (torch.tensor(6.0), 2)}
+    saved(rows, rows, given=given_sums)
+    loaded.load_state_dict(saved.state_dict())
+    loaded(rows, rows, given={"like": torch.tensor(3.0)})
+    assert loaded.train_metric.compute()["loss/like"].item() == 3.0
+    assert loaded.train_metric.update_count == 2
 
 
 @both_ways

@@ -174,6 +174,117 @@ SUMS: list[tuple[list[str] | None, dict[str, Any], WrongError, str, str]] = [
 ]
 
 
+FORMS_OF_WEIGHT = "a Tensor or a number"
+SUM, FLAT = torch.ones(()), {"like": torch.ones(()), "reply": torch.ones(())}
+BOTH_NAMES = "['like', 'reply']"
+
+# what is wrong about the sums that a loss gets by task; error, how the message starts, what was expected.
+BY_TASK: list[tuple[dict[str, Any], WrongError, str, str]] = [
+    ({"loss_sum": {}}, ValueError, "loss_sum: got []", f"{BOTH_NAMES}: missing tasks {BOTH_NAMES}"),
+    ({"loss_sum": {"like": SUM}}, ValueError, "loss_sum: got ['like']", "missing tasks ['reply']"),
+    ({"loss_sum": {**FLAT, "x": SUM}}, ValueError, "loss_sum: got ['like', 'reply', 'x']", "unknown tasks ['x']"),
+    ({"loss_sum": {0: SUM, 1: SUM}}, ValueError, "loss_sum: got [0, 1]", "unknown tasks [0, 1]"),
+    ({"loss_sum": {**FLAT, "reply": 1.0}}, TypeError, "loss_sum['reply']: got float", "a Tensor"),
+    ({"loss_sum": {**FLAT, "reply": None}}, TypeError, "loss_sum['reply']: got NoneType", "a Tensor"),
+    ({"loss_sum": {**FLAT, "like": TWO}}, ValueError, "loss_sum['like']: got shape (2,)", "a 0-dim Tensor"),
+    ({"loss_sum": {**FLAT, "like": torch.ones(1)}}, ValueError, "loss_sum['like']: got shape (1,)", "a 0-dim Tensor"),
+    ({"loss_sum": {**FLAT, "like": SUM + 0j}}, TypeError, "loss_sum['like']: got torch.complex64", "a real dtype"),
+    ({"loss_sum": {**FLAT, "reply": SUM.to("meta")}}, ValueError, "loss_sum['reply']: got a tensor on meta", "cpu"),
+    ({"loss_sum": {t: SUM.to("meta") for t in TASKS}}, ValueError, "weight: got a tensor on cpu", "meta"),
+    ({"weight": {"like": 1}}, ValueError, "weight: got ['like']", "missing tasks ['reply']"),
+    ({"weight": {**FLAT, "x": 1}}, ValueError, "weight: got ['like', 'reply', 'x']", "unknown tasks ['x']"),
+    ({"weight": {**FLAT, "reply": None}}, TypeError, "weight['reply']: got NoneType", FORMS_OF_WEIGHT),
+    ({"weight": {**FLAT, "reply": "1"}}, TypeError, "weight['reply']: got str", FORMS_OF_WEIGHT),
+    ({"weight": {**FLAT, "reply": True}}, TypeError, "weight['reply']: got bool", FORMS_OF_WEIGHT),
+    ({"weight": {**FLAT, "reply": math.nan}}, ValueError, "weight['reply']: got nan", "a finite number"),
+    ({"weight": {**FLAT, "reply": -math.inf}}, ValueError, "weight['reply']: got -inf", "a finite number"),
+    ({"weight": {**FLAT, "reply": HUGE}}, EITHER, "weight['reply']: got", "a finite number"),
+    ({"weight": {**FLAT, "reply": torch.ones(1)}}, ValueError, "weight['reply']: got shape (1,)", "a 0-dim Tensor"),
+    ({"weight": {**FLAT, "reply": SUM + 0j}}, TypeError, "weight['reply']: got torch.complex64", "a real dtype"),
+    ({"weight": {**FLAT, "reply": SUM.to("meta")}}, ValueError, "weight['reply']: got a tensor on meta", "cpu"),
+    ({"normalizer": THREE}, ValueError, "normalizer: got shape (3,)", "() or (2,)"),
+    ({"normalizer": math.nan}, ValueError, "normalizer: got nan", "finite"),
+    ({"normalizer": "3"}, TypeError, "normalizer: got str", FORMS_OF_WEIGHT),
+    ({"normalizer": TWO.to("meta")}, ValueError, "normalizer: got a tensor on meta", "cpu"),
+]
+
+GIVEN_TYPES: dict[str, Any] = {"x": "given", "like": "bce_with_logits", "y": "given"}
+GIVEN = {"x": SUM, "y": (SUM, 2)}
+PAIR = "a 0-dim Tensor or (loss_sum, weight)"
+PAIRS = "a mapping of ['x', 'y'] to losses or (loss_sum, weight), as these are of type GIVEN"
+
+# what is wrong about a batch with given losses; error, how the message starts, what was expected.
+GIVEN_ONES: list[tuple[dict[str, Any], WrongError, str, str]] = [
+    ({"given": None}, TypeError, "given: got NoneType", PAIRS),
+    ({"given": SUM}, TypeError, "given: got Tensor", PAIRS),
+    ({"given": [SUM, SUM]}, TypeError, "given: got list", PAIRS),
+    ({"given": {}}, ValueError, "given: got []", "['x', 'y']: missing tasks ['x', 'y']"),
+    ({"given": {"x": SUM}}, ValueError, "given: got ['x']", "missing tasks ['y']"),
+    ({"given": {**GIVEN, "z": SUM}}, ValueError, "given: got ['x', 'y', 'z']", "unknown tasks ['z']"),
+    ({"given": {**GIVEN, "like": SUM}}, ValueError, "given: got ['x', 'y', 'like']", "unknown tasks ['like']"),
+    ({"given": {**GIVEN, "y": None}}, TypeError, "given['y']: got NoneType", PAIR),
+    ({"given": {**GIVEN, "y": 1.0}}, TypeError, "given['y']: got float", PAIR),
+    ({"given": {**GIVEN, "y": {"loss_sum": SUM}}}, TypeError, "given['y']: got dict", PAIR),
+    ({"given": {**GIVEN, "y": (SUM,)}}, TypeError, "given['y']: got tuple", PAIR),
+    ({"given": {**GIVEN, "y": (SUM, 1, 2)}}, TypeError, "given['y']: got tuple", PAIR),
+    ({"given": {**GIVEN, "y": torch.ones(1)}}, ValueError, "given['y']: got shape (1,)", "a 0-dim Tensor"),
+    ({"given": {**GIVEN, "y": THREE}}, ValueError, "given['y']: got shape (3,)", "a 0-dim Tensor"),
+    ({"given": {**GIVEN, "y": (THREE, 3)}}, ValueError, "given['y']: got shape (3,)", "a 0-dim Tensor"),
+    ({"given": {**GIVEN, "y": (1.0, 3)}}, TypeError, "given['y']: got float", "a Tensor"),
+    ({"given": {**GIVEN, "y": SUM + 0j}}, TypeError, "given['y']: got torch.complex64", "a real dtype"),
+    ({"given": {**GIVEN, "y": SUM.to("meta")}}, ValueError, "given['y']: got a tensor on meta", "cpu"),
+    ({"given": {**GIVEN, "y": (SUM, None)}}, TypeError, "given['y'][1]: got NoneType", FORMS_OF_WEIGHT),
+    ({"given": {**GIVEN, "y": (SUM, False)}}, TypeError, "given['y'][1]: got bool", FORMS_OF_WEIGHT),
+    ({"given": {**GIVEN, "y": (SUM, math.inf)}}, ValueError, "given['y'][1]: got inf", "a finite number"),
+    ({"given": {**GIVEN, "y": (SUM, HUGE)}}, EITHER, "given['y'][1]: got", "a finite number"),
+    ({"given": {**GIVEN, "y": (SUM, TWO)}}, ValueError, "given['y'][1]: got shape (2,)", "a 0-dim Tensor"),
+    ({"given": {**GIVEN, "y": (SUM, SUM.to("meta"))}}, ValueError, "given['y'][1]: got a tensor on meta", "cpu"),
+    ({"logits": torch.ones(3, 3)}, ValueError, "logits: got shape (3, 3)", "the labels' shape"),
+    ({"labels": torch.ones(3, 3)}, ValueError, "labels: got shape (3, 3)", "(rows, 1)"),
+    ({"logits": {"like": THREE, "x": THREE}}, ValueError, "logits: got ['like', 'x']", "unknown tasks ['x']"),
+    ({"normalizer": torch.ones(1)}, ValueError, "normalizer: got shape (1,)", "() or (3,)"),
+]
+
+
+@pytest.mark.parametrize(("wrong", "error", "starts", "expected"), named(BY_TASK))
+def test_wrong_sums_of_a_loss_by_task(wrong: dict[str, Any], error: WrongError, starts: str, expected: str) -> None:
+    loss = MultiTaskLoss("given", TASKS)
+    good: dict[str, Any] = {"loss_sum": FLAT, "weight": TWO}
+    loss.from_sums(**good)
+    before, sums = sums_of(loss), {**good, **wrong}
+    expect_refusal(lambda: loss.from_sums(**sums), error, starts, expected, sums)
+    assert sums_of(loss) == before
+
+
+@pytest.mark.parametrize(("wrong", "error", "starts", "expected"), named(GIVEN_ONES))
+def test_wrong_given_losses(wrong: dict[str, Any], error: WrongError, starts: str, expected: str) -> None:
+    loss = MultiTaskLoss(GIVEN_TYPES, list(GIVEN_TYPES), quality=True)
+    good: dict[str, Any] = {"logits": torch.ones(3, 1), "labels": torch.ones(3, 1), "given": GIVEN}
+    loss(**good)
+    expect_refused_batch(loss, good, wrong, error, starts, expected)
+    assert loss.train_quality.update_count == 1
+
+
+@pytest.mark.parametrize("given", [{}, {"like": SUM}, {"like": (SUM, 1), "reply": SUM}, SUM])
+@pytest.mark.parametrize("name", ["tasks", "own"])
+def test_a_given_loss_without_given_tasks(name: str, given: Any) -> None:
+    make, settings, good = LOSSES[name]
+    loss = make(**settings)
+    start = "given: got one for a loss without tasks of type GIVEN"
+    expect_refused_batch(loss, good, {"given": given}, ValueError, start, "expected None")
+    one = Loss("bce_with_logits")
+    with pytest.raises(TypeError, match="given"):
+        one(THREE, THREE, given=given)  # type: ignore[call-arg]
+
+
+@pytest.mark.parametrize("reductions", [("sum", "mean"), ("mean", "max"), ("mean", "median")])
+def test_a_normalizer_of_sums_that_do_not_add_up(reductions: Any) -> None:
+    loss = MultiTaskLoss("given", TASKS, *reductions, global_batch=True)
+    sums = {"loss_sum": TWO, "weight": 2, "normalizer": 3}
+    expect_refusal(lambda: loss.from_sums(**sums), ValueError, "normalizer: got one with", "'mean' over rows", sums)  # type: ignore[arg-type]
+    assert not loss.train_metric.update_called
+
+
 @pytest.mark.parametrize(("name", "wrong", "error", "starts", "expected"), named(BATCHES))
 def test_a_wrong_batch(name: str, wrong: dict[str, Any], error: WrongError, starts: str, expected: str) -> None:
     make, settings, good = LOSSES[name]
@@ -182,14 +293,18 @@ def test_a_wrong_batch(name: str, wrong: dict[str, Any], error: WrongError, star
     expect_refused_batch(loss, good, wrong, error, starts, expected)
 
 
-@pytest.mark.parametrize("method", ["update", "forward"])
+@pytest.mark.parametrize("method", ["update", "forward", "from_sums"])
 @pytest.mark.parametrize(("tasks", "wrong", "error", "starts", "expected"), named(SUMS))
 def test_wrong_sums(
     tasks: list[str] | None, wrong: dict[str, Any], error: WrongError, starts: str, expected: str, method: str
 ) -> None:
-    metric = GlobalLoss(tasks)
+    owner: Any = GlobalLoss(tasks)
+    if method == "from_sums":
+        if any(isinstance(each, dict) for each in wrong.values()):
+            return  # what a loss takes
+        owner = Loss("given") if tasks is None else MultiTaskLoss("given", tasks)
     good: dict[str, Any] = {"loss_sum": torch.ones(() if tasks is None else 2), "weight": 1}
-    metric.update(**good)
-    before, sums = sums_of(metric), {**good, **wrong}
-    expect_refusal(lambda: getattr(metric, method)(**sums), error, starts, expected, sums)
-    assert sums_of(metric) == before
+    getattr(owner, method)(**good)
+    before, sums = sums_of(owner), {**good, **wrong}
+    expect_refusal(lambda: getattr(owner, method)(**sums), error, starts, expected, sums)
+    assert sums_of(owner) == before

@@ -73,4 +73,4 @@ def expect_refused_batch(
 
 def named(rows: list[Any]) -> list[Any]:
     """Parameters that are named by the start of the message."""
-    return [pytest.param(*row, id=f"{index}: {row[3]}") for index, row in enumerate(rows)]
+    return [pytest.param(*row, id=f"{index}: {row[-2]}") for index, row in enumerate(rows)]
