@@ -16,7 +16,7 @@ def find_proxy(*inputs: object) -> Proxy | None:
     for each in inputs:
         if isinstance(each, Proxy):
             return each
-        if isinstance(each, (Mapping, tuple)):
+        if isinstance(each, (Mapping, tuple, list)):
             proxy = find_proxy(*(each.values() if isinstance(each, Mapping) else each))
             if proxy is not None:
                 return proxy

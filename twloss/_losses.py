@@ -389,8 +389,8 @@ class MultiTaskLoss(_TaskLosses):
 
         Returns:
             The loss of each task under ``"loss/<task>"``, in the tasks' order, and the global one under ``"loss"``;
-            0-dim, float64 for float64 logits and float32 for all others. A task without data has a loss of 0 with a
-            gradient of 0.
+            0-dim, float64 where the logits or a given loss are, and float32 otherwise. A task without data has a loss
+            of 0 with a gradient of 0.
 
         Raises:
             TypeError: for an input of a wrong type or dtype.

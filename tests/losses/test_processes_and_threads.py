@@ -27,7 +27,7 @@ from tests.support import reference
 from tests.support.metrics import weights_of
 from tests.support.patience import SECONDS
 from twloss import GlobalLoss, MultiTaskLoss, RankingQuality
-from twloss._metrics.kept_metric import LOCK
+from twloss._sums.running_sums import LOCK
 
 Kept = GlobalLoss | RankingQuality
 TASKS = ["like", "reply"]

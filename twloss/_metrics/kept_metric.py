@@ -6,8 +6,6 @@ is no registered buffer: DistributedDataParallel overwrites every rank's buffers
 
 from __future__ import annotations
 
-import os
-import threading
 from collections.abc import Callable, Generator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any, NoReturn
@@ -22,15 +20,8 @@ from twloss._arguments import check_process_group
 from twloss._metrics.checkpoint import ALL_RANKS, SavedSums, check_same, decode, encode, sums_from_bytes, sums_to_bytes
 from twloss._sums.pending import PendingResult
 from twloss._sums.ranks import ColumnNames, group_from_state, group_to_state, place_in, start_sum_over_ranks
-from twloss._sums.running_sums import RunningSums, SumsFormat, is_captured
+from twloss._sums.running_sums import LOCK, RunningSums, SumsFormat, is_captured
 from twloss._torch import hidden_from_jit, is_valueless, plain_tensors
-
-# So that no update is lost, nor seen by half, where another thread updates, computes or calls the metric. One for all:
-# it is held for microseconds, and a metric with a lock of its own could not be copied.
-# Held again where a signal's handler interrupts, and by the thread that forks, so that no child has it held for ever.
-LOCK = threading.RLock()
-if hasattr(os, "register_at_fork"):  # not on Windows, which has no fork
-    os.register_at_fork(before=LOCK.acquire, after_in_parent=LOCK.release, after_in_child=LOCK.release)
 
 
 @hidden_from_jit
@@ -185,10 +176,11 @@ class KeptMetric(Metric):
 
     def _take(self) -> tuple[Tensor, object, int]:
         """Start the sums anew, and return the state that they had, and its era, for ``_give_back``."""
-        with LOCK:
+        with LOCK, plain_tensors():
             taken = self.totals.clone(), self._era, self._clears
-            self.reset()
-            self._clears -= 1
+            # In place: a compiled step of another thread may have looked the tensor up before, and add to it after.
+            self.totals.zero_()
+            self._era = object()
         return taken
 
     def _give_back(self, taken: tuple[Tensor, object, int]) -> None:
@@ -199,7 +191,7 @@ class KeptMetric(Metric):
                 return
             together = self._format.read(totals, self._ranks)
             together = self._format.append(together, self._read(), self._ranks)
-            self._put(self._format.write(together, self.totals.device, self._ranks))
+            self.totals.copy_(self._format.write(together, self.totals.device, self._ranks))
             self._era = era
 
     def _put(self, totals: Tensor) -> None:

@@ -18,12 +18,12 @@ from torchmetrics.utilities.prints import rank_zero_warn
 
 from twloss._arguments import NanStrategy, check_bool, check_choice, check_tasks, check_window, list_counts, list_some
 from twloss._metrics.checkpoint import ANY
-from twloss._metrics.kept_metric import LOCK, KeptMetric
+from twloss._metrics.kept_metric import KeptMetric
 from twloss._metrics.plot import plot_results
 from twloss._metrics.scalar_view import ScalarView
 from twloss._sums.pending import PendingResult
 from twloss._sums.ranks import place_in
-from twloss._sums.running_sums import RunningSums, SumsFormat
+from twloss._sums.running_sums import LOCK, RunningSums, SumsFormat
 from twloss._torch import hidden_from_jit, is_transformed, refuse_trace
 
 

@@ -23,11 +23,10 @@ from torchmetrics.utilities.distributed import gather_all_tensors
 from torchmetrics.wrappers import MetricTracker
 
 from twloss._arguments import check_bool, list_some
-from twloss._metrics.kept_metric import LOCK
 from twloss._metrics.task_metric import TaskMetric
 from twloss._sums.pending import PendingResult
 from twloss._sums.ranks import ColumnNames, group_or_default, place_in, start_envelope, world_size
-from twloss._sums.running_sums import CARRIED_ELSEWHERE, RunningSums, are_counted, marks_of_rank
+from twloss._sums.running_sums import CARRIED_ELSEWHERE, LOCK, RunningSums, are_counted, marks_of_rank
 from twloss._torch import hidden_from_jit
 
 # Ranks that ask for other metrics send as many numbers nevertheless, so that the hash tells: gloo ends the process
@@ -83,9 +82,11 @@ def compute_all(metrics: Metrics, *, reset: bool = False) -> dict[str, Tensor]:
     Args:
         metrics: a module, a metric, or a mapping name -> one of these, whose names become prefixes: "name/". A module
             stands for the metrics of all losses in it, of the mode that each is in, and for all other ``TaskMetric``s
-            in it, those of a ``MetricCollection`` by their own keys. Other metrics are left alone.
+            in it, those of a ``MetricCollection`` by their own keys, without its prefix. Other metrics are left alone.
+            (An ``nn.ModuleDict`` is a module; ``dict()`` makes a mapping of it.)
         reset: whether to start the sums anew at the moment of which the results are. No row is lost: what is added
-            meanwhile, by another thread too, counts in the next results, and where an error is raised the sums stay.
+            meanwhile, by another thread too, counts in the next results. Where an error is raised, on every rank, the
+            sums come back; until then other threads see them without these rows.
 
     Returns:
         0-dim detached float64 values on the CPU, to which they come by one copy; NaN where there was no data.
@@ -265,7 +266,7 @@ def _finish(shares: Sequence[_Share], checks: Sequence[_Check]) -> dict[str, Ten
     try:
         results = [share.results() for share in shares]
     except Exception:
-        _raise_faults(checks)  # of what is no total there may be no result
+        _raise_faults(checks)  # first: where ranks disagree, the sums may be anything
         raise
     are_sound, *copies = _to_cpu([[is_sound for is_sound, _ in checks], *results])
     _raise_faults([(is_sound, fault) for is_sound, (_, fault) in zip(are_sound, checks)])

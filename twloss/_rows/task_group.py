@@ -181,7 +181,7 @@ def count_rows(  # noqa: PLR0917 (a loss, and a batch without logits)
         weights: None: 1.
     """
     if not groups:
-        raise ValueError("labels: got some for GIVEN tasks alone, which have no rows, expected no call of count()")
+        raise ValueError("loss_type: got GIVEN alone, whose tasks have no rows to count, expected no call of count()")
     if len(groups) > 1:
         labels = by_task("labels", labels, tasks)
         weights = None if weights is None else by_task("weights", weights, tasks)

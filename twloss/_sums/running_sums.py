@@ -12,6 +12,8 @@ extending the available precision").
 
 from __future__ import annotations
 
+import os
+import threading
 import weakref
 from collections.abc import Callable, Sequence
 
@@ -26,6 +28,12 @@ from twloss._torch import plain_tensors, split_last
 _MOST_PLACES = 1000
 _FAULTS = 2  # rows: invalid labels, negative weights
 _MARKS = 3  # rows that tell whether all ranks carry the same sums
+# So that no update is lost, nor seen by half, where another thread updates, computes or calls the metric. One for all:
+# it is held for microseconds, and a metric with a lock of its own could not be copied.
+# Held again where a signal's handler interrupts, and by the thread that forks, so that no child has it held for ever.
+LOCK = threading.RLock()
+if hasattr(os, "register_at_fork"):  # not on Windows, which has no fork
+    os.register_at_fork(before=LOCK.acquire, after_in_parent=LOCK.release, after_in_child=LOCK.release)
 CARRIED_ELSEWHERE = (
     "got sums of a checkpoint that the first rank of the process group does not have, expected one file, loaded on all "
     "ranks or on the first"
@@ -189,6 +197,8 @@ class SumsFormat:
 
     def append(self, earlier: RunningSums, later: RunningSums, ranks: int = 1) -> RunningSums:
         """The sums of updates and of later ones, which push the earlier ones out of a window."""
+        if not self.places:
+            return earlier + later
         parts, begun = earlier.parts, min(self.places, int(self._places_begun(later.parts, ranks)))
         gone = torch.zeros_like(parts[:, 1 : 1 + begun])
         return RunningSums(torch.cat((parts[:, :1], parts[:, 1 + begun :], gone), 1)) + later
@@ -327,13 +337,14 @@ def add_once(  # noqa: PLR0917 (an operator)
     if state.is_cuda and torch.cuda.is_current_stream_capturing():
         _note_capture(state)
     is_pair = state.dtype == torch.float32
-    if places:
-        _add_to_ring(state if is_pair else state.unsqueeze(0), packed, every, per, counter)
-    if is_pair:
-        _add_to_pair(state[:, 0, 0], packed)
-    else:
-        own = state[0]
-        (own[0] if places else own).add_(packed)
+    with LOCK:  # here, where compiled code adds too
+        if places:
+            _add_to_ring(state if is_pair else state.unsqueeze(0), packed, every, per, counter)
+        if is_pair:
+            _add_to_pair(state[:, 0, 0], packed)
+        else:
+            own = state[0]
+            (own[0] if places else own).add_(packed)
 
 
 def is_captured(state: Tensor) -> bool:
