@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import itertools
 import math
 import pickle
 import warnings
@@ -107,21 +108,30 @@ def test_the_loss_of_one_task(weight: Any, over_rows: Any, shape: tuple[int, ...
     assert normalized.item() == 0.5
 
 
-@pytest.mark.parametrize(
-    "dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64, torch.int64, torch.uint8, torch.bool]
+DTYPES = (
+    *(torch.float16, torch.bfloat16, torch.float32, torch.float64, torch.float8_e4m3fn),
+    *(torch.int8, torch.int64, torch.uint8, torch.uint16, torch.uint64, torch.bool),
 )
-@pytest.mark.parametrize("way", ["tensor", "mapping", "given"])
-def test_every_dtype_of_the_sums(dtype: torch.dtype, way: str) -> None:
-    loss = beside_rows() if way == "given" else given_loss()
-    sums = torch.tensor([1, 0]).to(dtype)
-    by_task = dict(zip(TASKS, sums))
-    if way == "given":
-        losses = with_rows(loss, {task: (each, 2) for task, each in by_task.items()})
-    else:
-        losses = loss.from_sums(sums if way == "tensor" else by_task, 2)
-    assert (losses["loss/a"].item(), losses["loss/b"].item()) == (0.5, 0.0)
-    assert {each.dtype for each in losses.values()} == {torch.float64 if dtype == torch.float64 else torch.float32}
-    assert loss.train_metric.compute()["loss/a"].item() == 0.5
+
+
+@pytest.mark.parametrize("over_rows", ["mean", "sum"])
+@pytest.mark.parametrize("way", ["tensor", "0-dim weight", "mapping", "given"])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_every_dtype_of_sums_and_of_weights(dtype: torch.dtype, way: str, over_rows: Any) -> None:
+    for of_sums, of_weights, validate_args in itertools.product((dtype, torch.float32), (dtype, torch.int64), (0, 1)):
+        loss = (beside_rows if way == "given" else given_loss)(over_rows, validate_args=bool(validate_args))
+        sums, weight = torch.tensor([1, 0]).to(of_sums), torch.tensor([1, 1]).to(of_weights)
+        by_task, weights = dict(zip(TASKS, sums)), dict(zip(TASKS, weight))
+        if way == "given":
+            losses = with_rows(loss, {task: (each, weights[task]) for task, each in by_task.items()})
+        elif way == "mapping":
+            losses = loss.from_sums(by_task, weights)
+        else:
+            losses = loss.from_sums(sums, weight if way == "tensor" else weight[0])
+        assert (losses["loss/a"].item(), losses["loss/b"].item()) == (1.0, 0.0)
+        expected = torch.float64 if of_sums == torch.float64 else torch.float32
+        assert {each.dtype for each in losses.values()} == {expected}
+        assert loss.train_metric.compute()["loss/a"].item() == 1.0
 
 
 @pytest.mark.parametrize("way", ["tensor", "mapping", "given"])
