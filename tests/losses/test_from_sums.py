@@ -23,7 +23,7 @@ from tests.support import reference
 from tests.support.metrics import weights_of
 from tests.support.rank_pool import RankPool
 from tests.support.results import numbers
-from twloss import Loss, LossType, MultiTaskLoss, _precision
+from twloss import Loss, LossType, MultiTaskLoss, _precision, build_loss, build_multi_task_loss
 
 TASKS = ["a", "b"]
 KEYS = ["loss/a", "loss/b", "loss"]
@@ -187,6 +187,12 @@ def test_what_is_logged_at_once_and_started_anew() -> None:
     assert "logloss/a" not in result
     loss.reset()
     assert not loss.train_metric.update_called
+
+
+def test_the_builders_of_the_algorithm_ml_make_them_too() -> None:
+    losses = build_multi_task_loss(LossType.GIVEN, TASKS).from_sums(torch.tensor([6.0, 1.0]), 2)
+    assert [each.item() for each in losses.values()] == [3.0, 0.5, 1.75]
+    assert build_loss(LossType.GIVEN).from_sums(torch.tensor(6.0), 2).item() == 3.0
 
 
 # GIVEN tasks beside others.
@@ -507,6 +513,19 @@ def test_bare_losses_and_numbers_on_a_device_without_float64(monkeypatch: pytest
 
 
 # A model's life.
+
+
+def test_the_first_batch_brings_the_order_of_the_tasks_from_the_meta_device() -> None:
+    with torch.device("meta"):
+        loss = beside_rows(task_weights=[1.0, 2.0, 3.0])
+    given = {"a": torch.tensor(6.0), "b": (torch.tensor(8.0), 4)}
+    exact = [6.0, math.log(2), 2.0, (6 + 2 * math.log(2) + 6) / 3]
+    for _ in range(2):
+        assert [each.item() for each in with_rows(loss, given).values()] == pytest.approx(exact, rel=1e-6)
+        assert [*numbers(loss.train_metric.compute()).values()] == pytest.approx(exact, rel=1e-6)
+        loss.to("meta")
+        loss.to_empty(device="cpu")
+        assert loss.train_metric.update_count == 0
 
 
 @pytest.mark.parametrize("make", [given_loss, beside_rows])
