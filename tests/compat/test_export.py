@@ -109,6 +109,56 @@ def test_without_missing_labels_no_rows_are_a_loss_of_0() -> None:
     assert program(*inputs)["loss/reply"].item() == pytest.approx(square, rel=1e-12)
 
 
+class OfSums(nn.Module):
+    """The mean of squares of two tasks, one after the other in each row: sums that the model makes."""
+
+    def __init__(self, form: str, **options: Any) -> None:
+        super().__init__()
+        is_beside = form in ("given", "bare")
+        types: Any = {"like": "given", "reply": lambda x, y: (x - y).square()} if is_beside else "given"
+        self.loss = MultiTaskLoss(types, TASKS, **options)
+        self.form = form
+
+    def forward(self, logits: Tensor, labels: Tensor, weights: Tensor) -> dict[str, Tensor]:
+        """The losses by task, and the global one."""
+        sums, rows = (weights * (logits - labels).square()).sum(0), logits.shape[0]
+        if self.form in ("given", "bare"):
+            given: Any = sums[0] if self.form == "bare" else (sums[0], rows)
+            return self.loss(logits[:, 1:], labels[:, 1:], given={"like": given})
+        if self.form == "by task":
+            return self.loss.from_sums(
+                dict(zip(TASKS, sums)), {"reply": rows, "like": torch.ones_like(labels[:, 0]).sum()}
+            )
+        return self.loss.from_sums(sums, rows if self.form == "number" else torch.ones_like(labels).sum(0))
+
+
+@pytest.mark.parametrize("strict", [False, True])
+@pytest.mark.parametrize("form", ["number", "(tasks,)", "by task", "given", "bare"])
+@pytest.mark.parametrize(
+    "options", [{}, {"task_loss_reduction": "sum", "global_reduction": "max", "global_batch": True}], ids=["", "sum"]
+)
+def test_a_program_that_makes_sums_takes_any_number_of_rows(options: dict[str, Any], form: str, strict: bool) -> None:
+    model = OfSums(form, **options)
+    inputs = batch(6)[0], torch.rand(6, 2, dtype=torch.float64), torch.ones(6, 2, dtype=torch.float64)
+    program = exported(model, inputs, strict=strict).module()
+    for rows in (6, 9, 1, 0):
+        logits, labels = torch.randn(rows, 2, dtype=torch.float64), torch.rand(rows, 2, dtype=torch.float64)
+        losses = program(logits.requires_grad_(), labels, torch.ones_like(labels))
+        pairs = zip(logits.T.tolist(), labels.T.tolist())
+        squares = [[(x - y) ** 2 for x, y in zip(*columns)] for columns in pairs]
+        divisors = [1.0 if options else max(rows, 1)] * 2
+        if form == "bare":
+            divisors[0] = 1.0
+        values = [math.fsum(each) / n for each, n in zip(squares, divisors)]
+        present = values[:1] if form == "bare" and rows == 0 else values
+        exact = [*values, max(present) if options else math.fsum(present) / len(present)]
+        assert [value.item() for value in losses.values()] == pytest.approx(exact, rel=1e-12)
+        losses["loss"].backward()
+        assert logits.grad is not None
+        assert logits.grad.isfinite().all()
+    assert model.loss.train_metric.update_count == 0
+
+
 def test_a_saved_program_has_operators_of_torch_alone() -> None:
     """It can be loaded where this package is not installed."""
     program, file = exported(Model(ignore_index=NAN), batch(6), strict=False), io.BytesIO()
@@ -171,6 +221,21 @@ def test_a_first_call_without_values_leaves_no_fake_constant(
         assert numbers(result) == pytest.approx(exact, rel=1e-12 if dtype == torch.float64 else 1e-5)
     assert loss.train_metric.update_count == 1
     assert type(loss.train_metric.totals) is Tensor
+
+
+@without_values
+@pytest.mark.parametrize("form", ["number", "(tasks,)", "by task", "given", "bare"])
+def test_a_first_call_of_sums_without_values_leaves_no_fake_constant(
+    form: str, call: Callable[[nn.Module, Inputs], None]
+) -> None:
+    model = OfSums(form, task_weights=(1.0, 3.0), global_batch=True)
+    call(model, (torch.ones(6, 2), torch.zeros(6, 2), torch.ones(6, 2)))
+    losses = model(torch.ones(4, 2), torch.zeros(4, 2), torch.ones(4, 2))
+    like = 4.0 if form == "bare" else 1.0
+    for result in (losses, model.loss.train_metric.compute()):
+        assert {type(value) for value in result.values()} == {Tensor}
+        assert numbers(result) == {"loss/like": like, "loss/reply": 1.0, "loss": (like + 3.0) / 2}
+    assert model.loss.train_metric.update_count == 1
 
 
 def test_task_weights_that_are_set_without_values_are_not_fake() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import itertools
 import math
 import pickle
 import warnings
@@ -22,7 +23,7 @@ from tests.support import reference
 from tests.support.metrics import weights_of
 from tests.support.rank_pool import RankPool
 from tests.support.results import numbers
-from twloss import Loss, LossType, MultiTaskLoss, _precision
+from twloss import Loss, LossType, MultiTaskLoss, _precision, build_loss, build_multi_task_loss
 
 TASKS = ["a", "b"]
 KEYS = ["loss/a", "loss/b", "loss"]
@@ -107,21 +108,30 @@ def test_the_loss_of_one_task(weight: Any, over_rows: Any, shape: tuple[int, ...
     assert normalized.item() == 0.5
 
 
-@pytest.mark.parametrize(
-    "dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64, torch.int64, torch.uint8, torch.bool]
+DTYPES = (
+    *(torch.float16, torch.bfloat16, torch.float32, torch.float64, torch.float8_e4m3fn),
+    *(torch.int8, torch.int64, torch.uint8, torch.uint16, torch.uint64, torch.bool),
 )
-@pytest.mark.parametrize("way", ["tensor", "mapping", "given"])
-def test_every_dtype_of_the_sums(dtype: torch.dtype, way: str) -> None:
-    loss = beside_rows() if way == "given" else given_loss()
-    sums = torch.tensor([1, 0]).to(dtype)
-    by_task = dict(zip(TASKS, sums))
-    if way == "given":
-        losses = with_rows(loss, {task: (each, 2) for task, each in by_task.items()})
-    else:
-        losses = loss.from_sums(sums if way == "tensor" else by_task, 2)
-    assert (losses["loss/a"].item(), losses["loss/b"].item()) == (0.5, 0.0)
-    assert {each.dtype for each in losses.values()} == {torch.float64 if dtype == torch.float64 else torch.float32}
-    assert loss.train_metric.compute()["loss/a"].item() == 0.5
+
+
+@pytest.mark.parametrize("over_rows", ["mean", "sum"])
+@pytest.mark.parametrize("way", ["tensor", "0-dim weight", "mapping", "given"])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_every_dtype_of_sums_and_of_weights(dtype: torch.dtype, way: str, over_rows: Any) -> None:
+    for of_sums, of_weights, validate_args in itertools.product((dtype, torch.float32), (dtype, torch.int64), (0, 1)):
+        loss = (beside_rows if way == "given" else given_loss)(over_rows, validate_args=bool(validate_args))
+        sums, weight = torch.tensor([1, 0]).to(of_sums), torch.tensor([1, 1]).to(of_weights)
+        by_task, weights = dict(zip(TASKS, sums)), dict(zip(TASKS, weight))
+        if way == "given":
+            losses = with_rows(loss, {task: (each, weights[task]) for task, each in by_task.items()})
+        elif way == "mapping":
+            losses = loss.from_sums(by_task, weights)
+        else:
+            losses = loss.from_sums(sums, weight if way == "tensor" else weight[0])
+        assert (losses["loss/a"].item(), losses["loss/b"].item()) == (1.0, 0.0)
+        expected = torch.float64 if of_sums == torch.float64 else torch.float32
+        assert {each.dtype for each in losses.values()} == {expected}
+        assert loss.train_metric.compute()["loss/a"].item() == 1.0
 
 
 @pytest.mark.parametrize("way", ["tensor", "mapping", "given"])
@@ -177,6 +187,12 @@ def test_what_is_logged_at_once_and_started_anew() -> None:
     assert "logloss/a" not in result
     loss.reset()
     assert not loss.train_metric.update_called
+
+
+def test_the_builders_of_the_algorithm_ml_make_them_too() -> None:
+    losses = build_multi_task_loss(LossType.GIVEN, TASKS).from_sums(torch.tensor([6.0, 1.0]), 2)
+    assert [each.item() for each in losses.values()] == [3.0, 0.5, 1.75]
+    assert build_loss(LossType.GIVEN).from_sums(torch.tensor(6.0), 2).item() == 3.0
 
 
 # GIVEN tasks beside others.
@@ -497,6 +513,19 @@ def test_bare_losses_and_numbers_on_a_device_without_float64(monkeypatch: pytest
 
 
 # A model's life.
+
+
+def test_the_first_batch_brings_the_order_of_the_tasks_from_the_meta_device() -> None:
+    with torch.device("meta"):
+        loss = beside_rows(task_weights=[1.0, 2.0, 3.0])
+    given = {"a": torch.tensor(6.0), "b": (torch.tensor(8.0), 4)}
+    exact = [6.0, math.log(2), 2.0, (6 + 2 * math.log(2) + 6) / 3]
+    for _ in range(2):
+        assert [each.item() for each in with_rows(loss, given).values()] == pytest.approx(exact, rel=1e-6)
+        assert [*numbers(loss.train_metric.compute()).values()] == pytest.approx(exact, rel=1e-6)
+        loss.to("meta")
+        loss.to_empty(device="cpu")
+        assert loss.train_metric.update_count == 0
 
 
 @pytest.mark.parametrize("make", [given_loss, beside_rows])

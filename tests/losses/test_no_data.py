@@ -142,34 +142,48 @@ def test_a_loss_of_one_task_has_the_same_rule(over_rows: Any) -> None:
     assert loss.train_metric.compute()["loss"].isnan()
 
 
+def losses_of_a_row(loss: MultiTaskLoss, row: int, form: str) -> dict[str, Tensor]:
+    """The losses of one row, or of none, by forward, or of the sums of it."""
+    logits, labels, weights = (each[row : row + 1] for each in inputs(CANCEL))
+    if form == "rows":
+        return loss(logits, labels, weights)
+    losses = torch.nn.functional.binary_cross_entropy_with_logits(logits, labels, reduction="none")
+    sums: Any = (weights * losses).sum(0), weights.sum(0)
+    return loss.from_sums(*(dict(zip(TASKS, each)) for each in sums) if form == "by task" else sums)
+
+
+every_form = pytest.mark.parametrize("form", ["rows", "sums", "by task"])
+
+
 @every_reduction
+@every_form
 @pytest.mark.parametrize("over_rows", ["mean", "sum"])
-def test_weights_that_cancel_over_two_steps(over_rows: Any, reduction: Any) -> None:
+def test_weights_that_cancel_over_two_steps(over_rows: Any, reduction: Any, form: str) -> None:
     """Each step has data; all of them together have data of a sum alone."""
     loss = make(over_rows, reduction, mean_over="weights")
     for row in range(2):
-        logits, labels, weights = (each[row : row + 1] for each in inputs(CANCEL))
         value = bce_with_logits(LOGITS[row][1], LABELS[row][1])
-        entry = loss(logits, labels, weights)["loss/b"].item()
+        entry = losses_of_a_row(loss, row, form)["loss/b"].item()
         assert entry == pytest.approx(value * CANCEL[row][1] if over_rows == "sum" else value, rel=1e-12)
     truth = expected(CANCEL, over_rows, reduction, "weights", over_rows == "sum")
     assert numbers(loss.train_metric.compute()) == pytest.approx(truth, rel=1e-12, nan_ok=True)
 
 
-def step_of_a_rank(rank: int, over_rows: Any, reduction: Any) -> list[dict[str, float]]:
+def step_of_a_rank(rank: int, over_rows: Any, reduction: Any, form: str) -> list[dict[str, float]]:
     """One row a rank, and none on a third."""
     loss = make(over_rows, reduction, mean_over="weights", global_batch=True)
-    losses = loss(*(each[rank : rank + 1] for each in inputs(CANCEL)))
+    losses = losses_of_a_row(loss, rank, form)
     return [numbers(losses), numbers(loss.train_metric.compute())]
 
 
 @eager_alone
 @every_reduction
+@every_form
 @pytest.mark.parametrize("over_rows", ["mean", "sum"])
-def test_weights_that_cancel_over_ranks(ranks: RankPool, over_rows: Any, reduction: Any) -> None:
+def test_weights_that_cancel_over_ranks(ranks: RankPool, over_rows: Any, reduction: Any, form: str) -> None:
     truth = expected(CANCEL, over_rows, reduction, "weights", over_rows == "sum")
     no_nan = {key: 0.0 if math.isnan(value) else value for key, value in truth.items()}
-    for trained, computed in ranks.run(step_of_a_rank, over_rows, reduction):
+    for trained, computed in ranks.run(step_of_a_rank, over_rows, reduction, form):
         assert trained == pytest.approx(no_nan, rel=1e-12)
         assert computed == pytest.approx(truth, rel=1e-12, nan_ok=True)
 

@@ -22,7 +22,7 @@ from twloss._arguments import (
 from twloss._constants import TaskConstants
 from twloss._metrics.checkpoint import ANY
 from twloss._metrics.task_metric import TaskMetric
-from twloss._sums.made_elsewhere import absolute, check_sums, count_negative
+from twloss._sums.made_elsewhere import check_sums, count_negative
 from twloss._sums.reduction import GlobalReduction, Reduction
 from twloss._sums.sums import TaskSums
 
@@ -124,7 +124,8 @@ class GlobalLoss(TaskMetric):
         loss_sum, weight = check_sums(loss_sum, weight, self.tasks)
         faults = (count_negative(loss_sum, weight),) if self.validate_args else ()
         if self._reduction.over_rows == "sum":
-            weight = absolute(weight)
+            # It only tells whether there is data, and weights that cancel are.
+            weight = weight.abs() if isinstance(weight, Tensor) else abs(weight)
         return loss_sum, weight, *faults
 
     def _keys(self) -> dict[str, bool | None]:

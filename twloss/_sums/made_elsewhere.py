@@ -23,7 +23,7 @@ Given = Mapping[str, Tensor | tuple[Tensor, Tensor | float]]
 
 
 def check_sums(loss_sum: Tensor, weight: Tensor | float, tasks: tuple[str, ...] | None) -> TaskSums:
-    """Sums ``(tasks,)``, with the graph and the dtype that they came with.
+    """Sums ``(tasks,)``, with the graph and the dtype that they came with; weights in the widest one.
 
     Args:
         loss_sum: ``(tasks,)``; of one task also 0-dim.
@@ -46,7 +46,8 @@ def check_sums(loss_sum: Tensor, weight: Tensor | float, tasks: tuple[str, ...] 
             raise ValueError(f"weight: got shape {tuple(weight.shape)}, expected ({columns},) or ()")
         if weight.device != loss_sum.device:
             raise ValueError(f"weight: got a tensor on {weight.device}, expected {loss_sum.device} as for loss_sum")
-        weight = weight.detach().expand(columns)
+        # Not every integer dtype can be added, compared with another, or has an abs().
+        weight = weight.detach().to(sum_dtype(weight.device)).expand(columns)
     else:
         # A number of rows that is traced has no value to look at.
         weight = weight if torch.compiler.is_compiling() else check_number("weight", weight)
@@ -94,24 +95,18 @@ def sum_given(
     check_names("given", given, tasks)
     pairs: dict[str, Any] = {task: _pair(task, given[task]) for task in tasks}
     loss_sum = _stack({f"given[{task!r}]": pair[0] for task, pair in pairs.items()}, device)
-    weight: Any = _stack_weights({f"given[{task!r}][1]": pair[1] for task, pair in pairs.items()}, device)
+    weight = _stack_weights({f"given[{task!r}][1]": pair[1] for task, pair in pairs.items()}, device)
     faults = count_negative(loss_sum, weight) if validates else None
     if over_rows == "sum":
-        weight = absolute(weight)
+        weight = weight.abs()
     tracked = None if is_transformed(loss_sum, weight) else loss_sum.detach().to(sum_dtype(device))
     return BatchSums(in_float(loss_sum), None, weight, tracked, None, faults)
 
 
 def count_negative(loss_sum: Tensor, weight: Tensor | float) -> Tensor:
     """Faults ``(2, tasks)`` of sums: of their labels nothing is known, and a negative weight is one."""
-    none = torch.zeros_like(loss_sum.detach())
+    none = torch.zeros_like(loss_sum, dtype=sum_dtype(loss_sum.device))
     return torch.stack((none, none + (weight < 0)))
-
-
-def absolute(weight: Tensor | float) -> Tensor | float:
-    """|w|: to a sum a weight only tells whether there is data, and weights that cancel are."""
-    # Unsigned integers and bool have no abs(), and the least of a signed one has none of its dtype.
-    return weight.to(sum_dtype(weight.device)).abs() if isinstance(weight, Tensor) else abs(weight)
 
 
 def _pair(task: str, value: object) -> tuple[object, object]:
@@ -124,7 +119,7 @@ def _pair(task: str, value: object) -> tuple[object, object]:
 
 
 def _stack_weights(weights: Mapping[str, Any], device: torch.device) -> Tensor:
-    """``_stack`` of weights, which may be numbers as well; detached."""
+    """``_stack`` of weights, which may be numbers as well; detached, and in the widest dtype."""
     columns = {}
     for argument, weight in weights.items():
         column = weight
@@ -133,7 +128,7 @@ def _stack_weights(weights: Mapping[str, Any], device: torch.device) -> Tensor:
             # Not torch.full(): the compiler would make a constant of a float.
             column = torch.ones((), dtype=sum_dtype(device), device=device) * number
         columns[argument] = column
-    return _stack(columns, device).detach()
+    return _stack(columns, device).detach().to(sum_dtype(device))
 
 
 def _stack(columns: Mapping[str, Any], device: torch.device | None) -> Tensor:
