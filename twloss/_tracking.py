@@ -51,8 +51,8 @@ class TracksSums(HasSettings, FeedsMetrics):
         )
         self._reduction = options.reduction
         self._groups = groups
-        self._given = options.given_tasks
-        self._tasks_with_rows = tuple(task for task in options.columns if task not in set(self._given))
+        self._given, given = options.given_tasks, set(options.given_tasks)
+        self._tasks_with_rows = tuple(task for task in options.columns if task not in given)
         self._order = order_of_groups(groups, self._given if options.tasks else (), options.tasks)
         rule = options.describe()
         for name in METRICS:
@@ -91,7 +91,7 @@ class TracksSums(HasSettings, FeedsMetrics):
         """What the means of these rows divide by, as forward counts it: of this rank, without a collective.
 
         Summed over the micro-batches of an optimizer step, and over ranks by one all-reduce, it is the ``normalizer``.
-        No running sum changes.
+        No running sum changes. It is for the training loop: a model that torch.fx traces can't call it.
 
         Args:
             labels: as for forward; of a ``Loss`` with a callable ``(rows,)``, as nothing else tells what is a row.
