@@ -100,11 +100,14 @@ def compute_all(metrics: Metrics, *, reset: bool = False) -> dict[str, Tensor]:
     Examples:
         >>> import torch
         >>> from twloss import MultiTaskLoss, compute_all
-        >>> train, val = (MultiTaskLoss("bce_with_logits", ["like"]) for _ in range(2))
-        >>> _ = train(torch.zeros(3, 1), torch.ones(3, 1)), val(torch.zeros(2, 1), torch.ones(2, 1))
+        >>> train = MultiTaskLoss("bce_with_logits", ["like"])
+        >>> val = MultiTaskLoss("bce_with_logits", ["like"])
+        >>> _ = train(torch.zeros(3, 1), torch.ones(3, 1))
+        >>> _ = val(torch.zeros(2, 1), torch.ones(2, 1))
         >>> results = compute_all({"train": train, "val": val}, reset=True)
         >>> {key: round(value.item(), 4) for key, value in results.items()}
-        {'train/loss/like': 0.6931, 'train/loss': 0.6931, 'val/loss/like': 0.6931, 'val/loss': 0.6931}
+        {'train/loss/like': 0.6931, 'train/loss': 0.6931,
+         'val/loss/like': 0.6931, 'val/loss': 0.6931}
     """
     return _start(metrics, "compute_all()", reset=reset).wait()
 
