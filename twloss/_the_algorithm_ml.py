@@ -198,7 +198,8 @@ def _over_ranks(
     if weights is not None:
         weight = torch.cat([weights[key].flatten() for key in losses])
         values = torch.cat((torch.where(weight == 0, 0.0, values * weight), weight))
-    total = start_sum_over_ranks(values, names, process_group, "get_global_loss_detached()", reads=False).wait()
+    call = "get_global_loss_detached()"
+    total = start_sum_over_ranks(values, names, process_group, call).map(names.assert_agreed).wait()
     if weights is not None:
         loss_sum, weight = total.chunk(2)
         means = loss_sum / weight

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import pytest
@@ -15,6 +15,7 @@ from benchmarks.counts import CollectiveLog
 from tests.support import reference
 from tests.support.metrics import Kind, Summing, numbers_of_this_rank
 from tests.support.rank_pool import RankPool
+from tests.support.refusals import error_of
 from tests.support.results import assert_close, fed, numbers
 from twloss import GlobalLoss, MultiTaskLoss, RankingQuality, compute_all, get_global_loss_detached
 
@@ -36,15 +37,6 @@ different = pytest.mark.parametrize("names", DIFFERENT.values(), ids=DIFFERENT)
 def names_of(rank: int, names: tuple[Names, Names]) -> Names:
     """All ranks but the last have the first names."""
     return names[rank == torch.distributed.get_world_size() - 1]
-
-
-def error_of(call: Callable[[], object]) -> str:
-    """What a RuntimeError says; an empty string where there is none."""
-    try:
-        call()
-    except RuntimeError as error:
-        return str(error)
-    return ""
 
 
 def expect_named(answers: Sequence[str], names: tuple[Names, Names]) -> None:

@@ -22,6 +22,7 @@ from tests.support.cases import Ranker, Rows, Settings, joined, random_rows, spl
 from tests.support.cases import columns as rows_of_tasks
 from tests.support.metrics import KEY, KINDS, Batch, Kind, persistent
 from tests.support.rank_pool import RankPool
+from tests.support.refusals import error_of
 from tests.support.results import assert_close, fed, numbers
 from twloss import GlobalLoss, MultiTaskLoss, RankingQuality, TaskMetric, compute_all, compute_all_async, global_sums
 
@@ -38,15 +39,6 @@ def ask(metrics: Any, is_async: bool, **options: Any) -> tuple[Numbers, list[str
     with CollectiveLog() as log:
         found = compute_all_async(metrics, **options).wait() if is_async else compute_all(metrics, **options)
     return numbers(found), log.names
-
-
-def error_of(call: Callable[[], object]) -> str:
-    """What a RuntimeError says; an empty string where there is none."""
-    try:
-        call()
-    except RuntimeError as error:
-        return str(error)
-    return ""
 
 
 def batches_of(kind: Kind, counts: Sequence[int], seed: int = 0) -> ByRank:

@@ -74,3 +74,12 @@ def expect_refused_batch(
 def named(rows: list[Any]) -> list[Any]:
     """Parameters that are named by the start of the message."""
     return [pytest.param(*row, id=f"{index}: {row[-2]}") for index, row in enumerate(rows)]
+
+
+def error_of(call: Callable[[], object]) -> str:
+    """What a RuntimeError says; an empty string where there is none."""
+    try:
+        call()
+    except RuntimeError as error:
+        return str(error)
+    return ""

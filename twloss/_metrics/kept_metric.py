@@ -229,7 +229,7 @@ class KeptMetric(Metric):
         if gather is gather_all_tensors:
             gather = None  # torchmetrics' own would take three collectives
         total = start_sum_over_ranks(rows, self._names, group, call, gather=gather, is_async=is_async)
-        return total.map(self._format.receive)
+        return total.map(self._names.read_agreed).map(self._format.receive)
 
     def _sync_dist(self, dist_sync_fn: Callable[..., Any] = gather_all_tensors, process_group: Any = None) -> None:
         group = check_process_group(process_group)

@@ -25,7 +25,7 @@ from torchmetrics.wrappers import MetricTracker
 from twloss._arguments import check_bool, list_some
 from twloss._metrics.task_metric import TaskMetric
 from twloss._sums.pending import PendingResult
-from twloss._sums.ranks import ColumnNames, group_or_default, place_in, start_envelope, world_size
+from twloss._sums.ranks import ColumnNames, group_or_default, place_in, start_sum_over_ranks, world_size
 from twloss._sums.running_sums import CARRIED_ELSEWHERE, LOCK, RunningSums, are_counted, marks_of_rank
 from twloss._torch import hidden_from_jit
 
@@ -255,7 +255,7 @@ def _start_together(
             share.total = part.view_as(own)
         return [(agree, names.fault), (are_counted(of_marks.view_as(marks)), CARRIED_ELSEWHERE)]
 
-    return start_envelope(F.pad(numbers, (0, padding)), names, group, call, is_async=True).map(receive)
+    return start_sum_over_ranks(F.pad(numbers, (0, padding)), names, group, call, is_async=True).map(receive)
 
 
 @lru_cache(maxsize=16)

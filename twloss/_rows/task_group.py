@@ -147,8 +147,7 @@ def join(sums: Sequence[BatchSums], order: TaskConstants, plan: Plan) -> BatchSu
             tracked.append(each.tracked)
         quality = each.quality if quality is None else quality
         if each.losses.device != loss_sums[0].device:
-            devices = [str(each.losses.device) for each in sums]
-            raise ValueError(f"logits: got {devices}, expected the same device for every task")
+            raise _different_devices("logits", [each.losses for each in sums])
     if not is_shared:
         dtype = sum_dtype(loss_sums[0].device)
         weight = _restore_order([torch.zeros_like(each.losses, dtype=dtype) + each.weight for each in sums], order)
@@ -187,9 +186,13 @@ def count_rows(  # noqa: PLR0917 (a loss, and a batch without logits)
         weights = None if weights is None else by_task("weights", weights, tasks)
     counts = [group.count(labels, weights, mean_over) for group in groups]
     if any(each.device != counts[0].device for each in counts):
-        devices = [str(each.device) for each in counts]
-        raise ValueError(f"labels: got {devices}, expected the same device for every task")
+        raise _different_devices("labels", counts)
     return _restore_order([*counts, counts[0].new_ones(given)], order) if given or len(groups) > 1 else counts[0]
+
+
+def _different_devices(name: str, parts: Sequence[Tensor]) -> ValueError:
+    devices = [str(part.device) for part in parts]
+    return ValueError(f"{name}: got {devices}, expected the same device for every task")
 
 
 def _join_faults(sums: Sequence[BatchSums], order: TaskConstants) -> Tensor:

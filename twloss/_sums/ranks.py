@@ -103,6 +103,19 @@ class ColumnNames:
         sums, hashes = total.split((len(total) - len(expected), len(expected)))
         return sums, ((hashes - expected).abs() <= torch.finfo(total.dtype).eps * ranks * expected).all()
 
+    def read_agreed(self, received: tuple[Tensor, Tensor]) -> Tensor:
+        """The sums that ``unpack`` returned; a RuntimeError if the names do not agree, which it reads."""
+        sums, agree = received
+        if not agree:
+            raise RuntimeError(self.fault)
+        return sums
+
+    def assert_agreed(self, received: tuple[Tensor, Tensor]) -> Tensor:
+        """The same without reading: an accelerator raises the error when it gets there."""
+        sums, agree = received
+        assert_async(agree, self.fault)
+        return sums
+
     def _row(self, like: Tensor) -> Tensor:
         hashes = self.hashes.like(like)
         assert hashes is not None
@@ -130,9 +143,7 @@ def sum_over_ranks_with_gradient(
     weight = sums.weight if isinstance(sums.weight, Tensor) else torch.ones_like(loss_sum) * sums.weight
     packed = names.pack(torch.stack((loss_sum, weight)))
     total = _SumOverRanks.apply(packed, process_group, ranks)  # type: ignore[no-untyped-call]
-    rows, agree = names.unpack(total, ranks)
-    assert_async(agree, names.fault)
-    return TaskSums(*rows.unbind(0))
+    return TaskSums(*names.assert_agreed(names.unpack(total, ranks)).unbind(0))
 
 
 def start_sum_over_ranks(
@@ -143,8 +154,7 @@ def start_sum_over_ranks(
     *,
     gather: Callable[..., list[Tensor]] | None = None,
     is_async: bool = False,
-    reads: bool = True,
-) -> PendingResult[Tensor]:
+) -> PendingResult[tuple[Tensor, Tensor]]:
     """Start the sum of detached sums over ranks, by one collective; its result is a tensor of its own.
 
     Args:
@@ -154,36 +164,13 @@ def start_sum_over_ranks(
         call: the user's call that every rank has to make, for the error if the collective fails.
         gather: a ``dist_sync_fn``, which gives each rank's tensor, to be called in place of the all-reduce.
         is_async: whether to return while the collective is under way.
-        reads: whether the result may read from the device whether names agree; if not, the device raises.
 
     Returns:
-        The sums of all ranks. ``wait()`` raises a RuntimeError where ranks have other names.
+        The sums of all ranks, and whether the names agree, 0-dim bool: if not, the sums mean nothing.
 
     Raises:
         RuntimeError: from the backend's, where the collective fails; of an asynchronous one ``wait()`` raises it.
     """
-
-    def check(received: tuple[Tensor, Tensor]) -> Tensor:
-        rows, agree = received
-        if not reads:
-            assert_async(agree, names.fault)
-        elif not agree:
-            raise RuntimeError(names.fault)
-        return rows
-
-    return start_envelope(sums, names, process_group, call, gather=gather, is_async=is_async).map(check)
-
-
-def start_envelope(
-    sums: Tensor,
-    names: ColumnNames,
-    process_group: dist.ProcessGroup | None,
-    call: str,
-    *,
-    gather: Callable[..., list[Tensor]] | None = None,
-    is_async: bool = False,
-) -> PendingResult[tuple[Tensor, Tensor]]:
-    """What ``start_sum_over_ranks`` starts, of which the sums are sound if the names agree: 0-dim bool, beside them."""
     total, work, ranks = names.pack(sums.detach()), None, world_size(process_group)
     if gather is not None:
         parts = gather(total, group=process_group)
