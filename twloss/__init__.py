@@ -42,6 +42,8 @@ Each file imports only what stands above it::
     _rows/row_loss.py
     _rows/batch.py
     _rows/differentiable.py
+    _rows/segments.py              the ids of segments -> cells, and the sums of each cell
+    _rows/compiled.py              a function of tensors, compiled
     _rows/row_pass.py
     _rows/task_group.py
     _metrics/checkpoint.py         the format of running sums in a state_dict: bytes of one rank or of all

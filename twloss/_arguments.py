@@ -26,6 +26,8 @@ if TYPE_CHECKING or dist.is_available():
 else:  # a torch that was built without it
     RankGroup = object
 
+SegmentNames = Mapping[str, Sequence[str] | int]
+"""The names of each dimension's ids, or their number."""
 PerTask = float | Sequence[float] | Mapping[str, float] | Tensor
 IgnoreIndex = float | Mapping[str, float] | None
 
@@ -122,6 +124,44 @@ def check_window(window: object, window_rows: object) -> None:
             raise ValueError(f"{name}: got {value}, expected at least one {unit}")
     if window is not None and window_rows is not None:
         raise ValueError(f"window_rows: got {window_rows} beside window={window}, expected one of the two")
+
+
+def check_segments(segments: object) -> dict[str, tuple[str, ...] | int] | None:
+    """The names of each dimension's ids, or their number; None: no segments."""
+    if segments is None:
+        return None
+    if not isinstance(segments, Mapping):
+        expected = 'a mapping such as {"country": ["DE", "US"], "surface": 3}'
+        raise TypeError(f"segments: got {type(segments).__name__}, expected {expected}")
+    if not segments:
+        raise ValueError("segments: got an empty mapping, expected one or more dimensions, or None")
+    return {_check_dimension(name): _check_segment_names(f"segments[{name!r}]", segments[name]) for name in segments}
+
+
+def _check_dimension(name: object) -> str:
+    if not isinstance(name, str):
+        raise TypeError(f"segments: got a dimension of type {type(name).__name__}, expected str")
+    if not name:
+        raise ValueError("segments: got a dimension without a name, expected one that is not empty")
+    return str.__str__(name)
+
+
+def _check_segment_names(argument: str, names: object) -> tuple[str, ...] | int:
+    if isinstance(names, int) and not isinstance(names, bool):
+        if names < 1:
+            raise ValueError(f"{argument}: got {names}, expected at least one id")
+        return int(names)
+    if isinstance(names, (str, bytes, bytearray)) or not isinstance(names, Sequence):
+        raise TypeError(f"{argument}: got {type(names).__name__}, expected names or a number of ids")
+    for name in names:
+        if not isinstance(name, str):
+            raise TypeError(f"{argument}: got a name of type {type(name).__name__}, expected str")
+    if not names or "" in names or len({*names, "other"}) <= len(names):
+        twice = [name for name, count in Counter([*names, "other"]).items() if count > 1]
+        found = f"{list_some(list(names))}{f' with {list_some(twice)} more than once' if twice else ''}"
+        expected = 'one or more names, each once and not empty; ids without a name are "other"'
+        raise ValueError(f"{argument}: got {found}, expected {expected}")
+    return tuple(str.__str__(name) for name in names)
 
 
 def per_task_numbers(name: str, values: PerTask | None, tasks: Sequence[str]) -> tuple[float, ...] | None:

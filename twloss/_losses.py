@@ -19,8 +19,9 @@ from twloss._arguments import (
     PerTask,
     RankGroup,
     RowReduction,
+    SegmentNames,
+    list_some,
     per_task_numbers,
-    warn_local_normalizer,
     warn_unless_mean,
 )
 from twloss._fx import find_proxy, record_forward, record_losses
@@ -29,12 +30,13 @@ from twloss._metrics.ranking_quality import RankingQuality, is_wanted
 from twloss._options import LossOptions, TaskLossType
 from twloss._rows.mappings import TaskTensors
 from twloss._rows.row_pass import Plan
+from twloss._rows.segments import SegmentIds
 from twloss._rows.task_group import inputs_by_task, join
-from twloss._sums.made_elsewhere import Given, LossSums, Weights, in_float, stack_sums, sum_given
+from twloss._sums.made_elsewhere import Given, LossSums, Weights, in_float, stack_sums
 from twloss._sums.ranks import sum_over_ranks_with_gradient, world_size
 from twloss._sums.reduction import GlobalReduction
 from twloss._sums.sums import BatchSums, TaskSums
-from twloss._torch import hidden_from_jit, is_transformed, refuse_trace
+from twloss._torch import hidden_from_jit, is_transformed
 from twloss._tracking import TracksSums
 
 _PLAIN = (Tensor, float, int, type(None))
@@ -50,50 +52,48 @@ class _TaskLosses(TracksSums):
         labels: TaskTensors,
         weights: TaskTensors | None,
         normalizer: Tensor | float | None = None,
+        *,
         given: Given | None = None,
+        segments: SegmentIds | None = None,
     ) -> dict[str, Tensor]:
         """The losses of a batch, whose sums are added to the running ones."""
         # These are no Proxy; all else is looked at.
         is_plain = type(logits) is type(labels) is Tensor and type(weights) in _PLAIN and type(normalizer) in _PLAIN
-        if not is_plain or given is not None:
-            proxy = find_proxy(logits, labels, weights, normalizer, given)
+        if not is_plain or given is not None or segments is not None:
+            proxy = find_proxy(logits, labels, weights, normalizer, given, segments)
             if proxy is not None:
-                asked = {"normalizer": normalizer, "given": given}
+                asked = {"normalizer": normalizer, "given": given, "segments": segments}
                 return record_forward(proxy, self, self._reduction.keys, logits, labels, weights, **asked)
         groups, inputs = self._groups, (logits, labels, weights)
         metric, quality, plan = self._mode()
         if normalizer is not None:
             plan = plan._replace(reduction=None)
         if len(groups) == 1 and not self._given and given is None:
-            sums = groups[0].sums(inputs, plan, self._task_weights)
+            sums = groups[0].sums(inputs, plan, self._task_weights, segments)
         else:
             if len(groups) > 1:
                 inputs = inputs_by_task(self._tasks_with_rows, inputs)
-            parts = [group.sums(inputs, plan, self._task_weights) for group in groups]
+                if segments is not None and self._segments is not None:
+                    segments = self._segments.by_task(segments, self._tasks_with_rows)
+            parts = [group.sums(inputs, plan, self._task_weights, segments) for group in groups]
             if self._given or given is not None:
                 parts.append(self._sum_given(given, plan, parts))
             sums = join(parts, self._order, plan)
         if sums.loss is None:
-            losses = self._reduce(TaskSums(sums.losses, sums.weight), metric, normalizer)
+            losses = self._reduce(TaskSums(sums.losses, sums.weight), normalizer)
         else:
             losses = self._reduction.by_key(sums.losses, sums.loss)
         # Last, so that a batch whose loss could not be computed is not in the running sums either.
         _keep(sums, metric, quality)
         return losses
 
-    def _sum_given(self, given: Given | None, plan: Plan, parts: Sequence[BatchSums]) -> BatchSums:
-        """The sums of the tasks of type GIVEN, on the device of the others."""
-        if not self._groups:
-            raise ValueError("loss_type: got GIVEN alone, whose tasks have no rows, expected a call of from_sums()")
-        if not self._given:
-            raise ValueError("given: got one for a loss without tasks of type GIVEN, expected None")
-        device = parts[0].losses.device
-        return sum_given(given, self._given, plan.over_rows, device, validates=plan.validates)
-
     def _losses_of_sums(
         self, loss_sum: LossSums, weight: Weights, normalizer: Tensor | float | None = None
     ) -> dict[str, Tensor]:
         """The losses of sums made elsewhere, which are added to the running ones."""
+        if self._segments is not None:
+            found = list_some(list(self._segments.dimensions))
+            raise ValueError(f"segments: got {found} and from_sums(), whose sums are of no cell, expected None")
         proxy = find_proxy(loss_sum, weight, normalizer)
         if proxy is not None:
             method = self._losses_of_sums.__name__
@@ -102,7 +102,7 @@ class _TaskLosses(TracksSums):
         sums = metric._sum_batch(*stack_sums(loss_sum, weight, self._options.tasks))
         packed = None if is_transformed(*sums) else metric._pack(sums)
         own, divisor, *_ = sums
-        losses = self._reduce(TaskSums(in_float(own), divisor), metric, normalizer)
+        losses = self._reduce(TaskSums(in_float(own), divisor), normalizer)
         if packed is not None:
             metric._add_packed(packed)
         return losses
@@ -117,11 +117,11 @@ class _TaskLosses(TracksSums):
         quality = modules["train_quality" if self.training else "eval_quality"]
         return metric, quality, plans[int(quality._drops_non_finite)]
 
-    def _reduce(self, local: TaskSums, metric: GlobalLoss, normalizer: Tensor | float | None) -> dict[str, Tensor]:
+    def _reduce(self, local: TaskSums, normalizer: Tensor | float | None) -> dict[str, Tensor]:
         """The losses of this rank's sums, or of those of all ranks."""
         options, total, factor = self._options, local, 1.0
         if options.global_batch:
-            total = sum_over_ranks_with_gradient(local, metric._names, options.process_group)
+            total = sum_over_ranks_with_gradient(local, self._names, options.process_group)
             if options.gradient_reduction == "sum":
                 # Each rank has the whole gradient of the reduction's own parameters too.
                 factor = 1.0 / world_size(options.process_group)
@@ -129,16 +129,6 @@ class _TaskLosses(TracksSums):
             total = TaskSums(total.loss_sum, self._check_normalizer(normalizer, local.loss_sum))
         dtype, task_weights = local.loss_sum.dtype, self._task_weights.like(local.loss_sum)
         return self._reduction.reduce(total, task_weights, dtype, is_final=False, gradient_factor=factor)
-
-    def _check_normalizer(self, normalizer: Tensor | float, loss_sum: Tensor) -> Tensor | float:
-        options = self._options
-        is_averaged = options.gradient_reduction == "mean" and not options.global_batch
-        if is_averaged and not torch.compiler.is_compiling() and world_size(options.process_group) > 1:
-            warn_local_normalizer()
-        return self._reduction.check_normalizer(normalizer, loss_sum)
-
-    def _slow_forward(self, *_: Any, **__: Any) -> None:
-        refuse_trace(self)
 
 
 def _keep(sums: BatchSums, metric: GlobalLoss, quality: RankingQuality | None) -> None:
@@ -188,6 +178,7 @@ class Loss(_TaskLosses):
         gradient_reduction: GradientReduction = "mean",
         process_group: RankGroup | None = None,
         quality: bool | RankingQuality = False,
+        segments: SegmentNames | None = None,
         validate_args: bool = False,
         fused: bool = False,
     ) -> None:
@@ -203,6 +194,7 @@ class Loss(_TaskLosses):
             gradient_reduction=gradient_reduction,
             process_group=process_group,
             quality=is_wanted(quality),
+            segments=segments,
             validate_args=validate_args,
             fused=fused,
         )
@@ -211,7 +203,13 @@ class Loss(_TaskLosses):
 
     @torch.jit.unused
     def forward(
-        self, logits: Tensor, labels: Tensor, weights: Tensor | None = None, *, normalizer: Tensor | float | None = None
+        self,
+        logits: Tensor,
+        labels: Tensor,
+        weights: Tensor | None = None,
+        *,
+        normalizer: Tensor | float | None = None,
+        segments: Mapping[str, Tensor] | None = None,
     ) -> Tensor:
         """The loss of a batch.
 
@@ -220,6 +218,7 @@ class Loss(_TaskLosses):
             labels: any shape, in [0, 1]; class indices for CROSS_ENTROPY.
             weights: broadcastable to the labels' shape; None: 1.
             normalizer: 0-dim; as for ``MultiTaskLoss``.
+            segments: the ids of each dimension, broadcastable to the labels' shape; as for ``MultiTaskLoss``.
 
         Returns:
             The loss, 0-dim, float64 for float64 logits and float32 for all others.
@@ -230,7 +229,7 @@ class Loss(_TaskLosses):
             RuntimeError: with ``fused``, where torch.compile fails, for want of a compiler above all; in
                 torch.jit.trace, which would make the number of rows a constant.
         """
-        return self._losses(logits, labels, weights, normalizer)["loss"]
+        return self._losses(logits, labels, weights, normalizer, segments=segments)["loss"]
 
     @torch.jit.unused
     def from_sums(
@@ -299,6 +298,10 @@ class MultiTaskLoss(_TaskLosses):
         process_group: the ranks to sum over, also as a 1-D ``DeviceMesh``; None: all.
         quality: True, or a ``RankingQuality`` to be copied, for running sums of the quality of the predictions, without
             the pos_weights, from the logits at hand; of the tasks with BCE_WITH_LOGITS, which a given one has to have.
+        segments: dimensions by which the metrics tell rows apart too, such as ``{"country": ["DE", "US"], "surface":
+            3}``: names, or a number of ids. Each has a cell for each id and one for "other", which add up to the total;
+            the results have keys such as "loss/like/country=DE" and "loss/surface=other". forward then takes the ids,
+            and its own result is as without.
         validate_args: count the rows with an invalid label (outside of [0, 1], or no class) and those of negative
             weight, on the device and without waiting for it; ``compute()`` of ``train_metric`` and ``eval_metric``
             warns with the counts by task. Labels of a callable may be anything. A class that does not exist then has a
@@ -341,6 +344,7 @@ class MultiTaskLoss(_TaskLosses):
         gradient_reduction: GradientReduction = "mean",
         process_group: RankGroup | None = None,
         quality: bool | RankingQuality = False,
+        segments: SegmentNames | None = None,
         validate_args: bool = False,
         fused: bool = False,
     ) -> None:
@@ -356,6 +360,7 @@ class MultiTaskLoss(_TaskLosses):
             gradient_reduction=gradient_reduction,
             process_group=process_group,
             quality=is_wanted(quality),
+            segments=segments,
             validate_args=validate_args,
             fused=fused,
         )
@@ -371,6 +376,7 @@ class MultiTaskLoss(_TaskLosses):
         *,
         normalizer: Tensor | float | None = None,
         given: Given | None = None,
+        segments: SegmentIds | None = None,
     ) -> dict[str, Tensor]:
         """The losses of a batch.
 
@@ -386,6 +392,8 @@ class MultiTaskLoss(_TaskLosses):
                 over all micro-batches and ranks of one optimizer step, which makes gradient accumulation exact.
             given: the losses of the tasks of type GIVEN, a mapping task -> (loss_sum, weight), as for ``from_sums()``,
                 or -> a 0-dim loss, which counts as one row a rank and step. They have no column in the inputs.
+            segments: the ids of each dimension of the loss's segments: integers ``(rows,)``, ``(rows, 1)``,
+                ``(rows, tasks)``, or a mapping task -> ``(rows,)``. Those outside of 0…K-1 are in the cell "other".
 
         Returns:
             The loss of each task under ``"loss/<task>"``, in the tasks' order, and the global one under ``"loss"``;
@@ -400,7 +408,7 @@ class MultiTaskLoss(_TaskLosses):
                 ``global_batch``, from the backend's, if a rank does not call it or is gone; in torch.jit.trace, which
                 would make the number of rows a constant.
         """
-        return self._losses(logits, labels, weights, normalizer, given)
+        return self._losses(logits, labels, weights, normalizer, given=given, segments=segments)
 
     @torch.jit.unused
     def from_sums(

@@ -32,12 +32,15 @@ from twloss._arguments import (
 )
 from twloss._rows.row_loss import LossFunction, LossType, RowLoss, resolve_loss_type, row_loss_of
 from twloss._rows.row_pass import Plan
+from twloss._rows.segments import Segments
 from twloss._sums.ranks import group_from_state, group_to_state
 from twloss._sums.reduction import GlobalReduction, Reduction
 
 # The enum last: jsonargparse would have it write a function into a configuration, which it can't.
 TaskLossType = LossName | LossFunction | LossType
 
+# Of a loss's metric, for each task and cell: two sums and two counters, own and carried.
+_NUMBERS = 8
 _NAMES_OF_ONE = {"task_loss_reduction": "reduction", "pos_weights": "pos_weight"}
 
 
@@ -65,6 +68,8 @@ class LossOptions:
     process_group: Any
     """A ``ProcessGroup``, of a ``DeviceMesh`` its own; None: all ranks."""
     quality: bool
+    segments: Any
+    """The names of each dimension's ids, or their number; None: no segments."""
     validate_args: bool
     fused: bool
 
@@ -85,6 +90,10 @@ class LossOptions:
             with_labels = [task for task in self.columns if task not in self.given_tasks]
             check_some_of("ignore_index", self.ignore_index, with_labels, "tasks that have labels")
         self._set("ignore_index", check_ignore_index(self.ignore_index, self.tasks))
+        segments = Segments.of(self.segments, self.tasks, _NUMBERS)
+        if segments is not None and all(row_loss.is_given for _, row_loss in self._row_losses()):
+            raise ValueError(f"segments: got {list_some(segments.dimensions)} with GIVEN alone, which has no rows")
+        self._set("segments", None if segments is None else segments.dimensions)
         for setting in ("fused", "quality"):
             if getattr(self, setting) and not self._binary_tasks():
                 raise self._not_binary(setting, True)
@@ -140,6 +149,7 @@ class LossOptions:
             quality_counts_rows=counts_rows,
             validates=self.validate_args,
             fused=self.fused,
+            segments=() if self.segments is None else Segments(self.segments).sizes,
         )
         return [
             [plan._replace(drops_non_finite=own, quality_drops_non_finite=of_quality) for of_quality in (False, True)]

@@ -59,6 +59,7 @@ class HasSettings(nn.Module):
     gradient_reduction: GradientReduction
     process_group: dist.ProcessGroup | None
     quality: bool
+    segments: dict[str, tuple[str, ...] | int] | None
     validate_args: bool
     fused: bool
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 import copy
 import inspect
 import zlib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, ExitStack
 from typing import Any, TypeVar
 
@@ -202,6 +202,29 @@ def mask(values: Tensor, weights: Tensor, *, in_place: bool = False) -> Tensor:
         return values
     masked: Tensor = torch.ops.aten.threshold_backward(values, weights.abs(), 0.0)
     return masked
+
+
+def define_operator(
+    schema: str, function: Callable[..., Any], fake: Callable[..., Any] | None = None
+) -> tuple[torch.library.Library, Callable[..., Any]]:
+    """Define a function as an operator, which is there for as long as the library that is returned beside it.
+
+    A module may be imported anew while what it was before is in use, and its operator is then another one.
+
+    Args:
+        schema: its name, arguments and results.
+        function: what it does, on any device.
+        fake: the same of tensors without values; None: the function.
+    """
+    # Not torch.library.custom_op: its checks at run time cost a compiled step 60 µs.
+    library, (name, _, arguments) = torch.library.Library("twloss", "FRAGMENT"), schema.partition("(")
+    while hasattr(torch.ops.twloss, name):
+        name += "_"
+    library.define(f"{name}({arguments}")
+    library.impl(name, function, "CompositeExplicitAutograd")
+    if fake is not None:
+        torch.library.register_fake(f"twloss::{name}", fake, lib=library)
+    return library, getattr(torch.ops.twloss, name)
 
 
 def tile(values: Tensor, repeats: int) -> Tensor:

@@ -6,26 +6,32 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from twloss._arguments import warn_local_normalizer
 from twloss._metrics.global_loss import GlobalLoss
 from twloss._metrics.ranking_quality import RankingQuality, own_quality
 from twloss._metrics.task_metric import TaskMetric
 from twloss._metrics.together import FeedsMetrics
 from twloss._options import LossOptions
 from twloss._rows.mappings import TaskTensors
+from twloss._rows.row_pass import Plan
+from twloss._rows.segments import Segments
 from twloss._rows.task_group import count_rows, group_tasks, order_of_groups
 from twloss._settings import METRICS, QUALITY, HasSettings
-from twloss._torch import hidden_from_jit
+from twloss._sums.made_elsewhere import Given, sum_given
+from twloss._sums.ranks import ColumnNames, world_size
+from twloss._sums.sums import BatchSums
+from twloss._torch import hidden_from_jit, refuse_trace
 
 
 @hidden_from_jit
 class TracksSums(HasSettings, FeedsMetrics):
-    """The base of the losses: what they keep, and no batch.
+    """The base of the losses: what they keep, and what few batches come with.
 
     Args:
         options: the settings.
@@ -44,13 +50,16 @@ class TracksSums(HasSettings, FeedsMetrics):
     def __init__(
         self, options: LossOptions, task_weights: tuple[float, ...] | None, quality: bool | RankingQuality
     ) -> None:
-        groups = group_tasks(options.loss_type, options.tasks, options.pos_weights, options.ignore_index)
+        segments = None if options.segments is None else Segments(options.segments)
+        groups = group_tasks(options.loss_type, options.tasks, options.pos_weights, options.ignore_index, segments)
         types = {f"loss_type_{index}": group.loss_type for index, group in enumerate(groups)}
         super().__init__(
             options, task_weights, types if isinstance(options.loss_type, dict) else {"loss_type": options.loss_type}
         )
         self._reduction = options.reduction
         self._groups = groups
+        self._segments = segments
+        self._names = ColumnNames(options.columns)
         self._given, given = options.given_tasks, set(options.given_tasks)
         self._tasks_with_rows = tuple(task for task in options.columns if task not in given)
         self._order = order_of_groups(groups, self._given if options.tasks else (), options.tasks)
@@ -60,6 +69,7 @@ class TracksSums(HasSettings, FeedsMetrics):
                 options.tasks,
                 options.task_loss_reduction,
                 options.global_reduction,
+                segments=options.segments,
                 validate_args=options.validate_args,
                 process_group=options.process_group,
             )
@@ -67,7 +77,7 @@ class TracksSums(HasSettings, FeedsMetrics):
             self.add_module(name, metric)
         for name in QUALITY if options.quality else ():
             group = next(group for group in groups if group.row_loss.is_binary)
-            own = own_quality(quality, group.tasks, group.ignore_index, options.process_group)
+            own = own_quality(quality, group.tasks, group.ignore_index, options.process_group, segments)
             self.add_module(name, own)
             if own.logit_shift is not None:
                 group.logit_shift = own._shift  # the same in both modes
@@ -109,6 +119,25 @@ class TracksSums(HasSettings, FeedsMetrics):
         given, mean_over = len(self._given), self._options.mean_over
         return count_rows(self._groups, self._tasks_with_rows, given, self._order, mean_over, labels, weights)
 
+    def _check_normalizer(self, normalizer: Tensor | float, loss_sum: Tensor) -> Tensor | float:
+        options = self._options
+        is_averaged = options.gradient_reduction == "mean" and not options.global_batch
+        if is_averaged and not torch.compiler.is_compiling() and world_size(options.process_group) > 1:
+            warn_local_normalizer()
+        return self._reduction.check_normalizer(normalizer, loss_sum)
+
+    def _sum_given(self, given: Given | None, plan: Plan, parts: Sequence[BatchSums]) -> BatchSums:
+        """The sums of the tasks of type GIVEN, on the device of the others."""
+        if not self._groups:
+            raise ValueError("loss_type: got GIVEN alone, whose tasks have no rows, expected a call of from_sums()")
+        if not self._given:
+            raise ValueError("given: got one for a loss without tasks of type GIVEN, expected None")
+        device = parts[0].losses.device
+        return sum_given(given, self._given, plan.over_rows, device, validates=plan.validates)
+
+    def _slow_forward(self, *_: Any, **__: Any) -> None:
+        refuse_trace(self)
+
     def _idle_metrics(self) -> Iterable[TaskMetric]:
         metrics: Any = self._modules
         idle = [names[int(self.training)] for names in (METRICS, QUALITY)]
@@ -120,6 +149,7 @@ class TracksSums(HasSettings, FeedsMetrics):
         for constants in (
             self._order,
             self._task_weights,
+            self._names.hashes,
             *(each for group in self._groups for each in group.constants),
         ):
             constants.place(device)

@@ -359,18 +359,28 @@ class Tempered(MultiTaskLoss):
     """A loss with a forward of its own."""
 
     def forward(
-        self, logits: Any, labels: Any, weights: Any = None, *, normalizer: Any = None, given: Any = None
+        self,
+        logits: Any,
+        labels: Any,
+        weights: Any = None,
+        *,
+        normalizer: Any = None,
+        given: Any = None,
+        segments: Any = None,
     ) -> dict[str, Tensor]:
         """Of logits at a temperature."""
-        return super().forward(logits / 2.0, labels, weights, normalizer=normalizer, given=given)
+        asked = {"normalizer": normalizer, "given": given, "segments": segments}
+        return super().forward(logits / 2.0, labels, weights, **asked)
 
 
 class TemperedOne(Loss):
     """The same of one task."""
 
-    def forward(self, logits: Any, labels: Any, weights: Any = None, *, normalizer: Any = None) -> Tensor:
+    def forward(
+        self, logits: Any, labels: Any, weights: Any = None, *, normalizer: Any = None, segments: Any = None
+    ) -> Tensor:
         """Of logits at a temperature."""
-        return super().forward(logits / 2.0, labels, weights, normalizer=normalizer)
+        return super().forward(logits / 2.0, labels, weights, normalizer=normalizer, segments=segments)
 
 
 @pytest.mark.parametrize(

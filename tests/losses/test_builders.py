@@ -42,28 +42,29 @@ SIGNATURES: list[tuple[Callable[..., Any], str]] = [
     (
         Loss,
         "(loss_type, reduction='mean', *, pos_weight=None, mean_over='rows', ignore_index=None, global_batch=False, "
-        "gradient_reduction='mean', process_group=None, quality=False, validate_args=False, fused=False)",
+        "gradient_reduction='mean', process_group=None, quality=False, segments=None, validate_args=False, "
+        "fused=False)",
     ),
     (
         MultiTaskLoss,
         "(loss_type, tasks, task_loss_reduction='mean', global_reduction='mean', pos_weights=None, *, "
         "task_weights=None, mean_over='rows', ignore_index=None, global_batch=False, "
         "gradient_reduction='mean', process_group=None, "
-        "quality=False, validate_args=False, fused=False)",
+        "quality=False, segments=None, validate_args=False, fused=False)",
     ),
     (
         GlobalLoss,
         "(tasks, task_loss_reduction='mean', global_reduction='mean', *, task_weights=None, "
-        "validate_args=False, nan_strategy='warn', **kwargs)",
+        "segments=None, validate_args=False, nan_strategy='warn', **kwargs)",
     ),
     (
         RankingQuality,
-        "(tasks, *, ignore_index=None, window=None, window_rows=None, logit_shift=None, validate_args=False, "
-        "nan_strategy='warn', **kwargs)",
+        "(tasks, *, ignore_index=None, window=None, window_rows=None, segments=None, logit_shift=None, "
+        "validate_args=False, nan_strategy='warn', **kwargs)",
     ),
-    (RankingQuality.update, "(self, logits, labels, weights=None)"),
-    (Loss.forward, "(self, logits, labels, weights=None, *, normalizer=None)"),
-    (MultiTaskLoss.forward, "(self, logits, labels, weights=None, *, normalizer=None, given=None)"),
+    (RankingQuality.update, "(self, logits, labels, weights=None, *, segments=None)"),
+    (Loss.forward, "(self, logits, labels, weights=None, *, normalizer=None, segments=None)"),
+    (MultiTaskLoss.forward, "(self, logits, labels, weights=None, *, normalizer=None, given=None, segments=None)"),
     (Loss.from_sums, "(self, loss_sum, weight, *, normalizer=None)"),
     (MultiTaskLoss.from_sums, "(self, loss_sum, weight, *, normalizer=None)"),
     (MultiTaskLoss.compute, "(self)"),
@@ -72,7 +73,7 @@ SIGNATURES: list[tuple[Callable[..., Any], str]] = [
     (compute_all, "(metrics, *, reset=False)"),
     (compute_all_async, "(metrics, *, reset=False)"),
     (GlobalLoss.update, "(self, loss_sum, weight)"),
-    (GlobalLoss.plot, "(self, val=None, ax=None)"),
+    (GlobalLoss.plot, "(self, val=None, ax=None, *, key=None)"),
 ]
 
 

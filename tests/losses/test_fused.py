@@ -20,7 +20,7 @@ from tests.support.compiler import FEWEST_ROWS
 from tests.support.definition import LOSS_TOLERANCE, expect_the_definition
 from tests.support.pairwise import pairwise
 from twloss import Loss, LossType, MultiTaskLoss, RankingQuality
-from twloss._rows import row_pass
+from twloss._rows import compiled as compiled_passes
 
 TASKS = ["like", "reply", "retweet"]
 ROWS = 37
@@ -340,5 +340,5 @@ def test_a_copy_is_not_compiled_again() -> None:
     passes = []
     for each in (loss, copy.deepcopy(loss), pickle.loads(pickle.dumps(loss))):
         each(torch.zeros(4, 2, requires_grad=True), torch.ones(4, 2))["loss"].backward()
-        passes.append(row_pass._compiled.cache_info().misses)
+        passes.append(compiled_passes._compiled.cache_info().misses)
     assert passes[0] == passes[-1]

@@ -96,7 +96,7 @@ def test_a_quality_that_does_not_fit_one_task_is_refused(quality: RankingQuality
 def test_the_log_loss_keeps_its_digits_where_the_loss_is_torchs_own(differentiable: str) -> None:
     """Labels or weights with a gradient need torch's operator, which in float32 is 7 % off at a logit of -12."""
     loss = Loss("bce_with_logits", quality=True)
-    inputs = {"labels": torch.zeros(1000), "weights": torch.ones(1000)}
+    inputs: dict[str, Any] = {"labels": torch.zeros(1000), "weights": torch.ones(1000)}
     inputs[differentiable].requires_grad_()
     loss(torch.full((1000,), -12.0), **inputs)
     assert loss.train_quality.compute()["logloss"].item() == pytest.approx(math.log1p(math.exp(-12)), rel=1e-6)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import pytest
 import torch
@@ -80,7 +81,7 @@ def test_forward_mode_counts_nothing(loss: Loss) -> None:
 
 @pytest.mark.parametrize("of", ["labels", "weights"])
 def test_forward_mode_by_another_input_counts_nothing(loss: Loss, of: str) -> None:
-    inputs = {"labels": tensor(Y), "weights": tensor(W)}
+    inputs: dict[str, Any] = {"labels": tensor(Y), "weights": tensor(W)}
     with forward_ad.dual_level():
         inputs[of] = forward_ad.make_dual(inputs[of], tensor(DIRECTION))
         dual = forward_ad.unpack_dual(loss(tensor(X), **inputs))

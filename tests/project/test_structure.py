@@ -176,7 +176,7 @@ def test_every_listed_name_is_in_use() -> None:
 
 OF_SUMS = {
     *("compute_async", "keys", "scalar", "tasks", "nan_strategy", "window", "window_rows", "sums_of", "totals"),
-    "validate_args",
+    *("validate_args", "segments"),
 }
 PUBLIC = {
     GlobalLoss: OF_SUMS,
@@ -196,7 +196,7 @@ def test_a_metric_has_no_public_name_beyond_those_of_torchmetrics_and_its_own_fe
 OF_ALL_LOSSES = {
     *("loss_type", "tasks", "global_reduction", "task_weights", "mean_over", "ignore_index", "global_batch"),
     *("gradient_reduction", "process_group", "quality", "fused", "train_metric", "eval_metric"),
-    *("validate_args", "compute", "compute_async", "count", "from_sums", "reset"),
+    *("validate_args", "segments", "compute", "compute_async", "count", "from_sums", "reset"),
 }
 
 

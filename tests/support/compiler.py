@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 
-from twloss._rows import row_pass
+from twloss._rows import compiled, row_pass
 
 __all__ = ["AOT_EAGER", "FEWEST_ROWS", "by_inductor", "inductor", "use"]
 
@@ -34,13 +34,13 @@ def use(backend: str) -> None:
 @contextmanager
 def inductor() -> Iterator[None]:
     """Inside this context passes are compiled by inductor, also those that aot_eager has compiled before."""
-    row_pass._compiled.cache_clear()
+    compiled._compiled.cache_clear()
     use(INDUCTOR)
     try:
         yield
     finally:
         use(AOT_EAGER)
-        row_pass._compiled.cache_clear()
+        compiled._compiled.cache_clear()
 
 
 def by_inductor(rank: int, function: Callable[..., Any], *args: Any) -> Any:

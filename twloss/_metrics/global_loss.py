@@ -9,12 +9,14 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any, get_args
 
+import torch
 from torch import Tensor
 
 from twloss._arguments import (
     NanStrategy,
     PerTask,
     RowReduction,
+    SegmentNames,
     check_choice,
     check_global_reduction,
     per_task_numbers,
@@ -43,6 +45,8 @@ class GlobalLoss(TaskMetric):
         global_reduction: as for ``MultiTaskLoss``. A module is used but not registered here: the loss that trains it
             owns it.
         task_weights: a factor for each task's loss inside the reduction over tasks.
+        segments: as for ``MultiTaskLoss``; the sums are then ``(1 + cells, tasks)``, first those of all rows and then
+            those of each cell, "other" last in each dimension.
         validate_args: count the updates of negative weight; compute() warns with the counts by task. The metrics of a
             loss count rows, those with an invalid label too.
         nan_strategy: what becomes of a task's sums in an update in which they are not finite. "warn" leaves them out,
@@ -74,6 +78,7 @@ class GlobalLoss(TaskMetric):
         global_reduction: GlobalReduction = "mean",
         *,
         task_weights: PerTask | None = None,
+        segments: SegmentNames | None = None,
         validate_args: bool = False,
         nan_strategy: NanStrategy = "warn",
         **kwargs: Any,
@@ -84,7 +89,7 @@ class GlobalLoss(TaskMetric):
         rule = {"task_loss_reduction": task_loss_reduction}
         settings = {"global_reduction": getattr(global_reduction, "__qualname__", str(global_reduction))}
         checks: dict[str, Any] = {"validate_args": validate_args, "nan_strategy": nan_strategy}
-        super().__init__(tasks, 2, **checks, rule=rule, settings=settings, options=kwargs)
+        super().__init__(tasks, 2, segments=segments, **checks, rule=rule, settings=settings, options=kwargs)
         self._become_of({ANY: "unknown"})
         # Within it a module is no submodule: the loss that trains it registers it.
         self._reduction = Reduction.of(self.tasks, task_loss_reduction, global_reduction)
@@ -110,8 +115,10 @@ class GlobalLoss(TaskMetric):
         """Add one batch's sums; nothing waits for the device, and nothing is added where an error is raised.
 
         Args:
-            loss_sum: ``(tasks,)``, or 0-dim in the one-task form: Σ w·l over the batch's rows.
-            weight: ``(tasks,)`` or a number that all tasks share: what the mean divides by.
+            loss_sum: ``(tasks,)``, or 0-dim in the one-task form: Σ w·l over the batch's rows. With segments
+                ``(1 + cells, tasks)``, or ``(1 + cells,)``.
+            weight: ``(tasks,)`` or a number that all tasks share: what the mean divides by. With segments the shape of
+                the loss_sum.
 
         Raises:
             TypeError: for an argument of a wrong type or dtype.
@@ -121,7 +128,8 @@ class GlobalLoss(TaskMetric):
         self._add(self._sum_batch(loss_sum, weight))
 
     def _sum_batch(self, loss_sum: Tensor, weight: Tensor | float) -> Sequence[Any]:
-        loss_sum, weight = check_sums(loss_sum, weight, self.tasks)
+        cells = 0 if self._segments is None else self._segments.cells
+        loss_sum, weight = check_sums(loss_sum, weight, self.tasks, cells)
         faults = (count_negative(loss_sum, weight),) if self.validate_args else ()
         if self._reduction.over_rows == "sum":
             # It only tells whether there is data, and weights that cancel are.
@@ -129,15 +137,19 @@ class GlobalLoss(TaskMetric):
         return loss_sum, weight, *faults
 
     def _keys(self) -> dict[str, bool | None]:
-        return dict.fromkeys(self._reduction.keys, False)
+        return dict.fromkeys(self._columns(self._reduction.keys), False)
 
     def _results_of_now(self, *, is_async: bool) -> Callable[[Tensor], Sequence[Tensor]]:
         reduction = self._reduction.of_now(is_async=is_async)
         numbers = self._task_weights.numbers
+        tasks, has_cells = len(self.tasks or ("loss",)), self._segments is not None
 
         def results(sums: Tensor) -> Sequence[Tensor]:
             weights = None if numbers is None else sums.new_tensor(numbers)
+            if has_cells:
+                sums = sums.unflatten(1, (-1, tasks))
             losses, loss = reduction.values(TaskSums(*sums), weights, sums.dtype, is_final=True)
-            return [loss] if len(reduction.keys) == 1 else [*losses, loss]
+            loss = loss.unsqueeze(-1)
+            return (loss if len(reduction.keys) == 1 else torch.cat((losses, loss), -1)).flatten().unbind()
 
         return results

@@ -64,11 +64,15 @@ class KeptMetric(Metric):
             )
         super().__init__(**{"compute_with_cache": False, **options, "process_group": group})
         self._device = torch.empty(0).device  # torchmetrics 1.0.3 says "cpu" whatever it is
+        self._settings = dict(settings)
+        self._start_era()
+        self._lay_out(names, layout, description)
+
+    def _lay_out(self, names: Sequence[str], layout: SumsFormat, description: Mapping[str, Any]) -> None:
+        """Make the states, of no update."""
         self._names = ColumnNames(names)
         self._format = layout
         self._description = {**description, "shape": list(layout.saved_shape)}
-        self._settings = dict(settings)
-        self._start_era()
         self._describe_state()  # the first state, the only one that torchmetrics 1.0.3 compares
         with plain_tensors():
             super().add_state("totals", layout.zeros(self.device), dist_reduce_fx="sum")

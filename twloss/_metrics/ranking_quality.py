@@ -18,6 +18,7 @@ from twloss._arguments import (
     IgnoreIndex,
     NanStrategy,
     PerTask,
+    SegmentNames,
     check_choice,
     check_ignore_index,
     check_tasks,
@@ -32,6 +33,7 @@ from twloss._rows.batch import align
 from twloss._rows.mappings import TaskTensors
 from twloss._rows.row_loss import BinaryCrossEntropy
 from twloss._rows.row_pass import count_faults, sum_quality
+from twloss._rows.segments import SegmentIds, Segments, append_cells, refuse_ids
 from twloss._torch import hidden_from_jit
 
 QUANTITIES = {"ne": False, "rce": True, "calibration": None, "ctr": None, "logloss": False, "weight": None}
@@ -66,6 +68,7 @@ class RankingQuality(TaskMetric):
             one update or a thousandth of the window, whichever has more rows: an update counts as long as its last row
             does. All tasks have one window: where their numbers of rows differ, an update has as many as the task with
             the most, so that of one with fewer has fewer rows of it.
+        segments: as for ``MultiTaskLoss``; of a loss's own, those of the loss.
         logit_shift: a number that is added to the logits first, or one a task: ln r where the model was trained on
             negatives that were kept at the rate r, and -ln f where it was trained with a pos_weight of f.
         validate_args: count the rows whose label is outside of [0, 1], and those of negative weight, on the device and
@@ -94,6 +97,7 @@ class RankingQuality(TaskMetric):
         ignore_index: IgnoreIndex = None,
         window: int | None = None,
         window_rows: int | None = None,
+        segments: SegmentNames | None = None,
         logit_shift: PerTask | None = None,
         validate_args: bool = False,
         nan_strategy: NanStrategy = "warn",
@@ -105,7 +109,8 @@ class RankingQuality(TaskMetric):
         shift = per_task_numbers("logit_shift", logit_shift, columns)
         rule = {"ignore_index": label_name(ignore_index), "logit_shift": list(shift or [0.0] * len(columns))}
         checks: dict[str, Any] = {"validate_args": validate_args, "nan_strategy": nan_strategy}
-        super().__init__(tasks, 4, window=window, window_rows=window_rows, **checks, rule=rule, options=kwargs)
+        windows: dict[str, Any] = {"window": window, "window_rows": window_rows}
+        super().__init__(tasks, 4, **windows, segments=segments, **checks, rule=rule, options=kwargs)
         self.ignore_index = ignore_index
         self._shift = TaskConstants(shift)
 
@@ -117,11 +122,23 @@ class RankingQuality(TaskMetric):
     if TYPE_CHECKING:
 
         def __call__(
-            self, logits: TaskTensors, labels: TaskTensors, weights: TaskTensors | None = None
+            self,
+            logits: TaskTensors,
+            labels: TaskTensors,
+            weights: TaskTensors | None = None,
+            *,
+            segments: SegmentIds | None = None,
         ) -> dict[str, Tensor]:
             """Run ``forward``; nn.Module's own ``__call__`` has no types."""
 
-    def update(self, logits: TaskTensors, labels: TaskTensors, weights: TaskTensors | None = None) -> None:
+    def update(
+        self,
+        logits: TaskTensors,
+        labels: TaskTensors,
+        weights: TaskTensors | None = None,
+        *,
+        segments: SegmentIds | None = None,
+    ) -> None:
         """Add a batch's rows; nothing waits for the device, and nothing is added where an error is raised.
 
         Each of the three may also be a mapping task -> ``(rows,)`` or ``(rows, 1)``.
@@ -130,21 +147,23 @@ class RankingQuality(TaskMetric):
             logits: ``(rows, tasks)``; any shape in the one-task form.
             labels: the logits' shape, in [0, 1], any dtype.
             weights: ``(rows, tasks)``, ``(rows, 1)`` or ``(rows,)``; None: 1. A row of weight 0 is in no sum.
+            segments: as for ``MultiTaskLoss.forward``.
 
         Raises:
             TypeError: for an input of a wrong type or dtype.
             ValueError: for names, shapes or devices that do not fit.
             TorchMetricsUserError: between sync() and unsync(), where the update would be lost.
         """
-        self._add(self._sum_batch(logits, labels, weights))
+        self._add(self._sum_batch(logits, labels, weights, segments=segments))
 
-    def plot(self, val: Any = None, ax: Any = None, quantity: str = "ne") -> Any:
+    def plot(self, val: Any = None, ax: Any = None, quantity: str = "ne", *, key: str | None = None) -> Any:
         """Plot one quantity of a result as a point for each task, or of several as a line for each task.
 
         Args:
             val: this and the next as for ``GlobalLoss.plot``, and so what is returned and raised.
             ax: see there.
             quantity: the part of the keys before the task, such as "ne", "calibration" or "window_ne".
+            key: a key in place of the quantity, to be drawn with a line for each of its cells, such as "ne/like".
 
         Returns:
             The figure and the axes.
@@ -152,28 +171,43 @@ class RankingQuality(TaskMetric):
         Raises:
             ModuleNotFoundError: without matplotlib, which the extra "visual" brings.
             TypeError: for a ``val`` that is no result.
-            ValueError: for an unknown quantity, or a ``val`` without it.
+            ValueError: for an unknown quantity or key, or a ``val`` without it.
         """
-        of_key = {key: key.partition("/")[0] for key in self.keys()}
-        check_choice("quantity", quantity, list(dict.fromkeys(of_key.values())))
-        return plot_results(self, [key for key in of_key if of_key[key] == quantity], val, ax)
+        keys = self._keys_to_plot(key)
+        if key is None:
+            of_key = {each: name for each in keys for name, *_ in [each.split("/")]}
+            check_choice("quantity", quantity, list(dict.fromkeys(of_key.values())))
+            keys = [each for each in keys if of_key[each] == quantity]
+        return plot_results(self, keys, val, ax)
 
     def _keys(self) -> dict[str, bool | None]:
-        if self.tasks is None:
-            return dict(QUANTITIES)
-        return {f"{quantity}/{task}": better for quantity, better in QUANTITIES.items() for task in self.tasks}
+        columns = self._columns([""] if self.tasks is None else [f"/{task}" for task in self.tasks])
+        return {f"{quantity}{column}": better for quantity, better in QUANTITIES.items() for column in columns}
 
     def _sum_batch(
-        self, logits: TaskTensors, labels: TaskTensors, weights: TaskTensors | None = None
+        self,
+        logits: TaskTensors,
+        labels: TaskTensors,
+        weights: TaskTensors | None = None,
+        *,
+        segments: SegmentIds | None = None,
     ) -> Sequence[Tensor | float]:
         row_loss = BinaryCrossEntropy()
-        logits, labels, weights, _ = align(logits, labels, weights, self.tasks, row_loss, self.ignore_index)
+        batch = align(logits, labels, weights, self.tasks, row_loss, self.ignore_index)
+        if self._segments is None:
+            refuse_ids(segments)
+        else:
+            batch = self._segments.add_to(batch, segments, labels, self.tasks)
+        logits, labels, weights, _, ids = batch
         rows, tasks = logits.shape
-        sums = sum_quality(logits, labels, weights, rows, tasks, self._shift.like(logits))
-        if not self.validate_args:
-            return sums
+        sums, summed = sum_quality(logits, labels, weights, rows, tasks, self._shift.like(logits))
         log_loss, *_ = sums
-        return *sums, count_faults(row_loss.invalid_labels(logits, labels), weights, log_loss)
+        assert isinstance(log_loss, Tensor)
+        invalid = row_loss.invalid_labels(logits, labels) if self.validate_args else None
+        faults = (count_faults(invalid, weights, log_loss),) if self.validate_args else ()
+        if self._segments is not None and ids is not None:
+            sums = append_cells(sums, summed, ids, self._segments.sizes)
+        return *sums, rows, *faults
 
     def _move(self, device: torch.device) -> None:
         super()._move(device)
@@ -203,6 +237,7 @@ def own_quality(
     tasks: tuple[str, ...] | None,
     ignore_index: IgnoreIndex,
     process_group: dist.ProcessGroup | None,
+    segments: Segments | None,
 ) -> RankingQuality:
     """A metric of a loss's own, of its binary tasks: a copy of the one that it was given, if any.
 
@@ -210,10 +245,12 @@ def own_quality(
         quality: the loss's argument.
         tasks: its binary tasks.
         ignore_index: of these.
-        process_group: of the loss.
+        process_group: of the loss, and so the segments.
+        segments: see there.
     """
+    dimensions = None if segments is None else segments.dimensions
     if not isinstance(quality, RankingQuality):
-        return RankingQuality(tasks, ignore_index=ignore_index, process_group=process_group)
+        return RankingQuality(tasks, ignore_index=ignore_index, process_group=process_group, segments=dimensions)
     if quality.tasks != tasks or label_name(quality.ignore_index) != label_name(ignore_index):
         raise ValueError(
             f"quality: got one with tasks={quality.tasks and list_some(quality.tasks)}, "
@@ -225,6 +262,10 @@ def own_quality(
     if quality.process_group not in (None, process_group):
         raise ValueError("quality: got one with another process_group, expected that of the loss, or none")
     own = copy.deepcopy(quality)
+    if own.segments is None and dimensions is not None:
+        own._segment_by(dimensions)
+    elif own.segments != dimensions:
+        raise ValueError(f"quality: got one with segments={own.segments}, expected {dimensions}, as the loss, or None")
     own.process_group = process_group
     own.reset()
     return own

@@ -16,11 +16,21 @@ import torch
 from torch import Tensor
 from torchmetrics.utilities.prints import rank_zero_warn
 
-from twloss._arguments import NanStrategy, check_bool, check_choice, check_tasks, check_window, list_counts, list_some
+from twloss._arguments import (
+    NanStrategy,
+    SegmentNames,
+    check_bool,
+    check_choice,
+    check_tasks,
+    check_window,
+    list_counts,
+    list_some,
+)
 from twloss._metrics.checkpoint import ANY
 from twloss._metrics.kept_metric import KeptMetric
 from twloss._metrics.plot import plot_results
 from twloss._metrics.scalar_view import ScalarView
+from twloss._rows.segments import SegmentIds, Segments, sum_by_cell
 from twloss._sums.pending import PendingResult
 from twloss._sums.ranks import place_in
 from twloss._sums.running_sums import LOCK, RunningSums, SumsFormat
@@ -41,6 +51,9 @@ class TaskMetric(KeptMetric):
     - ``_results(sums)``: ``(sums, tasks)`` in float64, of all rows of all steps and ranks -> the values, 0-dim, in the
       order of the keys
 
+    With ``segments`` the sums of a batch are ``(1 + cells, tasks)``, as ``_sum_rows`` makes them, those of all rows
+    come as ``(sums, (1 + cells)·tasks)``, and ``_columns`` gives the keys their names.
+
     All else is the same for all: sums in float64 that survive casts, copies, threads, checkpoints and NaN, a window,
     one collective a compute(), views of single keys and plots. There is one state: ``add_state()`` raises, as a state
     of a subclass's own would be in no merge or checkpoint.
@@ -51,6 +64,7 @@ class TaskMetric(KeptMetric):
         window: also give the result of the last ``window`` updates of each rank, under keys that begin "window_".
         window_rows: the same of the last rows, this many over all ranks, of each rank its share; one number of rows for
             all tasks.
+        segments: as for ``MultiTaskLoss``.
         validate_args: whether the last thing that ``_sum_batch`` returns is ``(2, tasks)``: the rows with an invalid
             label, and those of negative weight, of which ``compute()`` warns.
         nan_strategy: what becomes of a task's sums in an update in which they are not finite; as for ``GlobalLoss``.
@@ -100,6 +114,7 @@ class TaskMetric(KeptMetric):
         *,
         window: int | None = None,
         window_rows: int | None = None,
+        segments: SegmentNames | None = None,
         validate_args: bool = False,
         nan_strategy: NanStrategy = "warn",
         rule: Mapping[str, Any] | None = None,
@@ -113,7 +128,7 @@ class TaskMetric(KeptMetric):
         names = tasks or ("loss",)
         # No module's name: a script's is "__main__", and its file's where it is imported.
         known = {"class": type(self).__qualname__, "tasks": tasks, "window": window, "window_rows": window_rows}
-        if taken := [name for name in rule or {} if name in {*known, "shape", "settings", ANY}]:
+        if taken := [name for name in rule or {} if name in {*known, "segments", "shape", "settings", ANY}]:
             raise ValueError(f"rule: got {list_some(taken)}, expected other names: these are known of all sums")
         super().__init__(
             names,
@@ -130,6 +145,24 @@ class TaskMetric(KeptMetric):
         self._drops_non_finite = nan_strategy != "disable"
         # The prefixes of the keys: of all updates, and of those in the window.
         self._horizons = ("", "window_") if window or window_rows else ("",)
+        self._segments: Segments | None = None
+        self._segment_by(segments)
+
+    def _segment_by(self, segments: SegmentNames | None) -> None:
+        """Tell rows apart by segments, where no update was yet: each cell has columns of its own."""
+        self._segments = Segments.of(segments, self.tasks, self._format.numbers_of_column)
+        if self._segments is None:
+            return
+        names = self._segments.columns(self.tasks or ("loss",))
+        windows = self.window, self.window_rows
+        layout = SumsFormat(self._format.sums, len(names), *windows, counts_faults=self.validate_args)
+        self._lay_out(names, layout, {**self._description, "segments": self._segments.dimensions})
+        self.__dict__.pop("_all_keys", None)  # that of a copy
+
+    @property
+    def segments(self) -> dict[str, tuple[str, ...] | int] | None:
+        """The names of each dimension's ids, or their number; None: no segments."""
+        return None if self._segments is None else self._segments.dimensions
 
     def _pair_with(self, name: str, mode: str, other_name: str, other: TaskMetric) -> None:
         """Know a loss's metric of the other mode, so that a compute() without data can name it; copies forget it."""
@@ -162,6 +195,14 @@ class TaskMetric(KeptMetric):
 
     # From a batch to the running sums.
 
+    def _columns(self, names: Sequence[str]) -> tuple[str, ...]:
+        """Names, one of each task's total, and after them those of the cells: ``name/country=DE``."""
+        return tuple(names) if self._segments is None else self._segments.columns(tuple(names))
+
+    def _sum_rows(self, rows: Sequence[Tensor], segments: SegmentIds | None = None) -> Sequence[Tensor | float]:
+        """The sums over rows ``(rows, tasks)``, each ``(tasks,)``, or with segments ``(1 + cells, tasks)``."""
+        return sum_by_cell(rows, self._segments, segments, self.tasks)
+
     @torch.jit.unused
     def forward(self, *args: Any, **kwargs: Any) -> dict[str, Tensor]:
         """Add a batch, as update() does, and return the result of this batch alone."""
@@ -191,8 +232,19 @@ class TaskMetric(KeptMetric):
         refuse_trace(self)
         like, *_ = sums
         assert isinstance(like, Tensor)
+        if self._segments is not None:
+            self._check_cells(sums)
         self._prepare_for(like)
         return self._format.pack(sums, drops_non_finite=self._drops_non_finite)
+
+    def _check_cells(self, sums: Sequence[Tensor | float]) -> None:
+        """Raise unless each of a batch's sums has those of the cells below it."""
+        assert self._segments is not None
+        expected = (1 + self._segments.cells, len(self.tasks or ("loss",)))
+        for each, _ in zip(sums, range(self._format.sums)):
+            found = each.shape if isinstance(each, Tensor) else type(each).__name__
+            if found != expected:
+                raise ValueError(f"_sum_batch: got {found}, expected {expected}, (1 + cells, tasks), as of _sum_rows()")
 
     @property
     def nan_strategy(self) -> NanStrategy:
@@ -340,7 +392,7 @@ class TaskMetric(KeptMetric):
         check_choice("key", key, self.keys())
         return ScalarView(self, key, self._keys()[key.removeprefix("window_")])
 
-    def plot(self, val: Any = None, ax: Any = None) -> Any:
+    def plot(self, val: Any = None, ax: Any = None, *, key: str | None = None) -> Any:
         """Plot a result as a point for each key, or several as a line for each; the global loss black and bold.
 
         It is torchmetrics' plot, with a gap where there is no data.
@@ -349,6 +401,7 @@ class TaskMetric(KeptMetric):
             val: what compute() or forward() gave, a list of such results, one a step, or those of
                 ``MetricTracker.compute_all()``; None calls compute(), which every rank has to do.
             ax: the matplotlib axes to draw on; None makes a figure with room for all names.
+            key: a key of the result, to be drawn alone, with a line for each of its cells; None: all but cells.
 
         Returns:
             The figure and the axes.
@@ -356,6 +409,17 @@ class TaskMetric(KeptMetric):
         Raises:
             ModuleNotFoundError: without matplotlib, which the extra "visual" brings.
             TypeError: for a ``val`` that is no result.
-            ValueError: for a ``val`` in which a key is missing.
+            ValueError: for a ``val`` in which a key is missing, or an unknown ``key``.
         """
-        return plot_results(self, self.keys(), val, ax)
+        return plot_results(self, self._keys_to_plot(key), val, ax)
+
+    def _keys_to_plot(self, key: str | None) -> list[str]:
+        """A key and those of its cells; None: all but those of cells."""
+        if key is not None:
+            check_choice("key", key, self.keys())
+            return [each for each in self._columns([key]) if each in self._all_keys]
+        of_cells: set[str] = set()
+        for name in self._all_keys:
+            _, *cells = self._columns([name])
+            of_cells.update(cells)
+        return [each for each in self._all_keys if each not in of_cells]

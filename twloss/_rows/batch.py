@@ -38,6 +38,8 @@ class Batch(NamedTuple):
     """``(rows, tasks)`` in the logits' dtype, 0 where the label is missing; None: every row counts once."""
     valid: Tensor | None
     """``(rows, tasks)`` bool, False where the label is missing; None: no label can be missing."""
+    segments: Tensor | None = None
+    """``(dimensions, rows, 1 or tasks)`` int64, the row's id in each dimension; None: no segments."""
 
 
 def align(  # noqa: PLR0917 (a batch and its columns)
@@ -161,8 +163,9 @@ def align_rows(batch: Batch, shape: torch.Size, *, by_row: bool) -> Batch:
         shape: see there, and so the next.
         by_row: see there.
     """
-    logits, labels, weights, valid = batch
-    return Batch(logits, labels, *align_weights(weights, valid, shape, logits.dtype, by_row=by_row))
+    logits, labels, weights, valid, segments = batch
+    segments = segments if segments is None or by_row else flatten_ids(segments, shape)
+    return Batch(logits, labels, *align_weights(weights, valid, shape, logits.dtype, by_row=by_row), segments)
 
 
 def align_weights(
@@ -185,6 +188,16 @@ def align_weights(
     if not by_row:
         weights, valid = (None if each is None else each.reshape(-1, 1) for each in (weights, valid))
     return weights, valid
+
+
+def flatten_ids(segments: Tensor, shape: torch.Size) -> Tensor:
+    """The ids of one task's rows ``(dimensions, rows, 1)``, of some that broadcast to the rows' shape."""
+    try:
+        return segments.expand(len(segments), *shape).reshape(len(segments), -1, 1)
+    except RuntimeError:
+        raise ValueError(
+            f"segments: got ids of shape {tuple(segments.shape[1:])}, expected one that broadcasts to {tuple(shape)}"
+        ) from None
 
 
 def round_weights(weights: Tensor, dtype: torch.dtype) -> Tensor:

@@ -51,7 +51,7 @@ def weigh_losses(
     Returns:
         Weight times loss ``(rows, tasks)``, and the batch with weights and valid of this shape.
     """
-    logits, labels, weights, valid = batch
+    logits, labels, weights, valid, _ = batch
     rows = _Rows(labels.shape[:2] if has_rows else shape or _likely_rows(labels, weights))
     # The derivative by a weight may be requested, also of the gradient. torch.compile supports no second order.
     by_weight = is_traced or (weights is not None and weights.requires_grad and not torch.compiler.is_compiling())
@@ -167,7 +167,7 @@ def _given_mask(row_loss: RowLoss, rows: _Rows, batch: Batch, *, has_rows: bool)
     """The mask for a callable that takes ``valid``: of the rows, or of one task of the labels' shape."""
     if not row_loss.takes_valid:
         return None
-    _, labels, weights, valid = batch
+    _, labels, weights, valid, _ = batch
     shape = rows.shape if has_rows else labels.shape
     if weights is None and valid is None:
         return torch.ones(shape, dtype=torch.bool, device=labels.device)

@@ -56,10 +56,10 @@ def stack_inputs(
     is_ragged = False
     if has_classes or not _are_alike(columns):
         dimensions = {"logits": has_classes, "labels": None if has_classes is None else False, "weights": False}
-        columns = {name: _columns(name, each, tasks, dimensions[name]) for name, each in columns.items()}
+        columns = {name: columns_of(name, each, tasks, dimensions[name]) for name, each in columns.items()}
         is_ragged = _is_ragged(inputs, columns, tasks)
     for name, each in columns.items():
-        inputs[name] = _stack(name, each, with_classes=name == "logits" and has_classes is True)
+        inputs[name] = stack_columns(name, each, with_classes=name == "logits" and has_classes is True)
     valid = None
     if "labels" in columns and (is_ragged or ignore_index is not None):
         valid = _are_valid(columns["labels"], inputs["labels"], tasks, ignore_index, is_ragged=is_ragged)
@@ -141,11 +141,11 @@ def _are_valid(
         # Each in its own: once widened, a -999 of bfloat16 is -1000.
         own = [label_of(ignore_index, task) for task in tasks]
         differ = [all_valid(_differ(column, label), 1) for column, label in zip(columns, own)]
-        return _stack("mask", differ)
+        return stack_columns("mask", differ)
     there = None
     if is_ragged:
         yes = torch.ones(labels.shape[0], dtype=torch.bool, device=labels.device)
-        there = _stack("mask", [yes[: column.shape[0]] for column in columns])
+        there = stack_columns("mask", [yes[: column.shape[0]] for column in columns])
     if ignore_index is None:
         return there
     valid = all_valid(is_valid(labels, tasks, ignore_index), 2)
@@ -169,7 +169,7 @@ def _are_alike(columns: Mapping[str, list[Tensor]]) -> bool:
     return shape is not None and len(shape) == 1
 
 
-def _columns(name: str, given: list[Tensor], tasks: tuple[str, ...], has_classes: bool | None) -> list[Tensor]:
+def columns_of(name: str, given: list[Tensor], tasks: tuple[str, ...], has_classes: bool | None) -> list[Tensor]:
     """The tasks' own tensors, checked, ``(rows,)`` or ``(rows, …)``; of different numbers of rows."""
     columns: list[Tensor] = []
     for task, column in zip(tasks, given):
@@ -231,7 +231,7 @@ def _is_ragged(inputs: dict[str, Any], columns: dict[str, list[Tensor]], tasks: 
     return True
 
 
-def _stack(name: str, columns: list[Tensor], *, with_classes: bool = False) -> Tensor:
+def stack_columns(name: str, columns: list[Tensor], *, with_classes: bool = False) -> Tensor:
     """``(rows, tasks, …)``, padded with the task's first row, or another's if it has none; the name "mask": with False.
 
     So a callable sees real rows there too, and no logit that it can't take.

@@ -7,10 +7,8 @@ autograd differentiates, where any other derivative may be asked for.
 
 from __future__ import annotations
 
-import functools
 import math
 from collections.abc import Callable
-from types import FunctionType
 from typing import Any, NamedTuple
 
 import torch
@@ -22,17 +20,19 @@ from twloss._constants import TaskConstants
 from twloss._precision import SUM_DTYPES, sum_dtype
 from twloss._rows.batch import Batch
 from twloss._rows.binary_cross_entropy import fused_bce, values_of_bce
+from twloss._rows.compiled import run_compiled
 from twloss._rows.differentiable import mask_tasks, weigh_losses
 from twloss._rows.row_loss import RowLoss
+from twloss._rows.segments import append_cells
 from twloss._sums.reduction import Reduction
 from twloss._sums.running_sums import pack_update
 from twloss._sums.sums import BatchSums, TaskSums
 from twloss._torch import is_batch_of_gradients, is_transformed, mask, runs_compiled, tile, weigh, weigh_
 
-Inputs = tuple[Tensor, Tensor, Tensor | None, Tensor | None, Tensor | None, Tensor | None, Tensor | None]
-"""Logits, labels, weights, valid ``(rows, tasks)``; pos_weights, logit_shift ``(abreast · tasks,)``; task_weights."""
+Inputs = tuple[Any, ...]
+"""A ``Batch``; pos_weights, logit_shift ``(abreast · tasks,)``; task_weights."""
 Run = Callable[..., tuple[BatchSums, Tensor | None]]
-QualitySums = tuple[Tensor, Tensor | float, Tensor, Tensor, int]
+Sums = list[Tensor | float]
 
 # So many rows are seen as one, so that a sum over rows fills vectors even with few tasks.
 _MOST_ABREAST = 16
@@ -64,6 +64,8 @@ class Plan(NamedTuple):
     """Whether invalid labels and negative weights are counted."""
     fused: bool = False
     """Whether the pass is compiled, where its gradient is in closed form."""
+    segments: tuple[int, ...] = ()
+    """The number of ids of each dimension by which the running sums are told apart too."""
 
 
 def sum_batch(  # noqa: PLR0917 (a plan, a batch, and its tasks)
@@ -91,7 +93,7 @@ def sum_batch(  # noqa: PLR0917 (a plan, a batch, and its tasks)
         has_rows: False for a callable of one task, whose result tells the rows.
         logit_shift: what the quality adds to the logits.
     """
-    logits, labels, weights, _ = batch
+    logits, labels, weights, *_ = batch
     if plan.quality and not row_loss.is_binary:
         plan = plan._replace(quality=False)
     is_traced = is_transformed(logits, labels, weights)
@@ -151,7 +153,7 @@ def _see(inputs: Inputs, tasks: int, abreast: int) -> Inputs:
         if missing:
             values = F.pad(values, (0, 0, 0, missing), value=filling)
         seen.append(values.view(-1, abreast * tasks))
-    return *seen, *inputs[4:]  # type: ignore[return-value]
+    return *seen, *inputs[4:]
 
 
 def _run(  # noqa: PLR0917 (the compiled one takes no keywords)
@@ -164,6 +166,7 @@ def _run(  # noqa: PLR0917 (the compiled one takes no keywords)
     labels: Tensor,
     weights: Tensor | None,
     valid: Tensor | None,
+    segments: Tensor | None,
     pos_weight: Tensor | None,
     shift: Tensor | None,
     task_weights: Tensor | None,
@@ -180,17 +183,22 @@ def _run(  # noqa: PLR0917 (the compiled one takes no keywords)
         slopes = weigh(slopes, weights) if with_slopes else None
     else:
         losses = row_loss.values(logits, labels, pos_weight)
-    loss_sum = sum_rows(losses if weights is None else weigh_(losses, weights), tasks)
-    quality = None
+    losses = losses if weights is None else weigh_(losses, weights)
+    loss_sum = sum_rows(losses, tasks)
+    sums: Sums = [loss_sum, weight]
+    summed: list[Tensor | None] = []
     if plan.quality:
         # Without pos_weights the log loss is the loss.
-        log_loss = loss_sum if pos_weight is None else None
-        quality = sum_quality(logits, labels, weights, rows, tasks, shift, log_loss, plain, sigmoid)
+        log_loss = (loss_sum, losses) if pos_weight is None else None
+        quality, summed = sum_quality(logits, labels, weights, rows, tasks, shift, log_loss, plain, sigmoid)
+        sums += quality
+    if segments is not None:
+        summed = [losses, _divisors(plan, weights, valid), *summed]
+        sums = append_cells(sums, summed, segments, plan.segments)
     faults = None
     if plan.validates:
         faults = count_faults(row_loss.invalid_labels(logits, labels), weights, loss_sum)
-    sums = TaskSums(loss_sum, weight)
-    return _reduce(plan, sums, loss_sum, quality, faults, task_weights, logits.dtype), slopes
+    return _reduce(plan, TaskSums(loss_sum, weight), sums, rows, faults, task_weights, logits.dtype), slopes
 
 
 def _sum_differentiable(
@@ -212,19 +220,29 @@ def _sum_differentiable(
     if is_traced and not isinstance(weight, Tensor):
         # A program of torch.export would take for granted that there are rows.
         weight = torch.full((tasks,), weight, dtype=sum_dtype(rows.device), device=rows.device)
-    loss_sum = None if is_traced else sum_rows(rows.detach(), tasks)
-    quality = None
-    if plan.quality and loss_sum is not None:
-        quality = sum_quality(batch.logits, batch.labels, batch.weights, count, tasks, shift)
-    faults = count_faults(invalid, batch.weights, loss_sum) if plan.validates and loss_sum is not None else None
-    return _reduce(plan, TaskSums(rows.sum(0), weight), loss_sum, quality, faults, task_weights, rows.dtype)
+    logits, labels, weights, valid, segments = batch
+    tracked: Sums = []
+    faults = None
+    if not is_traced:
+        losses = rows.detach()
+        loss_sum = sum_rows(losses, tasks)
+        tracked = [loss_sum, weight]
+        summed: list[Tensor | None] = []
+        if plan.quality:
+            quality, summed = sum_quality(logits, labels, weights, count, tasks, shift)
+            tracked += quality
+        if segments is not None:
+            summed = [losses, _divisors(plan, weights, valid), *summed]
+            tracked = append_cells(tracked, summed, segments, plan.segments)
+        faults = count_faults(invalid, weights, loss_sum) if plan.validates else None
+    return _reduce(plan, TaskSums(rows.sum(0), weight), tracked, count, faults, task_weights, rows.dtype)
 
 
 def _reduce(  # noqa: PLR0917
     plan: Plan,
     sums: TaskSums,
-    loss_sum: Tensor | None,
-    quality: QualitySums | None,
+    tracked: Sums,
+    rows: int,
     faults: Tensor | None,
     task_weights: Tensor | None,
     dtype: torch.dtype,
@@ -234,28 +252,30 @@ def _reduce(  # noqa: PLR0917
     Args:
         plan: the results to produce.
         sums: to train on.
-        loss_sum: the same, detached and in the widest dtype; None where a transform runs the forward, which may then
-            run any number of times and counts as none.
-        quality: what ``sum_quality`` returns.
+        tracked: the same, detached and in the widest dtype, and those of the quality, all with the cells of segments;
+            none where a transform runs the forward, which may then run any number of times and counts as none.
+        rows: their number.
         faults: what ``count_faults`` returns.
         task_weights: ``(tasks,)``
         dtype: of the losses.
     """
-    tracked = loss_sum
-    if plan.tracks and loss_sum is not None:
-        tracked = pack_update((loss_sum, sums.weight), drops_non_finite=plan.drops_non_finite, faults=faults)
-        faults = None
+    own: Any = None
     packed = None
-    if quality is not None:
-        *of_quality, count = quality
-        rows = count if plan.quality_counts_rows else None
-        packed = pack_update(of_quality, drops_non_finite=plan.quality_drops_non_finite, rows=rows)
+    if tracked:
+        own, *_ = of_loss = tracked[:2]
+        if plan.tracks:
+            own, faults = pack_update(of_loss, drops_non_finite=plan.drops_non_finite, faults=faults), None
+        elif plan.segments:
+            own = torch.stack(of_loss)  # type: ignore[arg-type]
+    if of_quality := tracked[2:]:
+        counted = rows if plan.quality_counts_rows else None
+        packed = pack_update(of_quality, drops_non_finite=plan.quality_drops_non_finite, rows=counted)
     if plan.reduction is None:
         # A copy in any case: what is tracked may be the same tensor, which compiled code would give no gradient.
         losses = sums.loss_sum.to(dtype, copy=True)
-        return BatchSums(losses, None, sums.weight, tracked, packed, faults)
+        return BatchSums(losses, None, sums.weight, own, packed, faults)
     losses, loss = plan.reduction.values(sums, task_weights, dtype, is_final=False)
-    return BatchSums(losses, loss, sums.weight, tracked, packed, faults)
+    return BatchSums(losses, loss, sums.weight, own, packed, faults)
 
 
 def sum_rows(values: Tensor, tasks: int) -> Tensor:
@@ -272,6 +292,13 @@ def sum_weights(plan: Plan, weights: Tensor | None, valid: Tensor | None, rows: 
     if weights is not None and plan.mean_over == "weights":
         return sum_rows(weights if plan.over_rows == "mean" else weights.abs(), tasks)
     return rows if valid is None else sum_rows(valid, tasks)
+
+
+def _divisors(plan: Plan, weights: Tensor | None, valid: Tensor | None) -> Tensor | None:
+    """What ``sum_weights`` sums, ``(rows, tasks)``; None: 1 of each row."""
+    if weights is not None and plan.mean_over == "weights":
+        return weights if plan.over_rows == "mean" else weights.abs()
+    return valid
 
 
 def count_faults(invalid: Tensor | None, weights: Tensor | None, like: Tensor) -> Tensor:
@@ -298,10 +325,10 @@ def sum_quality(  # noqa: PLR0917 (a batch, and what is known of it)
     rows: int,
     tasks: int,
     shift: Tensor | None = None,
-    log_loss: Tensor | None = None,
+    log_loss: tuple[Tensor, Tensor] | None = None,
     plain: Tensor | None = None,
     sigmoid: Tensor | None = None,
-) -> QualitySums:
+) -> tuple[Sums, list[Tensor | None]]:
     """The sums of the quality of binary predictions.
 
     Args:
@@ -311,12 +338,13 @@ def sum_quality(  # noqa: PLR0917 (a batch, and what is known of it)
         rows: the number of rows.
         tasks: the number of tasks.
         shift: added to the logits ``(tasks,)``; what follows is then of other logits, and not used.
-        log_loss: Σ w·l ``(tasks,)``, where it is known.
+        log_loss: Σ w·l ``(tasks,)``, and w·l of each row, where they are known.
         plain: the binary cross-entropy of each row without a pos_weight, where it is known.
         sigmoid: σ(x), where it is known.
 
     Returns:
-        Σ w·l, Σ w, Σ w·y and Σ w·σ(x), each ``(tasks,)`` or a number, and the number of rows.
+        Σ w·l, Σ w, Σ w·y and Σ w·σ(x), each ``(tasks,)`` or a number; and what is summed, ``(rows, tasks)``, or None
+        for 1 of each row.
     """
     if shift is not None:
         logits, log_loss, plain, sigmoid = logits + shift, None, None, None
@@ -329,38 +357,16 @@ def sum_quality(  # noqa: PLR0917 (a batch, and what is known of it)
     positives, predicted = weigh(labels, weights), weigh(sigmoid, weights)
     if log_loss is None:
         assert plain is not None
-        log_loss = sum_rows(weigh(plain, weights), tasks)
+        losses = weigh(plain, weights)
+        log_loss = sum_rows(losses, tasks), losses
+    loss_sum, losses = log_loss
     weight = rows if weights is None else sum_rows(weights, tasks)
-    return log_loss, weight, sum_rows(positives, tasks), sum_rows(predicted, tasks), rows
+    sums: Sums = [loss_sum, weight, sum_rows(positives, tasks), sum_rows(predicted, tasks)]
+    return sums, [losses, weights, positives, predicted]
 
 
-@functools.cache
-def _compiled(
-    plan: Plan, row_loss: RowLoss, with_slopes: bool, _: tuple[torch.dtype | None, ...]
-) -> Callable[..., tuple[BatchSums, Tensor | None]]:
-    """``_run`` of a plan on inputs of these dtypes, which is compiled when it is called, for any number of rows."""
-
-    def run(*inputs: Any) -> tuple[BatchSums, Tensor | None]:
-        return _run(plan, row_loss, with_slopes, *inputs)
-
-    # Of one code object torch compiles no more than eight forms, and then none at all, so each has one of its own.
-    return torch.compile(FunctionType(run.__code__.replace(), run.__globals__, closure=run.__closure__), dynamic=True)
-
-
-def _run_compiled(
-    plan: Plan, row_loss: RowLoss, with_slopes: bool, rows: int, tasks: int, *inputs: Tensor | None
-) -> tuple[BatchSums, Tensor | None]:
-    try:
-        dtypes = tuple([None if each is None else each.dtype for each in inputs])
-        return _compiled(plan, row_loss, with_slopes, dtypes)(rows, tasks, *inputs)
-    except torch.OutOfMemoryError:
-        raise
-    except Exception as error:
-        first, *_ = f"{error}\n".splitlines()
-        raise RuntimeError(
-            "fused: got True where torch.compile fails, expected what it needs, a C++ compiler for tensors on a CPU "
-            f"and Triton for those on a GPU, or fused=False: {type(error).__name__}: {first}"
-        ) from error
+def _run_compiled(plan: Plan, row_loss: RowLoss, with_slopes: bool, *inputs: Any) -> tuple[BatchSums, Tensor | None]:
+    return run_compiled(_run, (plan, row_loss, with_slopes), *inputs)  # type: ignore[no-any-return]
 
 
 How = tuple[Run, Plan, RowLoss, int, int]
@@ -380,7 +386,7 @@ class _ClosedForm(torch.autograd.Function):
         seen = inputs if abreast == 1 else _see(inputs, tasks, abreast)
         sums, slopes = run(plan, row_loss, True, inputs[0].shape[0], tasks, *seen)
         # The constants are the loss's own, which no one changes in place: nothing to save, nor to offload.
-        *batch, pos_weight, shift, task_weights = inputs
+        *batch, _, pos_weight, shift, task_weights = inputs
         ctx.save_for_backward(*batch)
         ctx.how, ctx.constants, ctx.weight = how, (pos_weight, shift, task_weights), sums.weight
         ctx.slopes, ctx.makes_slopes = slopes, slopes is not None
@@ -389,7 +395,7 @@ class _ClosedForm(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad_losses: Tensor | None, grad_loss: Tensor | None, _: None) -> tuple[Tensor | None, ...]:
-        return None, _gradient(ctx, grad_losses, grad_loss), None, None, None, None, None, None
+        return None, _gradient(ctx, grad_losses, grad_loss), *(None,) * 7
 
 
 def _gradient(ctx: Any, grad_losses: Tensor | None, grad_loss: Tensor | None) -> Tensor | None:
@@ -410,7 +416,7 @@ def _gradient(ctx: Any, grad_losses: Tensor | None, grad_loss: Tensor | None) ->
         return gradient if grad.ndim == 0 else gradient.where((grad != 0) | gradient.isfinite(), 0.0)
     factor = grad if grad.ndim == 0 else tile(grad.to(logits.dtype), abreast)
     slopes = ctx.slopes
-    inputs: Inputs = (logits, labels, weights, valid, pos_weight, shift, task_weights)
+    inputs: Inputs = (logits, labels, weights, valid, None, pos_weight, shift, task_weights)
     seen = inputs if slopes is not None or abreast == 1 else _see(inputs, tasks, abreast)
     if ctx.makes_slopes and slopes is None:
         slopes = run(plan, row_loss, True, logits.shape[0], tasks, *seen)[1]

@@ -7,8 +7,10 @@ come back as those of all tasks, in the tasks' order.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from twloss._arguments import IgnoreIndex, MeanOver, labels_of
@@ -18,10 +20,12 @@ from twloss._rows.batch import align, align_labels
 from twloss._rows.mappings import TaskTensors, by_task
 from twloss._rows.row_loss import LossFunction, LossType, identity_of, row_loss_of
 from twloss._rows.row_pass import Plan, sum_batch, sum_weights
+from twloss._rows.segments import SegmentIds, Segments, cells_of, refuse_ids
 from twloss._sums.running_sums import pack_update
 from twloss._sums.sums import BatchSums
 
 Inputs = tuple[TaskTensors, TaskTensors, TaskTensors | None]
+"""Logits, labels and weights."""
 
 
 class TaskGroup:
@@ -33,6 +37,7 @@ class TaskGroup:
         pos_weights: the factors of their positive terms; None: 1.
         ignore_index: of these tasks, or of more.
         places: the places of these tasks among those of the loss; None: the loss has no others.
+        segments: by which the running sums are told apart too.
         has_other_tasks: whether inputs may have the rows of other tasks as well.
     """
 
@@ -42,8 +47,9 @@ class TaskGroup:
         tasks: tuple[str, ...] | None,
         pos_weights: tuple[float, ...] | None,
         ignore_index: IgnoreIndex,
-        places: tuple[int, ...] | None = None,
         *,
+        places: tuple[int, ...] | None = None,
+        segments: Segments | None = None,
         has_other_tasks: bool = False,
     ) -> None:
         self.places = TaskConstants(places, dtype=torch.int64)
@@ -54,6 +60,7 @@ class TaskGroup:
         self.columns = 1 if tasks is None else len(tasks)
         self.has_rows = tasks is not None or self.row_loss.has_classes is not None
         self.pos_weights = TaskConstants(pos_weights)
+        self.segments = segments
         self.logit_shift: TaskConstants | None = None  # that of the quality of these tasks, where there is one
         self.ignore_index = ignore_index if tasks is None else labels_of(ignore_index, tasks)
         self.row_loss.check_ignore_index(self.ignore_index)
@@ -63,9 +70,18 @@ class TaskGroup:
         """The numbers of its tasks, as tensors of a device."""
         return self.pos_weights, self.places
 
-    def sums(self, inputs: Inputs, plan: Plan, task_weights: TaskConstants) -> BatchSums:
+    def sums(
+        self, inputs: Inputs, plan: Plan, task_weights: TaskConstants, segments: SegmentIds | None = None
+    ) -> BatchSums:
         """The sums of a batch of these tasks."""
-        batch = align(*inputs, self.tasks, self.row_loss, self.ignore_index, has_other_tasks=self.has_other_tasks)
+        has_others = self.has_other_tasks
+        batch = align(*inputs, self.tasks, self.row_loss, self.ignore_index, has_other_tasks=has_others)
+        if self.segments is not None:
+            batch = self.segments.add_to(
+                batch, segments, inputs[1], self.tasks, has_rows=self.has_rows, has_other_tasks=has_others
+            )
+        elif segments is not None:
+            refuse_ids(segments)
         return sum_batch(
             plan,
             self.row_loss,
@@ -95,11 +111,12 @@ def group_tasks(
     tasks: tuple[str, ...] | None,
     pos_weights: tuple[float, ...] | None,
     ignore_index: IgnoreIndex,
+    segments: Segments | None,
 ) -> tuple[TaskGroup, ...]:
     """The groups of the tasks that have rows, in the order of their first tasks."""
     if not isinstance(loss_type, dict):
         is_given = row_loss_of(loss_type).is_given
-        return () if is_given else (TaskGroup(loss_type, tasks, pos_weights, ignore_index),)
+        return () if is_given else (TaskGroup(loss_type, tasks, pos_weights, ignore_index, segments=segments),)
     members: dict[object, list[str]] = {}
     for task, each in loss_type.items():
         if not row_loss_of(each).is_given:
@@ -112,7 +129,9 @@ def group_tasks(
         # Numbers are there for the binary losses alone; the others' is 1.
         own = tuple(numbers[task] for task in names) if numbers and row_loss_of(each).is_binary else None
         places = tuple(place[task] for task in names) if len(names) < len(place) else None
-        groups.append(TaskGroup(each, tuple(names), own, ignore_index, places, has_other_tasks=len(members) > 1))
+        has_others = len(members) > 1
+        options: dict[str, Any] = {"places": places, "segments": segments, "has_other_tasks": has_others}
+        groups.append(TaskGroup(each, tuple(names), own, ignore_index, **options))
     return tuple(groups)
 
 
@@ -153,7 +172,11 @@ def join(sums: Sequence[BatchSums], order: TaskConstants, plan: Plan) -> BatchSu
         weight = _restore_order([torch.zeros_like(each.losses, dtype=dtype) + each.weight for each in sums], order)
     packed = None
     if len(tracked) == len(sums):
-        of_all = _restore_order(tracked, order), weight
+        of_all: Sequence[Tensor | float]
+        if plan.segments:
+            of_all = _restore_order([_with_cells(each, cells_of(plan.segments)) for each in sums], order).unbind(0)
+        else:
+            of_all = _restore_order(tracked, order), weight
         faults = _join_faults(sums, order) if plan.validates else None
         packed = pack_update(of_all, drops_non_finite=plan.drops_non_finite, faults=faults)
     return BatchSums(_restore_order(loss_sums, order), None, weight, packed, quality, None)
@@ -201,8 +224,17 @@ def _join_faults(sums: Sequence[BatchSums], order: TaskConstants) -> Tensor:
     return torch.stack([_restore_order(each, order) for each in zip(*faults)])
 
 
+def _with_cells(sums: BatchSums, cells: int) -> Tensor:
+    """What is tracked of a group, ``(2, 1 + cells, tasks)``; sums made elsewhere are in no cell."""
+    assert sums.tracked is not None
+    if sums.tracked.ndim > 1:
+        return sums.tracked
+    totals = torch.stack((sums.tracked, torch.ones_like(sums.tracked) * sums.weight))
+    return F.pad(totals.unsqueeze(1), (0, 0, 0, cells))
+
+
 def _restore_order(parts: Sequence[Tensor], order: TaskConstants) -> Tensor:
-    """``(tasks,)`` of each group as one, in the tasks' order."""
-    joined = torch.cat(list(parts))
+    """``(…, tasks)`` of each group as one, in the tasks' order."""
+    joined = torch.cat(list(parts), -1)
     index = order.like(joined)
-    return joined if index is None else joined.index_select(0, index)
+    return joined if index is None else joined.index_select(-1, index)

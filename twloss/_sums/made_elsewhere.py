@@ -22,13 +22,14 @@ Weights = Tensor | float | Mapping[str, Tensor | float]
 Given = Mapping[str, Tensor | tuple[Tensor, Tensor | float]]
 
 
-def check_sums(loss_sum: Tensor, weight: Tensor | float, tasks: tuple[str, ...] | None) -> TaskSums:
+def check_sums(loss_sum: Tensor, weight: Tensor | float, tasks: tuple[str, ...] | None, cells: int = 0) -> TaskSums:
     """Sums ``(tasks,)``, with the graph and the dtype that they came with; weights in the widest one.
 
     Args:
-        loss_sum: ``(tasks,)``; of one task also 0-dim.
-        weight: ``(tasks,)``, or a number that all tasks share. It is detached.
+        loss_sum: ``(tasks,)``, with cells ``(1 + cells, tasks)``; of one task also without this dimension.
+        weight: the same, or without cells a number that all tasks share. It is detached.
         tasks: the tasks' names; None: one task.
+        cells: the number of cells of segments.
 
     Raises:
         TypeError: for an argument of a wrong type or dtype.
@@ -36,18 +37,25 @@ def check_sums(loss_sum: Tensor, weight: Tensor | float, tasks: tuple[str, ...] 
     """
     check_dense("loss_sum", loss_sum)
     columns = 1 if tasks is None else len(tasks)
-    if tasks is None and loss_sum.ndim == 0:
-        loss_sum = loss_sum.unsqueeze(0)
-    if loss_sum.shape != (columns,):
-        raise ValueError(f"loss_sum: got shape {tuple(loss_sum.shape)}, expected ({columns},)")
+    shape = (1 + cells, columns) if cells else (columns,)
+    if tasks is None and loss_sum.shape == shape[:-1]:
+        loss_sum = loss_sum.unsqueeze(-1)
+    if loss_sum.shape != shape:
+        raise ValueError(f"loss_sum: got shape {tuple(loss_sum.shape)}, expected {shape}")
     if isinstance(weight, Tensor):
         check_dense("weight", weight)
-        if weight.shape not in ((), (columns,)):
-            raise ValueError(f"weight: got shape {tuple(weight.shape)}, expected ({columns},) or ()")
+        if tasks is None and weight.shape == shape[:-1]:
+            weight = weight.unsqueeze(-1)
+        if weight.shape != shape and (cells or weight.ndim > 0):
+            raise ValueError(f"weight: got shape {tuple(weight.shape)}, expected {shape}{'' if cells else ' or ()'}")
         if weight.device != loss_sum.device:
             raise ValueError(f"weight: got a tensor on {weight.device}, expected {loss_sum.device} as for loss_sum")
         # Not every integer dtype can be added, compared with another, or has an abs().
-        weight = weight.detach().to(sum_dtype(weight.device)).expand(columns)
+        weight = weight.detach().to(sum_dtype(weight.device)).expand(shape)
+    elif cells:
+        raise TypeError(
+            f"weight: got {type(weight).__name__}, expected a Tensor {shape}, since segments were asked for"
+        )
     else:
         # A number of rows that is traced has no value to look at.
         weight = weight if torch.compiler.is_compiling() else check_number("weight", weight)

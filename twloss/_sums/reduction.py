@@ -37,7 +37,7 @@ class Reduction:
     """Sums -> the tasks' losses -> the global loss."""
 
     keys: tuple[str, ...]
-    """The keys of the result, in order. A single task has only "loss"."""
+    """The keys of the result, in order, without those of cells. A single task has only "loss"."""
     over_rows: RowReduction
     """The loss of a task: "mean" is ``loss_sum / weight``, "sum" is ``loss_sum``."""
     over_tasks: GlobalReduction
@@ -115,14 +115,14 @@ class Reduction:
         """The losses of sums.
 
         Args:
-            sums: ``(tasks,)``.
+            sums: ``(tasks,)``, or for compute() ``(1 + cells, tasks)``, of which each row is reduced by itself.
             task_weights: ``(tasks,)`` factors of the losses inside the reduction over tasks; None: 1.
             dtype: of the result.
             is_final: False for a batch's, to train on: without data a loss is 0 with a gradient of 0, and its head
                 stays in the graph. True for what compute() gives: NaN, as nothing was measured.
 
         Returns:
-            The tasks' losses ``(tasks,)`` and the global one, 0-dim.
+            The tasks' losses, in the shape of the sums, and the global one, 0-dim, or ``(1 + cells,)``.
         """
         losses, weight = sums
         if not (isinstance(weight, Tensor) or weight):
@@ -133,9 +133,9 @@ class Reduction:
             losses, weight = losses.where(present, 0.0), weight.to(losses.dtype).where(present, 1.0)
         losses = (losses if self.over_rows == "sum" else losses / weight).to(dtype)
         is_one = len(self.keys) == 1
-        loss = losses.view(()) if is_one else self._over_tasks(losses, present, task_weights).to(losses)
+        loss = losses.squeeze(-1) if is_one else self._over_tasks(losses, present, task_weights).to(losses)
         if is_final and present is not None:
-            losses, loss = losses.where(present, math.nan), loss.where(present.any(), math.nan)
+            losses, loss = losses.where(present, math.nan), loss.where(present.any(-1), math.nan)
         return losses, loss
 
     @property
@@ -180,26 +180,33 @@ class Reduction:
         return grad if present is None else grad.where(present, 0.0)
 
     def _over_tasks(self, losses: Tensor, present: Tensor | None, task_weights: Tensor | None) -> Tensor:
-        """The global loss, 0-dim, of the tasks with data; 0 where there is none. ``present`` None: all."""
+        """The global loss of the tasks with data; 0 where there is none. ``present`` None: all."""
         if task_weights is not None:
             losses = weigh(losses, task_weights)
         if callable(self.over_tasks):
-            # A copy: what it does in place must not reach the tasks' own entries.
-            losses, options = losses.clone(), {}
-            if self.takes_present:
-                options["present"] = torch.ones_like(losses, dtype=torch.bool) if present is None else present
-            return _call_reduction(self.over_tasks, losses, options)
+            if losses.ndim > 1:
+                assert present is not None  # as the sums of compute() are
+                return torch.stack([self._call(self.over_tasks, *each) for each in zip(losses, present)])
+            return self._call(self.over_tasks, losses, present)
         if self.over_tasks == "sum":
-            return losses.sum()
+            return losses.sum(-1)
         if self.over_tasks == "mean":
-            return losses.mean() if present is None else losses.sum() / present.sum().clamp(min=1)
+            return losses.mean(-1) if present is None else losses.sum(-1) / present.sum(-1).clamp(min=1)
         if present is not None:
             losses = _with_neutral_absents(losses, present, self.over_tasks)
-        loss: Tensor = getattr(losses, _METHODS[self.over_tasks])()
-        return loss if present is None else loss.where(present.any(), 0.0)
+        if self.over_tasks == "median":
+            # Of one dimension that which shares the gradient between equal ones.
+            loss = losses.median() if losses.ndim == 1 else losses.median(-1).values
+        else:
+            loss = losses.amin(-1) if self.over_tasks == "min" else losses.amax(-1)
+        return loss if present is None else loss.where(present.any(-1), 0.0)
 
-
-_METHODS = {"min": "amin", "max": "amax", "median": "median"}
+    def _call(self, over_tasks: Callable[..., Tensor], losses: Tensor, present: Tensor | None) -> Tensor:
+        # A copy: what it does in place must not reach the tasks' own entries.
+        losses, options = losses.clone(), {}
+        if self.takes_present:
+            options["present"] = torch.ones_like(losses, dtype=torch.bool) if present is None else present
+        return _call_reduction(over_tasks, losses, options)
 
 
 def _with_neutral_absents(losses: Tensor, present: Tensor, reduction: str) -> Tensor:
@@ -209,8 +216,8 @@ def _with_neutral_absents(losses: Tensor, present: Tensor, reduction: str) -> Te
     # With k of the absent at -inf and the others at +inf, the lower median of all is that of the present. Unlike
     # nanmedian, this keeps a loss of NaN visible.
     absent = ~present
-    k = (present.numel() - 1) // 2 - (present.sum() - 1).clamp(min=0) // 2
-    low = absent.cumsum(0) <= k
+    k = (present.shape[-1] - 1) // 2 - (present.sum(-1, keepdim=True) - 1).clamp(min=0) // 2
+    low = absent.cumsum(-1) <= k
     return losses.masked_fill(absent & low, -math.inf).masked_fill(absent & ~low, math.inf)
 
 

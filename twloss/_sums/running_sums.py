@@ -15,14 +15,14 @@ from __future__ import annotations
 import os
 import threading
 import weakref
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 from torch.utils.module_tracker import ModuleTracker
 
 from twloss._precision import SUM_DTYPES, sum_dtype
-from twloss._torch import plain_tensors, split_last
+from twloss._torch import define_operator, plain_tensors, split_last
 
 # A window of rows ends, on the old side, within a thousandth of itself or one update, whichever is more.
 _MOST_PLACES = 1000
@@ -141,6 +141,12 @@ class SumsFormat:
         self.shape = (1 + self.places, rows + self.faults, tasks)
         self.saved_shape = (1 + self.places, rows, tasks)
         self.window_rows = window_rows
+
+    @property
+    def numbers_of_column(self) -> int:
+        """How many numbers a state has for each column."""
+        places, rows, _ = self.shape
+        return 2 * places * rows
 
     def zeros(self, device: torch.device) -> Tensor:
         """The state of no update."""
@@ -282,14 +288,14 @@ def pack_update(
     """A batch's sums, detached and in the widest dtype, with the counters below them.
 
     Args:
-        sums: ``(tasks,)`` each; after the first one also numbers that all tasks share.
-        drops_non_finite: whether a task's sums count as 0 where one of them is not finite.
+        sums: ``(tasks,)`` each, or ``(1 + cells, tasks)``; after the first one also numbers that all tasks share.
+        drops_non_finite: whether a task's sums count as 0, those of all cells, where one of them is not finite.
         rows: the batch's number of rows, for a window of rows.
         faults: ``(2, tasks)``, counted whether the sums are finite or not.
 
     Returns:
-        ``(rows, tasks)``: the sums, 1 where they are finite, the faults and the number of rows if they are there, and
-        1.
+        ``(rows, tasks)``, with cells ``(rows, (1 + cells)·tasks)``: the sums, 1 where they are finite, the faults and
+        the number of rows if they are there, and 1.
     """
     like = sums[0]
     assert isinstance(like, Tensor)
@@ -300,20 +306,21 @@ def pack_update(
         wide.append(each.detach().to(one) if isinstance(each, Tensor) else one * each)
     counters = (one,) if rows is None else (torch.full_like(one, rows), one)
     if faults is not None:
-        counters = (*faults.to(one).unbind(0), *counters)
+        counters = (*(each.expand_as(one) for each in faults.to(one)), *counters)
     packed = torch.stack((*wide, one, *counters))
     if drops_non_finite:
         finite = packed[: len(wide) + 1]  # what counts for the ring buffer stays
         for given, each in zip(sums, wide):
             if isinstance(given, int):  # a number of rows is finite
                 continue
+            each = each if each.ndim == 1 else each.sum(0)  # noqa: PLW2901
             # NaN where it is not finite. torch's MPS backend takes an alpha of 0 for nothing to add.
             if each.is_mps:
                 finite.add_(each * 0.0)
             else:
                 finite.add_(each, alpha=0.0)
         finite.nan_to_num_(0.0, 0.0, 0.0)
-    return packed
+    return packed.flatten(1)
 
 
 def add_once(  # noqa: PLR0917 (an operator)
@@ -424,20 +431,7 @@ def _finite(values: Tensor) -> Tensor:
     return values.nan_to_num(0.0, 0.0, 0.0)
 
 
-def _define() -> tuple[torch.library.Library, Callable[..., None]]:
-    """Define ``add_once`` as an operator, which is there for as long as the library that is returned beside it.
-
-    This module may be imported anew while what it was before is in use, and its operator is then another one.
-    """
-    # Not torch.library.custom_op: its checks at run time cost a compiled step 60 µs.
-    library, name = torch.library.Library("twloss", "FRAGMENT"), "add_once"
-    while hasattr(torch.ops.twloss, name):
-        name += "_"
-    library.define(f"{name}(Tensor(a!) state, Tensor packed, int places, int every, int per, int counter) -> ()")
-    library.impl(name, add_once, "CompositeExplicitAutograd")
-    return library, getattr(torch.ops.twloss, name)
-
-
 # Once: a reload finds it defined.
 if "_LIBRARY" not in globals():
-    _LIBRARY, _ADD_ONCE = _define()
+    _SCHEMA = "add_once(Tensor(a!) state, Tensor packed, int places, int every, int per, int counter) -> ()"
+    _LIBRARY, _ADD_ONCE = define_operator(_SCHEMA, add_once)

@@ -26,7 +26,8 @@ class BatchSums(NamedTuple):
     weight: Tensor | float
     """``(tasks,)``, or a number that all tasks share: what a mean divides by."""
     tracked: Tensor | None
-    """For the running sums: packed, or Σ w·l ``(tasks,)``; None where a transform runs the forward."""
+    """For the running sums: packed; or Σ w·l ``(tasks,)``, and with segments the weight too, ``(2, 1 + cells, tasks)``;
+    None where a transform runs the forward."""
     quality: Tensor | None
     """For the running sums of the quality of predictions, packed."""
     faults: Tensor | None
