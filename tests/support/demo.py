@@ -21,7 +21,7 @@ from twloss.demo.start import main
 PYTHON = [sys.executable, "-W", "error"]
 LAUNCHERS = {1: PYTHON, 2: torchrun(2)}
 # 26 full batches and one of a single row: the second of two ranks has nothing to train on in the last step.
-QUICK = ["--epochs", "1", "--batch-size", "3077"]
+QUICK = ["--epochs", "1", "--batch-size", "3077", "--by", "decade"]
 EVENTS: dict[str, Callable[[float], bool]] = {
     "like": lambda rating: rating >= 4,
     "love": lambda rating: rating == 5,
@@ -48,6 +48,8 @@ class Printed(NamedTuple):
 
     text: str
     table: dict[str, Table]
+    by_decade: dict[str, list[float]]
+    """The numbers of each line of the table by decade."""
     over_ranks: float
     one_process: float
 
@@ -97,10 +99,12 @@ def succeed(world_size: int, *arguments: str) -> Printed:
 
 def read(text: str) -> Printed:
     """The numbers of a run's output."""
-    lines = re.findall(r"^ +(like|love|dislike|stars|all \(mean\)) +(.+?) *$", text, re.MULTILINE)
+    lines = re.findall(r"^ +(like|love|dislike|stars|all \(mean\)) +(\d.+?) *$", text, re.MULTILINE)
     table = {task: read_line(cells.replace(",", "").split()) for task, cells in lines}
     over_ranks, one_process = re.findall(r"^eval loss (?:over|of) .*: +(\S+)$", text, re.MULTILINE)
-    return Printed(text, table, float(over_ranks), float(one_process))
+    decades = re.findall(r"^ +(\d{4}s|other) +(\d.+?) *$", text, re.MULTILINE)
+    by_decade = {decade: [float(cell) for cell in cells.replace(",", "").split()] for decade, cells in decades}
+    return Printed(text, table, by_decade, float(over_ranks), float(one_process))
 
 
 def read_line(cells: list[str]) -> Table:

@@ -14,7 +14,7 @@ from twloss.demo.one_process import base_rate_losses, one_process_losses
 from twloss.demo.options import Options
 from twloss.demo.process_group import process_group, rank_and_world_size
 from twloss.demo.ranker import Ranker, build_ranker
-from twloss.demo.report import print_check, print_table
+from twloss.demo.report import print_check, print_segments, print_table
 from twloss.demo.training import Point, train
 
 __all__ = ["run"]
@@ -43,6 +43,8 @@ def _report(ranker: Ranker, split: Split, points: Sequence[Point], options: Opti
     base_rate = base_rate_losses(split)
     title = f"MovieLens, epochs: {options.epochs}, ranks: {world_size}, device: {options.device}, seed: {options.seed}"
     print_table(console, title, points, base_rate, len(split.eval))
+    if options.by is not None:
+        print_segments(console, options.by, points[-1].eval)
     if options.plot is not None:
         # Who wants no picture needs no matplotlib.
         curves = importlib.import_module("twloss.demo.curves")

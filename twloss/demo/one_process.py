@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from twloss import MultiTaskLoss
-from twloss.demo.movielens import TASKS, Rows, Split
+from twloss.demo.movielens import DECADES, TASKS, Rows, Split
 from twloss.demo.ranker import LOSS_TYPES, Ranker, constant_logits
 from twloss.demo.training import Losses
 
@@ -17,9 +17,15 @@ __all__ = ["base_rate_losses", "one_process_losses"]
 
 
 def one_process_losses(ranker: Ranker, rows: Rows) -> Losses:
-    """The ranker's losses on these rows."""
+    """The ranker's losses on these rows, and on those of the movies of each decade."""
     with torch.no_grad():
-        return _losses(ranker.logits(rows.ids, rows.genres), rows.labels)
+        logits = ranker.logits(rows.ids, rows.genres)
+        losses = _losses(logits, rows.labels)
+        for decade, name in enumerate(DECADES):
+            own = rows.decades == decade
+            of_decade = _losses(logits[own], rows.labels[own])
+            losses.update((f"{key}/decade={name}", value) for key, value in of_decade.items())
+    return losses
 
 
 def base_rate_losses(split: Split) -> Losses:

@@ -27,6 +27,7 @@ class Options(NamedTuple):
     seed: int
     plot: Path | None
     log_every_step: bool = False
+    by: str | None = None
 
 
 def parse_options(arguments: Sequence[str] | None = None) -> Options:
@@ -61,6 +62,7 @@ def parse_options(arguments: Sequence[str] | None = None) -> Options:
         help="draw the losses over the course of the training; the name's ending is the format (PNG without one)",
     )
     add("--log-every-step", action="store_true", help="print each step's loss over all ranks, one step later")
+    add("--by", choices=["decade"], help="print a table by the decade of the movie too")
     options = Options(**vars(parser.parse_args(arguments)))
     gpus, ranks = torch.cuda.device_count(), int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
     if options.device == "cuda" and gpus < ranks:

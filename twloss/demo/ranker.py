@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from twloss import LossType, MultiTaskLoss
-from twloss.demo.movielens import TASKS, Rows
+from twloss.demo.movielens import DECADES, TASKS, Rows
 
 __all__ = ["LOSS_TYPES", "Ranker", "build_ranker", "constant_logits"]
 
@@ -38,7 +38,9 @@ class Ranker(nn.Module):
         self.heads = nn.Linear(width, len(TASKS))
         # global_batch: the loss, and the gradient, of the rows of all ranks, however unevenly they are shared out.
         # quality: the normalised entropy and the calibration beside it, of the binary tasks.
-        self.loss = MultiTaskLoss(LOSS_TYPES, TASKS, global_batch=True, quality=True)
+        # segments: all of it for the movies of each decade too.
+        by_decade = {"decade": DECADES}
+        self.loss = MultiTaskLoss(LOSS_TYPES, TASKS, global_batch=True, quality=True, segments=by_decade)
         for embedding in embeddings:
             nn.init.normal_(embedding.weight, std=0.05)
         with torch.no_grad():
@@ -52,9 +54,9 @@ class Ranker(nn.Module):
         logits: Tensor = self.heads(hidden.relu())
         return logits
 
-    def forward(self, ids: Tensor, genres: Tensor, labels: Tensor) -> dict[str, Tensor]:
+    def forward(self, ids: Tensor, genres: Tensor, labels: Tensor, decades: Tensor) -> dict[str, Tensor]:
         """``{"loss/<task>": …, "loss": …}``; adds the batch to the loss's running sums."""
-        losses: dict[str, Tensor] = self.loss(self.logits(ids, genres), labels)
+        losses: dict[str, Tensor] = self.loss(self.logits(ids, genres), labels, segments={"decade": decades})
         return losses
 
 

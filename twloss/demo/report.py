@@ -8,9 +8,10 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
-from twloss.demo.training import Losses, Point
+from twloss.demo.movielens import DECADES, TASKS
+from twloss.demo.training import Losses, Point, Results
 
-__all__ = ["print_check", "print_table"]
+__all__ = ["print_check", "print_segments", "print_table"]
 
 # Summing 20,000 rows in another order changes 1e-15 of the sum; a row that is lost or counted twice, 1e-5.
 TOLERANCE = 1e-12
@@ -53,6 +54,23 @@ def print_table(console: Console, title: str, points: Sequence[Point], base_rate
         of_task = (last.eval.get(f"{name}/{task}") for name in ("ne", "calibration"))
         quality = ("" if value is None else f"{value:.3f}" for value in of_task)
         table.add_row(task, *losses, gain, *quality, f"{last.rows_seen:,}", f"{eval_rows:,}")
+    console.print(table)
+
+
+def print_segments(console: Console, dimension: str, results: Results) -> None:
+    """A line for each cell of a dimension of the segments: the rows evaluated, and each task's loss and its NE."""
+    table = Table(title=f"eval, by {dimension} of the movie", box=box.SIMPLE_HEAD, padding=(0, 0, 0, 1))
+    table.add_column(dimension, no_wrap=True)
+    quantities = {"rows": f"weight/{TASKS[0]}"}
+    for task in TASKS:
+        quantities[f"{task}\nloss"] = f"loss/{task}"
+        if f"ne/{task}" in results:
+            quantities[f"{task}\nNE"] = f"ne/{task}"
+    for heading in quantities:
+        table.add_column(heading, justify="right")
+    for cell in (*DECADES, "other"):
+        rows, *values = (results[f"{key}/{dimension}={cell}"] for key in quantities.values())
+        table.add_row(cell, f"{rows:,.0f}", *(f"{value:.3f}" for value in values))
     console.print(table)
 
 

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from twloss import GlobalLoss, PendingResult, compute_all
-from twloss.demo.movielens import Rows, Split
+from twloss.demo.movielens import TASKS, Rows, Split
 from twloss.demo.options import Options
 from twloss.demo.process_group import share
 from twloss.demo.ranker import Ranker
@@ -32,10 +32,13 @@ LEARNING_RATE = 1e-3
 # The ids that are made "unknown" in training, so that the unknown id learns to stand for an average user or movie.
 FORGOTTEN_SHARE = 0.3
 
+LOSSES = (*(f"loss/{task}" for task in TASKS), "loss")
+
 Losses = dict[str, float]
 """``{"loss/<task>": …, "loss": …}``"""
 Results = dict[str, float]
-"""The losses, and the quality of the predictions for the binary tasks: ``{…, "ne/<task>": …, …}``"""
+"""The losses, and the quality of the predictions for the binary tasks: ``{…, "ne/<task>": …, …}``; each by decade too:
+``{…, "loss/<task>/decade=1990s": …, …}``"""
 
 
 class Point(NamedTuple):
@@ -129,14 +132,14 @@ def evaluate(ranker: Ranker, rows: Rows, options: Options) -> Results:
     with torch.no_grad():
         for batch in _batches(rows, options.batch_size):
             part = share(batch)
-            ranker(part.ids, part.genres, part.labels)
+            ranker(part.ids, part.genres, part.labels, part.decades)
     results = _results(ranker)
     ranker.train()
     return results
 
 
 def _training_step(model: nn.Module, optimizer: torch.optim.Optimizer, part: Rows) -> None:
-    losses = model(part.ids, part.genres, part.labels)
+    losses = model(part.ids, part.genres, part.labels, part.decades)
     optimizer.zero_grad()
     losses["loss"].backward()
     optimizer.step()
@@ -162,8 +165,6 @@ def _shuffled_batches(rows: Rows, options: Options) -> Iterator[Rows]:
 
 
 def _line(point: Point, epochs: int) -> str:
-    losses = "  ".join(
-        f"{key.removeprefix('loss/')} {loss:.3f}" for key, loss in point.train.items() if key.startswith("loss")
-    )
+    losses = "  ".join(f"{key.removeprefix('loss/')} {point.train[key]:.3f}" for key in LOSSES)
     place = f"epoch {point.epoch:{len(str(epochs))}}/{epochs}  {point.rows_seen:7,} rows"
     return f"{place}  {losses}  eval {point.eval['loss']:.3f}"
