@@ -30,6 +30,7 @@ from benchmarks.quality_cost import quality_cost
 from benchmarks.report import HEADLINE_GROUPS, Report, as_glance, as_table, write_json, write_markdown
 from benchmarks.row import Row
 from benchmarks.scale import scale
+from benchmarks.segments_cost import segments_cost
 from benchmarks.step_cost import step_cost
 from benchmarks.sync_cost import sync_cost
 from benchmarks.torchrec_metrics import torchrec_metrics
@@ -44,6 +45,7 @@ BENCHMARKS: dict[str, Benchmark] = {
     "tracking_cost": tracking_cost,
     "quality_cost": quality_cost,
     "validate_cost": validate_cost,
+    "segments_cost": segments_cost,
     "mixed_types": mixed_types,
     "limit": limit,
     "kernels": kernels,

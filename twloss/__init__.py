@@ -42,8 +42,9 @@ Each file imports only what stands above it::
     _rows/row_loss.py
     _rows/batch.py
     _rows/differentiable.py
-    _rows/segments.py              the ids of segments -> cells, and the sums of each cell
     _rows/compiled.py              a function of tensors, compiled
+    _rows/cell_sums.py             the sums of the rows of each cell of segments
+    _rows/segments.py              Segments: its dimensions and cells; the ids of a batch's rows, aligned
     _rows/row_pass.py
     _rows/task_group.py
     _metrics/checkpoint.py         the format of running sums in a state_dict: bytes of one rank or of all

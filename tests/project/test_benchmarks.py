@@ -23,6 +23,7 @@ BENCHMARKS = [
     "tracking_cost",
     "quality_cost",
     "validate_cost",
+    "segments_cost",
     "mixed_types",
     "limit",
     "kernels",

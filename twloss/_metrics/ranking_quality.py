@@ -30,10 +30,11 @@ from twloss._constants import TaskConstants
 from twloss._metrics.plot import plot_results
 from twloss._metrics.task_metric import TaskMetric
 from twloss._rows.batch import align
+from twloss._rows.cell_sums import append_cells
 from twloss._rows.mappings import TaskTensors
 from twloss._rows.row_loss import BinaryCrossEntropy
 from twloss._rows.row_pass import count_faults, sum_quality
-from twloss._rows.segments import SegmentIds, Segments, append_cells, refuse_ids
+from twloss._rows.segments import SegmentIds, Segments, refuse_ids
 from twloss._torch import hidden_from_jit
 
 QUANTITIES = {"ne": False, "rce": True, "calibration": None, "ctr": None, "logloss": False, "weight": None}

@@ -10,20 +10,23 @@ from typing import Any
 import torch
 
 
-def run_compiled(function: Callable[..., Any], constants: tuple[Any, ...], *inputs: Any) -> Any:
+def run_compiled(
+    function: Callable[..., Any], constants: tuple[Any, ...], *inputs: Any, threads: int | None = None
+) -> Any:
     """What ``function(*constants, *inputs)`` returns, by compiled code.
 
     Args:
         function: of tensors.
         constants: hashable; each distinct ones are compiled by themselves.
         inputs: tensors, None and numbers that may change.
+        threads: of compiled code on a CPU; None: those of torch.
 
     Raises:
         RuntimeError: where torch.compile fails.
     """
     try:
         dtypes = tuple([getattr(each, "dtype", None) for each in inputs])
-        return _compiled(function, constants, dtypes)(*inputs)
+        return _compiled(function, constants, dtypes, threads)(*inputs)
     except torch.OutOfMemoryError:
         raise
     except Exception as error:
@@ -36,7 +39,7 @@ def run_compiled(function: Callable[..., Any], constants: tuple[Any, ...], *inpu
 
 @functools.cache
 def _compiled(
-    function: Callable[..., Any], constants: tuple[Any, ...], _: tuple[torch.dtype | None, ...]
+    function: Callable[..., Any], constants: tuple[Any, ...], _: tuple[torch.dtype | None, ...], threads: int | None
 ) -> Callable[..., Any]:
     """The function on inputs of these dtypes, which is compiled when it is called, for any number of rows."""
 
@@ -44,4 +47,5 @@ def _compiled(
         return function(*constants, *inputs)
 
     # Of one code object torch compiles no more than eight forms, and then none at all, so each has one of its own.
-    return torch.compile(FunctionType(run.__code__.replace(), run.__globals__, closure=run.__closure__), dynamic=True)
+    own = FunctionType(run.__code__.replace(), run.__globals__, closure=run.__closure__)
+    return torch.compile(own, dynamic=True, options=None if threads is None else {"cpp.threads": threads})

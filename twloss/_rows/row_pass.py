@@ -20,10 +20,10 @@ from twloss._constants import TaskConstants
 from twloss._precision import SUM_DTYPES, sum_dtype
 from twloss._rows.batch import Batch
 from twloss._rows.binary_cross_entropy import fused_bce, values_of_bce
+from twloss._rows.cell_sums import append_cells
 from twloss._rows.compiled import run_compiled
 from twloss._rows.differentiable import mask_tasks, weigh_losses
 from twloss._rows.row_loss import RowLoss
-from twloss._rows.segments import append_cells
 from twloss._sums.reduction import Reduction
 from twloss._sums.running_sums import pack_update
 from twloss._sums.sums import BatchSums, TaskSums
@@ -194,7 +194,7 @@ def _run(  # noqa: PLR0917 (the compiled one takes no keywords)
         sums += quality
     if segments is not None:
         summed = [losses, _divisors(plan, weights, valid), *summed]
-        sums = append_cells(sums, summed, segments, plan.segments)
+        sums = append_cells(sums, summed, segments, plan.segments, fused=plan.fused)
     faults = None
     if plan.validates:
         faults = count_faults(row_loss.invalid_labels(logits, labels), weights, loss_sum)
@@ -233,7 +233,7 @@ def _sum_differentiable(
             tracked += quality
         if segments is not None:
             summed = [losses, _divisors(plan, weights, valid), *summed]
-            tracked = append_cells(tracked, summed, segments, plan.segments)
+            tracked = append_cells(tracked, summed, segments, plan.segments, fused=plan.fused)
         faults = count_faults(invalid, weights, loss_sum) if plan.validates else None
     return _reduce(plan, TaskSums(rows.sum(0), weight), tracked, count, faults, task_weights, rows.dtype)
 

@@ -17,10 +17,11 @@ from twloss._arguments import IgnoreIndex, MeanOver, labels_of
 from twloss._constants import TaskConstants
 from twloss._precision import sum_dtype
 from twloss._rows.batch import align, align_labels
+from twloss._rows.cell_sums import cells_of
 from twloss._rows.mappings import TaskTensors, by_task
 from twloss._rows.row_loss import LossFunction, LossType, identity_of, row_loss_of
 from twloss._rows.row_pass import Plan, sum_batch, sum_weights
-from twloss._rows.segments import SegmentIds, Segments, cells_of, refuse_ids
+from twloss._rows.segments import SegmentIds, Segments, refuse_ids
 from twloss._sums.running_sums import pack_update
 from twloss._sums.sums import BatchSums
 
