@@ -79,15 +79,15 @@ class Ranker(lightning.LightningModule):
 
     def on_train_epoch_end(self) -> None:
         """All training rows since the last time."""
-        self.log_all("train")
+        self.log_all({"train": self.loss})
 
     def on_validation_epoch_end(self) -> None:
         """All evaluation rows since the last time; the loss is still in eval()."""
-        self.log_all("eval")
+        self.log_all({"eval": self.loss})
 
-    def log_all(self, prefix: str) -> None:
-        """Log what the loss tracks in its mode, on every rank, and start it anew."""
-        for key, value in compute_all({prefix: self.loss}, reset=True).items():
+    def log_all(self, losses: dict[str, MultiTaskLoss]) -> None:
+        """Log what losses track in their mode, on every rank, and start them anew."""
+        for key, value in compute_all(losses, reset=True).items():
             # Of a tensor, Lightning would advise to average it over the ranks.
             everywhere = Everywhere()
             everywhere.update(value)

@@ -218,7 +218,7 @@ class Loss(_TaskLosses):
             labels: any shape, in [0, 1]; class indices for CROSS_ENTROPY.
             weights: broadcastable to the labels' shape; None: 1.
             normalizer: 0-dim; as for ``MultiTaskLoss``.
-            segments: the ids of each dimension, broadcastable to the labels' shape; as for ``MultiTaskLoss``.
+            segments: a mapping dimension -> ids, broadcastable to the labels' shape; as for ``MultiTaskLoss``.
 
         Returns:
             The loss, 0-dim, float64 for float64 logits and float32 for all others.
@@ -298,10 +298,10 @@ class MultiTaskLoss(_TaskLosses):
         process_group: the ranks to sum over, also as a 1-D ``DeviceMesh``; None: all.
         quality: True, or a ``RankingQuality`` to be copied, for running sums of the quality of the predictions, without
             the pos_weights, from the logits at hand; of the tasks with BCE_WITH_LOGITS, which a given one has to have.
-        segments: dimensions by which the metrics tell rows apart too, such as ``{"country": ["DE", "US"], "surface":
-            3}``: names, or a number of ids. Each has a cell for each id and one for "other", which add up to the total;
-            the results have keys such as "loss/like/country=DE" and "loss/surface=other". forward then takes the ids,
-            and its own result is as without.
+        segments: dimensions by which the metrics also keep their sums: names of ids, or their number, such as
+            ``{"country": ["DE", "US"], "surface": 3}``. A dimension has a cell for each id and "other" for the rest,
+            which add up to the total. Each adds keys such as "loss/like/country=DE" and "loss/country=other" to the
+            metrics' results. forward then has to be given the ids; its own result is the same with and without.
         validate_args: count the rows with an invalid label (outside of [0, 1], or no class) and those of negative
             weight, on the device and without waiting for it; ``compute()`` of ``train_metric`` and ``eval_metric``
             warns with the counts by task. Labels of a callable may be anything. A class that does not exist then has a
@@ -392,8 +392,8 @@ class MultiTaskLoss(_TaskLosses):
                 over all micro-batches and ranks of one optimizer step, which makes gradient accumulation exact.
             given: the losses of the tasks of type GIVEN, a mapping task -> (loss_sum, weight), as for ``from_sums()``,
                 or -> a 0-dim loss, which counts as one row a rank and step. They have no column in the inputs.
-            segments: the ids of each dimension of the loss's segments: integers ``(rows,)``, ``(rows, 1)``,
-                ``(rows, tasks)``, or a mapping task -> ``(rows,)``. Those outside of 0…K-1 are in the cell "other".
+            segments: a mapping dimension -> ids: integers ``(rows,)``, ``(rows, 1)`` or ``(rows, tasks)``, or a mapping
+                task -> ``(rows,)``. An id is a name's place in its list; any other, such as -1, is in the cell "other".
 
         Returns:
             The loss of each task under ``"loss/<task>"``, in the tasks' order, and the global one under ``"loss"``;

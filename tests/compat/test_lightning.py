@@ -23,7 +23,7 @@ from tests.support.by_hand import Columns, HandRanker, Rows, columns_of, mean_of
 from tests.support.launch import as_if_from_torchrun, command
 from tests.support.lightning_warnings import lightnings_own_warnings
 from tests.support.rank_pool import RankPool, on_one_or_two
-from twloss import GlobalLoss, PendingResult
+from twloss import GlobalLoss, MultiTaskLoss, PendingResult
 
 RULE = reference.Rule()
 Logged = list[tuple[int, dict[str, float]]]
@@ -87,7 +87,7 @@ def expected(world_size: int) -> dict[str, Any]:
 class Silent(example.Ranker):
     """Logs no value of an epoch."""
 
-    def log_all(self, prefix: str) -> None:
+    def log_all(self, losses: dict[str, MultiTaskLoss]) -> None:
         """Nothing."""
 
 

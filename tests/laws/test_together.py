@@ -318,7 +318,8 @@ def metric_of(*tasks: str, **options: Any) -> GlobalLoss:
 
 def quality_of(*tasks: str, **options: Any) -> RankingQuality:
     metric = RankingQuality(tasks, **options)
-    metric.update(torch.zeros(2, len(tasks)), torch.ones(2, len(tasks)))
+    ids = {name: torch.zeros(2, dtype=torch.int64) for name in options.get("segments", ())}
+    metric.update(torch.zeros(2, len(tasks)), torch.ones(2, len(tasks)), segments=ids or None)
     return metric
 
 
@@ -342,6 +343,16 @@ DIFFERENT: dict[str, tuple[Callable[[], Any], Callable[[], Any], str]] = {
     ),
     "class": (lambda: metric_of("a", "b"), lambda: quality_of("a", "b"), "GlobalLoss of"),
     "window": (lambda: quality_of("a", window=2), lambda: quality_of("a"), "RankingQuality of"),
+    "names of segments": (
+        lambda: quality_of("a", segments={"country": ["DE", "US"]}),
+        lambda: quality_of("a", segments={"country": ["US", "DE"]}),
+        "RankingQuality of ('a',) by segments={'country': ('DE', 'US')}",
+    ),
+    "number of segments": (
+        lambda: quality_of("a", segments={"country": 2}),
+        lambda: quality_of("a", segments={"country": 3}),
+        "RankingQuality of ('a',) by segments={'country': 2}",
+    ),
     "counted faults": (lambda: metric_of("a"), lambda: metric_of("a", validate_args=True), "GlobalLoss of"),
     "mode": (lambda: loss_in(True), lambda: loss_in(False), "train_metric of ('a', 'b')"),
 }

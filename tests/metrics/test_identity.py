@@ -177,6 +177,33 @@ def test_sums_of_another_rule_are_neither_loaded_nor_merged(
     assert torch.equal(metric.totals, before)
 
 
+SEGMENTS: dict[str, tuple[Any, str]] = {
+    "another name": ({"country": ["DE", "FR"]}, r"segments=\{'country': \['DE', 'FR'\]\}"),
+    "another order": ({"country": ["US", "DE"]}, r"segments=\{'country': \['US', 'DE'\]\}"),
+    "one more": ({"country": ["DE", "US", "FR"]}, r"segments=\{'country': \['DE', 'US', 'FR'\]\}"),
+    "a number": ({"country": 2}, r"segments=\{'country': 2\}"),
+    "another dimension": ({"land": ["DE", "US"]}, r"segments=\{'land': \['DE', 'US'\]\}"),
+    "none": (None, "no segments"),
+}
+
+
+@both_ways
+@pytest.mark.parametrize("make", [many, one])
+@pytest.mark.parametrize(("segments", "shown"), SEGMENTS.values(), ids=SEGMENTS)
+def test_sums_of_other_segments_are_refused_by_name_whatever_their_shape(
+    make: Callable[..., Any], segments: Any, shown: str, swap: bool
+) -> None:
+    names = [r"segments=\{'country': \['DE', 'US'\]\}", shown]
+    saved, loaded = (persistent(make(segments=each)) for each in ({"country": ["DE", "US"]}, segments))
+    if swap:
+        saved, loaded, names = loaded, saved, names[::-1]
+    expected = "got sums of {}, expected {}".format(*names)
+    with pytest.raises(RuntimeError, match=expected):
+        loaded.load_state_dict(saved.state_dict())
+    with pytest.raises(ValueError, match=expected):
+        loaded.train_metric.merge_state(saved.train_metric)
+
+
 EQUAL: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     "plain": ({}, {}),
     "weights": ({"mean_over": "weights"}, {"mean_over": "weights"}),

@@ -134,7 +134,8 @@ def decode(text: Tensor) -> dict[str, Any]:
 def check_same(found: dict[str, Any], expected: dict[str, Any]) -> None:
     """Raise a ValueError that names the first difference between two descriptions, names that one lacks included."""
     expected = json.loads(json.dumps(expected))  # with lists for tuples, as in what was found
-    for name in {**expected, **found}:
+    # The shape last: it follows from the tasks, windows and segments, which say more.
+    for name in sorted({**expected, **found}, key="shape".__eq__):
         if name == ANY or any(ANY in each and name not in each for each in (found, expected)):
             continue
         pair = [{name: each[name]} if name in each else {} for each in (found, expected)]

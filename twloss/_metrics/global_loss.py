@@ -45,8 +45,8 @@ class GlobalLoss(TaskMetric):
         global_reduction: as for ``MultiTaskLoss``. A module is used but not registered here: the loss that trains it
             owns it.
         task_weights: a factor for each task's loss inside the reduction over tasks.
-        segments: as for ``MultiTaskLoss``; the sums are then ``(1 + cells, tasks)``, first those of all rows and then
-            those of each cell, "other" last in each dimension.
+        segments: as for ``MultiTaskLoss``. update() then takes sums ``(1 + cells, tasks)``: first those of all rows,
+            and then those of each cell, dimension by dimension, "other" last in each.
         validate_args: count the updates of negative weight; compute() warns with the counts by task. The metrics of a
             loss count rows, those with an invalid label too.
         nan_strategy: what becomes of a task's sums in an update in which they are not finite. "warn" leaves them out,

@@ -69,7 +69,8 @@ class RankingQuality(TaskMetric):
             one update or a thousandth of the window, whichever has more rows: an update counts as long as its last row
             does. All tasks have one window: where their numbers of rows differ, an update has as many as the task with
             the most, so that of one with fewer has fewer rows of it.
-        segments: as for ``MultiTaskLoss``; of a loss's own, those of the loss.
+        segments: as for ``MultiTaskLoss``, for every quantity: "ne/like/country=DE". A metric that a loss is given as
+            its ``quality`` takes the loss's if it has none.
         logit_shift: a number that is added to the logits first, or one a task: ln r where the model was trained on
             negatives that were kept at the rate r, and -ln f where it was trained with a pos_weight of f.
         validate_args: count the rows whose label is outside of [0, 1], and those of negative weight, on the device and
@@ -89,6 +90,14 @@ class RankingQuality(TaskMetric):
         >>> {key: round(value.item(), 4) for key, value in quality.compute().items()}
         {'ne/like': 0.5916, 'rce/like': 40.8441, 'calibration/like': 1.0, 'ctr/like': 0.5,
          'logloss/like': 0.41, 'weight/like': 4.0}
+
+        By country, of which -1 is none of these:
+
+        >>> quality = RankingQuality(["like"], segments={"country": ["DE", "US"]})
+        >>> ids = {"country": torch.tensor([0, 0, 1, -1])}
+        >>> quality.update(torch.zeros(4, 1), torch.ones(4, 1), segments=ids)
+        >>> quality.compute()["weight/like/country=DE"]
+        tensor(2., dtype=torch.float64)
     """
 
     def __init__(
@@ -148,7 +157,8 @@ class RankingQuality(TaskMetric):
             logits: ``(rows, tasks)``; any shape in the one-task form.
             labels: the logits' shape, in [0, 1], any dtype.
             weights: ``(rows, tasks)``, ``(rows, 1)`` or ``(rows,)``; None: 1. A row of weight 0 is in no sum.
-            segments: as for ``MultiTaskLoss.forward``.
+            segments: a mapping dimension -> ids, for a metric with segments; as for ``MultiTaskLoss.forward``, and for
+                the one-task form as for ``Loss.forward``.
 
         Raises:
             TypeError: for an input of a wrong type or dtype.

@@ -51,8 +51,10 @@ class TaskMetric(KeptMetric):
     - ``_results(sums)``: ``(sums, tasks)`` in float64, of all rows of all steps and ranks -> the values, 0-dim, in the
       order of the keys
 
-    With ``segments`` the sums of a batch are ``(1 + cells, tasks)``, as ``_sum_rows`` makes them, those of all rows
-    come as ``(sums, (1 + cells)·tasks)``, and ``_columns`` gives the keys their names.
+    With ``segments`` there is a column for each cell and task too. ``_sum_batch`` then returns sums of the shape
+    ``(1 + cells, tasks)``, which ``_sum_rows`` makes of rows and ids; ``_results`` is given as many columns, ``(sums,
+    (1 + cells)·tasks)``; and ``_columns`` appends the names of the cells to those of the totals, for the keys. Without
+    segments both serve as well, and add nothing.
 
     All else is the same for all: sums in float64 that survive casts, copies, threads, checkpoints and NaN, a window,
     one collective a compute(), views of single keys and plots. There is one state: ``add_state()`` raises, as a state
@@ -64,7 +66,7 @@ class TaskMetric(KeptMetric):
         window: also give the result of the last ``window`` updates of each rank, under keys that begin "window_".
         window_rows: the same of the last rows, this many over all ranks, of each rank its share; one number of rows for
             all tasks.
-        segments: as for ``MultiTaskLoss``.
+        segments: as for ``MultiTaskLoss``; for metrics whose update() takes ids.
         validate_args: whether the last thing that ``_sum_batch`` returns is ``(2, tasks)``: the rows with an invalid
             label, and those of negative weight, of which ``compute()`` warns.
         nan_strategy: what becomes of a task's sums in an update in which they are not finite; as for ``GlobalLoss``.
@@ -196,11 +198,16 @@ class TaskMetric(KeptMetric):
     # From a batch to the running sums.
 
     def _columns(self, names: Sequence[str]) -> tuple[str, ...]:
-        """Names, one of each task's total, and after them those of the cells: ``name/country=DE``."""
+        """The names of the tasks' totals, followed by those of the cells: ``name/country=DE``; for ``_keys``."""
         return tuple(names) if self._segments is None else self._segments.columns(tuple(names))
 
     def _sum_rows(self, rows: Sequence[Tensor], segments: SegmentIds | None = None) -> Sequence[Tensor | float]:
-        """The sums over rows ``(rows, tasks)``, each ``(tasks,)``, or with segments ``(1 + cells, tasks)``."""
+        """The sums over rows ``(rows, tasks)``, each ``(tasks,)``, or with segments ``(1 + cells, tasks)``.
+
+        Args:
+            rows: the values to sum, ``(rows, tasks)`` each, detached here; a count of rows is a sum of ones.
+            segments: the ids, as for ``MultiTaskLoss.forward``; None for a metric without segments.
+        """
         return sum_by_cell(rows, self._segments, segments, self.tasks)
 
     @torch.jit.unused
