@@ -156,7 +156,7 @@ class TaskMetric(KeptMetric):
         names = self._segments.columns(self.tasks or ("loss",))
         windows = self.window, self.window_rows
         layout = SumsFormat(self._format.sums, len(names), *windows, counts_faults=self.validate_args)
-        self._lay_out(names, layout, {**self._description, "segments": self._segments.dimensions})
+        self._lay_out(names, layout, {**self._description, **self._segments.describe()})
         self.__dict__.pop("_all_keys", None)  # that of a copy
 
     @property
@@ -242,8 +242,8 @@ class TaskMetric(KeptMetric):
         assert self._segments is not None
         expected = (1 + self._segments.cells, len(self.tasks or ("loss",)))
         for each, _ in zip(sums, range(self._format.sums)):
-            found = each.shape if isinstance(each, Tensor) else type(each).__name__
-            if found != expected:
+            if not isinstance(each, Tensor) or each.shape != expected:
+                found = f"shape {tuple(each.shape)}" if isinstance(each, Tensor) else type(each).__name__
                 raise ValueError(f"_sum_batch: got {found}, expected {expected}, (1 + cells, tasks), as of _sum_rows()")
 
     @property
@@ -370,8 +370,9 @@ class TaskMetric(KeptMetric):
     # The result's keys, and single ones.
 
     @cached_property
-    def _all_keys(self) -> tuple[str, ...]:
-        return tuple(horizon + key for horizon in self._horizons for key in self._keys())
+    def _all_keys(self) -> dict[str, bool | None]:
+        keys = self._keys()
+        return {horizon + key: better for horizon in self._horizons for key, better in keys.items()}
 
     def keys(self) -> list[str]:
         """The keys of the result, in its order."""
@@ -389,8 +390,8 @@ class TaskMetric(KeptMetric):
         Raises:
             ValueError: for an unknown key.
         """
-        check_choice("key", key, self.keys())
-        return ScalarView(self, key, self._keys()[key.removeprefix("window_")])
+        check_choice("key", key, self._all_keys)
+        return ScalarView(self, key, self._all_keys[key])
 
     def plot(self, val: Any = None, ax: Any = None, *, key: str | None = None) -> Any:
         """Plot a result as a point for each key, or several as a line for each; the global loss black and bold.
@@ -416,10 +417,11 @@ class TaskMetric(KeptMetric):
     def _keys_to_plot(self, key: str | None) -> list[str]:
         """A key and those of its cells; None: all but those of cells."""
         if key is not None:
-            check_choice("key", key, self.keys())
+            check_choice("key", key, self._all_keys)
             return [each for each in self._columns([key]) if each in self._all_keys]
         of_cells: set[str] = set()
         for name in self._all_keys:
-            _, *cells = self._columns([name])
-            of_cells.update(cells)
+            if name not in of_cells:  # a total comes before its cells
+                _, *cells = self._columns([name])
+                of_cells.update(cells)
         return [each for each in self._all_keys if each not in of_cells]

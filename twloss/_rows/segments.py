@@ -79,6 +79,10 @@ class Segments:
         named = {name: range(ids) if isinstance(ids, int) else ids for name, ids in self.dimensions.items()}
         return tuple(f"{name}={each}" for name, ids in named.items() for each in (*ids, _OTHER))
 
+    def describe(self) -> dict[str, Any]:
+        """The dimensions, in their order, and what each has, in JSON's types."""
+        return {"segments": list(self.dimensions), **{_argument(name): ids for name, ids in self.dimensions.items()}}
+
     def columns(self, names: tuple[str, ...]) -> tuple[str, ...]:
         """Names of totals ``(tasks,)`` as those of ``(1 + cells, tasks)``: the totals, and then cell by cell."""
         return (*names, *(f"{name}/{cell}" for cell in self.names for name in names))
@@ -162,7 +166,7 @@ def sum_by_cell(
     first = rows[0]
     _, _, _, _, aligned = segments.add_to(Batch(first, first, None, None), ids, first, tasks or ("loss",))
     assert aligned is not None
-    return append_cells(totals, [each.detach() for each in rows], aligned, segments.sizes)
+    return append_cells(totals, rows, aligned, segments.sizes)
 
 
 def refuse_ids(ids: object) -> None:
@@ -195,7 +199,8 @@ def append_cells(
         if each is not None and not any(each is other for other in distinct):
             distinct.append(each)
     add = _SUM_CELLS if torch.compiler.is_compiling() else sum_cells
-    by_cell = add(distinct, first.numel(), ids, sizes, any(each is None for each in rows)).unbind(0)
+    detached, counts = [each.detach() for each in distinct], any(each is None for each in rows)
+    by_cell = add(detached, first.numel(), ids, sizes, counts).unbind(0)
     found: list[Tensor | float] = []
     for total, each in zip(totals, rows):
         place = -1 if each is None else next(i for i, other in enumerate(distinct) if other is each)
