@@ -230,21 +230,27 @@ class TaskMetric(KeptMetric):
     def _pack(self, sums: Sequence[Tensor | float]) -> Tensor:
         """A batch's sums ``(tasks,)`` with their counters, ``(rows, tasks)``, where the running sums are."""
         refuse_trace(self)
-        like, *_ = sums
-        assert isinstance(like, Tensor)
-        if self._segments is not None:
-            self._check_cells(sums)
-        self._prepare_for(like)
+        self._prepare_for(self._check_shapes(sums))
         return self._format.pack(sums, drops_non_finite=self._drops_non_finite)
 
-    def _check_cells(self, sums: Sequence[Tensor | float]) -> None:
-        """Raise unless each of a batch's sums has those of the cells below it."""
-        assert self._segments is not None
-        expected = (1 + self._segments.cells, len(self.tasks or ("loss",)))
-        for each, _ in zip(sums, range(self._format.sums)):
-            if not isinstance(each, Tensor) or each.shape != expected:
-                found = f"shape {tuple(each.shape)}" if isinstance(each, Tensor) else type(each).__name__
-                raise ValueError(f"_sum_batch: got {found}, expected {expected}, (1 + cells, tasks), as of _sum_rows()")
+    def _check_shapes(self, sums: Sequence[Tensor | float]) -> Tensor:
+        """The first of a batch's sums; raise unless each has one number a task, or with segments one a cell and task.
+
+        After the first one, without segments, also a number that all tasks share.
+        """
+        columns, segments = len(self.tasks or ("loss",)), self._segments
+        expected = (columns,) if segments is None else (1 + segments.cells, columns)
+        first, *others = sums[: self._format.sums]
+        for each in (first, *others):
+            if isinstance(each, Tensor):
+                found = None if each.shape == expected else f"shape {tuple(each.shape)}"
+            else:
+                found = type(each).__name__ if each is first or segments is not None else None
+            if found is not None:
+                meaning = "(tasks,)" if segments is None else "(1 + cells, tasks), as of _sum_rows()"
+                raise ValueError(f"_sum_batch: got {found}, expected {expected}, {meaning}")
+        assert isinstance(first, Tensor)
+        return first
 
     @property
     def nan_strategy(self) -> NanStrategy:

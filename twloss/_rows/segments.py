@@ -19,7 +19,7 @@ from twloss._arguments import check_dense, check_segments, list_some
 from twloss._precision import SUM_DTYPES
 from twloss._rows.batch import Batch, flatten_ids
 from twloss._rows.mappings import TENSOR_OR_MAPPING, TaskTensors, by_task, check_task_names, columns_of, stack_columns
-from twloss._torch import define_operator
+from twloss._torch import define_operator, is_transformed
 
 SegmentIds = Mapping[str, TaskTensors]
 """The ids of each dimension: ``(rows,)``, ``(rows, 1)``, ``(rows, tasks)``, or task -> ``(rows,)``."""
@@ -158,7 +158,16 @@ class Segments:
 def sum_by_cell(
     rows: Sequence[Tensor], segments: Segments | None, ids: SegmentIds | None, tasks: tuple[str, ...] | None
 ) -> Sequence[Tensor | float]:
-    """The sums over rows ``(rows, tasks)``, each ``(tasks,)``, or with segments ``(1 + cells, tasks)``."""
+    """The sums over rows ``(rows, tasks)``, each ``(tasks,)``, or with segments ``(1 + cells, tasks)``.
+
+    Raises:
+        ValueError: for rows of another shape, or ids that do not fit them.
+    """
+    shape = len(rows[0]) if rows[0].ndim else "rows", len(tasks or ("loss",))
+    for each in rows:
+        if each.shape != shape:
+            expected = f"({shape[0]}, {shape[1]})"
+            raise ValueError(f"_sum_rows: got shape {tuple(each.shape)}, expected {expected}, (rows, tasks)")
     totals = [each.detach().sum(0, dtype=SUM_DTYPES.get(each.device.type, torch.float64)) for each in rows]
     if segments is None:
         refuse_ids(ids)
@@ -251,28 +260,32 @@ def _sum_places(rows: Sequence[Tensor], tasks: int, ids: Tensor, sizes: Sequence
     _, count, columns = ids.shape
     dtype = SUM_DTYPES.get(ids.device.type, torch.float64)
     shape = [size + 2 for size in sizes]
-    sums = ids.new_zeros(len(rows), math.prod(shape) * tasks, dtype=dtype)
+    sums = [ids.new_zeros(math.prod(shape) * tasks, dtype=dtype) for _ in rows]
     counted, one = ids.new_zeros(math.prod(shape) * columns, dtype=dtype), ids.new_ones((), dtype=dtype)
     # So many rows as a cache holds; to an accelerator each call is dear.
     most = min(count, _CHUNK) if ids.is_cpu else count
     columns_of_task = torch.arange(tasks, device=ids.device)
     index, wide = ids.new_empty(most, tasks), ids.new_empty(most, tasks, dtype=dtype)
+    # A transform takes nothing in place of tensors from outside.
+    in_place = not is_transformed(ids, *rows)
+    scatter_add = Tensor.scatter_add_ if in_place else Tensor.scatter_add
     for start in range(0, count, max(1, most)):
         part = ids[:, start : start + most]
         place = torch.zeros_like(part[0])
         for each, size in zip(part.unbind(0), sizes):
             place.mul_(size + 2).add_(each.clamp(-1, size)).add_(1)
         index, wide = index[: len(place)], wide[: len(place)]
-        torch.add(columns_of_task, place, alpha=tasks, out=index)
-        for sum_, values in zip(sums.unbind(0), rows):
-            wide.copy_(values[start : start + most])
-            sum_.scatter_add_(0, index.view(-1), wide.view(-1))
+        index = torch.add(columns_of_task, place, alpha=tasks, out=index if in_place else None)
+        for which, values in enumerate(rows):
+            part = values[start : start + most]
+            part = wide.copy_(part) if in_place else part.to(dtype)
+            sums[which] = scatter_add(sums[which], 0, index.reshape(-1), part.reshape(-1))
         if counts:
-            at = (place if columns == 1 else index).view(-1)
-            counted.scatter_add_(0, at, one.expand(at.shape))
+            at = (place if columns == 1 else index).reshape(-1)
+            counted = scatter_add(counted, 0, at, one.expand(at.shape))
     if counts:
-        sums = torch.cat((sums, counted.view(1, -1, columns).expand(1, -1, tasks).reshape(1, -1)))
-    return sums.view(-1, *shape, tasks)
+        sums.append(counted.view(-1, columns).expand(-1, tasks).reshape(-1))
+    return torch.stack(sums).view(-1, *shape, tasks)
 
 
 def _fake_sum_cells(rows: Sequence[Tensor], tasks: int, ids: Tensor, sizes: Sequence[int], counts: bool) -> Tensor:
