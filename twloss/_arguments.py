@@ -76,7 +76,7 @@ def check_some_of(name: str, values: Collection[str], tasks: Sequence[str], whic
         raise ValueError(f"{name}: got {list_some(unknown)}, expected names of {which} only: {list_some(list(tasks))}")
 
 
-def check_choice(name: str, value: object, choices: Sequence[str], otherwise: str = "") -> None:
+def check_choice(name: str, value: object, choices: Collection[str], otherwise: str = "") -> None:
     """Raise unless ``value`` is one of the strings; ``otherwise`` tells what else would have been right."""
     if not isinstance(value, str):
         raise TypeError(

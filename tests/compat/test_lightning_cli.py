@@ -125,6 +125,26 @@ def test_kinds_by_task_and_a_quality_with_options(tmp_path: Path) -> None:
     assert (loss.train_quality.window, loss.train_quality.logit_shift) == (9, (-2.5,))
 
 
+def test_segments_of_names_and_of_numbers(tmp_path: Path) -> None:
+    config = tmp_path / "segments.yaml"
+    config.write_text(
+        """
+        model:
+          loss:
+            class_path: twloss.MultiTaskLoss
+            init_args:
+              loss_type: bce_with_logits
+              tasks: [click, like]
+              segments: {country: [DE, "NO"], surface: 3}
+              quality: true
+        """
+    )
+    loss = loss_of(f"--config={config}")
+    assert loss.segments == loss.train_quality.segments == {"country": ("DE", "NO"), "surface": 3}
+    assert loss_of(f"--config={config}", "--model.loss.segments={day: 7}").segments == {"day": 7}
+    assert loss_of(f"--config={config}", "--model.loss.segments=null").segments is None
+
+
 def test_given_tasks_alone_and_beside_others(tmp_path: Path) -> None:
     alone = loss_of(f"--config={CONFIG}", "--model.loss.loss_type=given", "--model.loss.pos_weights=null")
     assert alone.loss_type == LossType.GIVEN

@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
+from torch import Tensor
 from torch.autograd import forward_ad
 
 from tests.support.quality_batches import TASKS, attached, expected, random_rows, train_and_eval
@@ -111,3 +112,71 @@ def test_forward_mode_derivatives_end_at_the_quality() -> None:
         assert forward_ad.unpack_dual(loss.train_quality.totals).tangent is None
     # What a transform runs is no batch.
     assert (loss.train_metric.update_count, loss.train_quality.update_count) == (0, 0)
+
+
+def squared_error(logits: Tensor, labels: Tensor) -> Tensor:
+    """A loss of one's own."""
+    return (logits - labels) ** 2
+
+
+SEGMENTS: dict[str, Any] = {"country": ["DE", "US"], "surface": 2}
+
+
+@pytest.mark.parametrize("own", [None, SEGMENTS, {"country": ("DE", "US"), "surface": 2}])
+def test_a_copy_tells_apart_what_the_loss_does_and_the_given_one_stays(own: Any) -> None:
+    given = RankingQuality(TASKS, window=3, segments=own)
+    given.persistent(True)
+    keys, before = given.keys(), given.totals.clone()
+    ids = {"country": torch.arange(9) % 3, "surface": torch.arange(27).view(9, 3) % 4}
+    if own is None:
+        fed(given, [random_rows(9)]).compute()
+        before = given.totals.clone()
+    loss = attached(given, segments=SEGMENTS)
+    loss(*random_rows(9), segments=ids)
+    fresh = RankingQuality(TASKS, window=3, segments=SEGMENTS)
+    fresh.update(*random_rows(9), segments=ids)
+    for metric in train_and_eval(loss):
+        assert metric.keys() == fresh.keys()
+        assert metric.segments == {"country": ("DE", "US"), "surface": 2}
+    assert_close(numbers(loss.train_quality.compute()), numbers(fresh.compute()))
+    # A checkpoint of the one is one of the other.
+    fresh.persistent(True)
+    fresh.load_state_dict(loss.train_quality.state_dict())
+    fresh.merge_state(loss.train_quality)
+    assert fresh.update_count == 2
+    assert (given.keys(), given.segments is None) == (keys, own is None)
+    assert torch.equal(given.totals, before)
+
+
+@pytest.mark.parametrize(
+    ("own", "segments"),
+    [
+        ({"surface": 2, "country": ["DE", "US"]}, SEGMENTS),
+        ({"country": ["DE", "FR"], "surface": 2}, SEGMENTS),
+        ({"country": ["DE", "US"]}, SEGMENTS),
+        (SEGMENTS, None),
+    ],
+    ids=["another order", "another name", "fewer", "none of the loss"],
+)
+def test_other_segments_than_the_losses_are_refused(own: Any, segments: Any) -> None:
+    with pytest.raises(ValueError, match=r"^quality: got one with segments=.*, expected .*, as the loss, or None"):
+        attached(RankingQuality(TASKS, segments=own), segments=segments)
+
+
+def test_the_binary_tasks_of_several_types_have_the_cells() -> None:
+    kinds: dict[str, Any] = {
+        "like": "bce_with_logits",
+        "stars": "cross_entropy",
+        "share": squared_error,
+        "reply": "bce_with_logits",
+    }
+    loss = MultiTaskLoss(kinds, [*kinds], segments={"country": 2}, quality=RankingQuality(["like", "reply"]))
+    rows = {"like": 4, "stars": 3, "share": 2, "reply": 5}
+    labels = {task: torch.arange(count) % 2 for task, count in rows.items()}
+    logits = {task: torch.randn(count, *[3] * (task == "stars")) for task, count in rows.items()}
+    ids = {task: torch.arange(count) - 1 for task, count in rows.items()}
+    loss(logits, {**labels, "share": labels["share"].float()}, segments={"country": ids})
+    found = numbers(loss.train_quality.compute())
+    cells = {"": [4, 5], "/country=0": [1, 1], "/country=1": [1, 1], "/country=other": [2, 3]}
+    oracle = {f"weight/{task}{cell}": n for cell, counts in cells.items() for task, n in zip(("like", "reply"), counts)}
+    assert {key: value for key, value in found.items() if key.startswith("weight")} == oracle

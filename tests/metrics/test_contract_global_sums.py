@@ -46,7 +46,7 @@ def later_batches(kind: Kind, rank: int, count: int) -> list[Batch]:
 
 def expected(kind: Kind, saved: list[list[Batch]], later: list[list[Batch]], of: int | None = None) -> Numbers:
     """The oracle's result, of so many ranks; in the window, an update that is saved ages as the first rank goes on."""
-    plain = Kind(kind.of, kind.tasks)
+    plain = kind.without_windows()
 
     def of_all(ranks: list[list[Batch]]) -> Numbers:
         return plain.expected([batch for rank in ranks for batch in rank])

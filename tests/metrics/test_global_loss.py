@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import warnings
+from functools import partial
 from typing import Any
 
 import pytest
@@ -12,7 +13,7 @@ from torch import Tensor, nn
 from torchmetrics import MeanMetric
 
 from tests.support import reference
-from twloss import GlobalLoss
+from twloss import GlobalLoss, RankingQuality
 
 TASKS = ["like", "reply", "retweet", "dwell"]
 
@@ -128,3 +129,93 @@ def test_a_module_in_half_precision_gets_losses_in_float32(dtype: torch.dtype) -
         assert losses["loss"].dtype == torch.float64
         precision = 1e-15 if dtype == torch.float64 else 1e-7
         assert losses["loss"].item() == pytest.approx(107.03, rel=precision)
+
+
+# Sums of cells.
+
+
+@pytest.mark.parametrize("tasks", [["like", "reply"], None])
+def test_sums_of_cells_come_below_those_of_all_rows(tasks: Any) -> None:
+    """Each row of them is reduced by itself, over the tasks with data in the cell."""
+    metric = GlobalLoss(tasks, segments={"country": ["DE"], "surface": 1})
+    columns = len(tasks or "1")
+    loss_sum, weight = torch.arange(10.0).view(5, 2)[:, :columns] + 1, torch.full((5, columns), 2.0)
+    weight[1, -1] = 0.0
+    found = values(metric(loss_sum, weight))
+    cells = ["", "/country=DE", "/country=other", "/surface=0", "/surface=other"]
+    oracle: dict[str, float] = {}
+    for cell, sums, weights in zip(cells, loss_sum.tolist(), weight.tolist()):
+        rows = {name: [reference.Row(s / n, weight=n)] if n else [] for name, s, n in zip(tasks or "1", sums, weights)}
+        losses = reference.losses(rows, reference.Rule(mean_over="weights"))
+        oracle |= {f"{key}{cell}": value for key, value in losses.items() if tasks or key == "loss"}
+    assert list(found) == metric.keys() == list(oracle)
+    assert found == pytest.approx(oracle, rel=1e-14, nan_ok=True)
+    if tasks is None:
+        metric.update(loss_sum[:, 0], weight[:, 0])
+        assert values(metric.compute()) == pytest.approx(oracle, rel=1e-14, nan_ok=True)
+    assert {metric.scalar(key).higher_is_better for key in metric.keys()} == {False}  # noqa: SIM118 (not a mapping)
+
+
+@pytest.mark.parametrize(
+    ("loss_sum", "weight", "error", "message"),
+    [
+        ((5, 2), 3, TypeError, r"weight: got int, expected a Tensor \(5, 2\), since segments"),
+        ((5, 2), (), ValueError, r"weight: got shape \(\), expected \(5, 2\)"),
+        ((5, 2), (2,), ValueError, r"weight: got shape \(2,\), expected \(5, 2\)"),
+        ((5, 2), (5, 1), ValueError, r"weight: got shape \(5, 1\), expected \(5, 2\)"),
+        ((2,), (2,), ValueError, r"loss_sum: got shape \(2,\), expected \(5, 2\)"),
+        ((10,), (10,), ValueError, r"loss_sum: got shape \(10,\), expected \(5, 2\)"),
+        ((2, 5), (2, 5), ValueError, r"loss_sum: got shape \(2, 5\), expected \(5, 2\)"),
+    ],
+)
+def test_sums_that_do_not_fit_the_cells_are_refused(loss_sum: Any, weight: Any, error: Any, message: str) -> None:
+    metric = GlobalLoss(["like", "reply"], segments={"country": ["DE"], "surface": 1})
+    given = weight if isinstance(weight, int) else torch.ones(weight)
+    with pytest.raises(error, match=f"^{message}"):
+        metric.update(torch.ones(loss_sum), given)
+    assert metric.update_count == 0
+
+
+def test_a_negative_weight_of_a_cell_is_one_of_the_update() -> None:
+    metric = GlobalLoss(["like", "reply"], segments={"country": ["DE"]}, validate_args=True)
+    weight = torch.tensor([[1.0, 1.0], [2.0, 1.0], [-1.0, 0.0]])
+    metric.update(torch.ones(3, 2), weight)
+    with pytest.warns(UserWarning, match="negative weights: like: 1$"):
+        metric.compute()
+
+
+NAMES: dict[str, tuple[list[str], dict[str, Any], str]] = {
+    "a task as a cell": (["like", "country=DE"], {"country": ["DE"]}, "country=DE"),
+    "a task as a task's cell": (["like/country=DE", "like"], {"country": ["DE"]}, "like/country=DE"),
+    "a cell as another's": (["like"], {"a": ["b=c"], "a=b": ["c"]}, "a=b=c"),
+}
+
+
+@pytest.mark.parametrize("of", [GlobalLoss, RankingQuality])
+@pytest.mark.parametrize(("tasks", "segments", "key"), NAMES.values(), ids=NAMES)
+def test_names_that_make_two_equal_keys_are_refused(of: Any, tasks: list[str], segments: Any, key: str) -> None:
+    with pytest.raises(ValueError, match=rf"^segments: .*no two equal keys: \['{key}'"):
+        of(tasks, segments=segments)
+
+
+@pytest.mark.parametrize("of", [GlobalLoss, RankingQuality])
+def test_names_may_have_what_joins_them(of: Any) -> None:
+    metric = of(["a/b", "a", "c=d"], segments={"b/c": ["d"], "e=f": ["g=/h"]})
+    keys = metric.keys()
+    assert len(set(keys)) == len(keys)
+    assert [metric.scalar(key).key for key in keys] == keys
+    prefix = keys[0].partition("/")[0]
+    total, *cells = metric._keys_to_plot(f"{prefix}/a")
+    assert total == f"{prefix}/a"
+    assert cells == [f"{prefix}/a/{cell}" for cell in ("b/c=d", "b/c=other", "e=f=g=/h", "e=f=other")]
+
+
+def test_a_state_of_too_many_numbers_is_refused_before_anything_is_made() -> None:
+    """Those of a window count, too."""
+    for make in (
+        partial(RankingQuality, None, window=1000, segments={"c": 100_000}),
+        partial(RankingQuality, None, window_rows=10**6, segments={"c": 100_000}),
+        partial(GlobalLoss, None, segments={"c": 10**15}),
+    ):
+        with pytest.raises(ValueError, match=r"^segments: got .* cells for 1 tasks, .* at most 134,217,728$"):
+            make()

@@ -123,6 +123,42 @@ def test_one_quantity_of_the_ranking_quality(tasks: list[str] | None) -> None:
         metric.plot(quantity="auc")
 
 
+BY_CELL: dict[str, Any] = {"country": ["DE"], "surface": 1}
+CELLS = ["country=DE", "country=other", "surface=0", "surface=other"]
+
+
+def test_cells_are_drawn_for_one_key_and_are_no_lines_otherwise() -> None:
+    metric = GlobalLoss(["like", "reply"], segments=BY_CELL)
+    metric.update(torch.arange(10.0).view(5, 2), torch.ones(5, 2))
+    value = metric.compute()
+    for key in ("loss", "loss/like"):
+        keys = [key, *(f"{key}/{cell}" for cell in CELLS)]
+        assert drawn(metric.plot(key=key)) == {each: [value[each].item()] for each in keys}
+        assert drawn(metric.plot([value] * 3, key=key)) == {each: [value[each].item()] * 3 for each in keys}
+    assert list(drawn(metric.plot())) == ["loss/like", "loss/reply", "loss"]
+    assert list(drawn(metric.plot(key="loss/like/surface=0"))) == ["loss/like/surface=0"]
+    with pytest.raises(ValueError, match=r"^key: got 'loss/share', expected one of \['loss/like', "):
+        metric.plot(key="loss/share")
+    assert list(drawn(GlobalLoss(THREE).plot(result(THREE), key="loss/reply"))) == ["loss/reply"]
+
+
+@pytest.mark.parametrize("tasks", [["like", "reply"], None])
+def test_cells_of_the_ranking_quality(tasks: list[str] | None) -> None:
+    metric, columns = RankingQuality(tasks, window=2, segments=BY_CELL), len(tasks or "1")
+    ids = {"country": torch.arange(20)[:, None] % 2, "surface": torch.arange(20)[:, None] % 3 - 1}
+    metric.update(torch.randn(20, columns), torch.arange(20 * columns).view(20, -1) % 2, segments=ids)
+    for quantity in ("ne", "window_ctr"):
+        key = quantity if tasks is None else f"{quantity}/reply"
+        value, keys = metric.compute(), [key, *(f"{key}/{cell}" for cell in CELLS)]
+        assert drawn(metric.plot([value] * 2, key=key)) == {
+            each: pytest.approx([value[each].item()] * 2, nan_ok=True) for each in keys
+        }
+        totals = [f"{quantity}/{task}" for task in tasks or ()] or [key]
+        assert list(drawn(metric.plot(quantity=quantity))) == totals
+    with pytest.raises(ValueError, match=r"^key: got 'ne/share'"):
+        metric.plot(key="ne/share")
+
+
 @pytest.mark.parametrize("layout", [None, "constrained"])
 def test_given_axes_are_drawn_on_and_their_figure_is_returned(layout: Any) -> None:
     figure, (left, right) = pyplot.subplots(1, 2, layout=layout)

@@ -198,3 +198,26 @@ def test_no_graph_is_kept_alive(window: int | None) -> None:
     labels, weights = torch.rand(5, 3, requires_grad=True), torch.rand(5, 3, requires_grad=True)
     metric = fed(RankingQuality(TASKS, window=window), [Rows(torch.randn(5, 3, requires_grad=True), labels, weights)])
     assert metric.totals.grad_fn is None
+
+
+def test_transforms_track_nothing_by_segments_and_a_gradient_is_none_of_the_sums() -> None:
+    """Ids may be mapped over as well."""
+    quality = RankingQuality(TASKS, segments={"country": 2})
+    logits, ids = torch.randn(2, 6, 3, dtype=torch.float64), torch.randint(-1, 3, (2, 6))
+
+    def function(x: Tensor, of_rows: Tensor) -> Tensor:
+        quality.update(x, torch.ones(6, 3), segments={"country": of_rows})
+        return x.square().sum()
+
+    assert torch.equal(vmap(grad(function))(logits, ids), 2 * logits)
+    assert torch.equal(vmap(grad(function), in_dims=(0, None))(logits, ids[0]), 2 * logits)
+    assert quality.update_count == 0
+    of_each = vmap(lambda x, of_rows: quality(x, torch.ones(6, 3), segments={"country": of_rows}))(logits, ids)
+    assert quality.update_count == 0
+    for place in range(2):
+        leaf = logits[place].clone().requires_grad_()
+        result = quality(leaf, torch.ones(6, 3), segments={"country": ids[place]})
+        assert not any(value.requires_grad for value in result.values())
+        found = {key: value[place].item() for key, value in of_each.items()}
+        assert found == pytest.approx({key: value.item() for key, value in result.items()}, nan_ok=True)
+    assert (quality.update_count, quality.totals.requires_grad) == (2, False)

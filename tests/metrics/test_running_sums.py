@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import functools
 import math
+import threading
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -22,7 +23,7 @@ from tests.support import reference
 from tests.support.cases import Ranker, Settings, columns, random_rows
 from tests.support.metrics import numbers_of_this_rank
 from tests.support.rank_pool import RankPool
-from twloss import GlobalLoss, MultiTaskLoss, _precision
+from twloss import GlobalLoss, MultiTaskLoss, RankingQuality, _precision
 from twloss._sums.running_sums import RunningSums, SumsFormat
 
 CPU = torch.device("cpu")
@@ -424,3 +425,34 @@ def test_no_other_file_indexes_into_sums(module: str) -> None:
 
 def is_position(node: ast.AST) -> bool:
     return isinstance(node, ast.Slice) or (isinstance(node, ast.Constant) and isinstance(node.value, int))
+
+
+@pytest.mark.parametrize("on_pairs", [False, True])
+def test_cells_keep_their_digits_and_add_up_to_their_total(request: pytest.FixtureRequest, on_pairs: bool) -> None:
+    """On a device without float64 as well, over many steps, and from several threads."""
+    if on_pairs:
+        request.getfixturevalue("pairs")
+    metric = RankingQuality(["like", "reply"], segments={"country": ["DE", "US"]}, window=4)
+    logits, labels, weights = torch.randn(64, 2), torch.randint(2, (64, 2)).float(), torch.rand(64, 2)
+    ids = torch.arange(64) % 4 - 1
+
+    def feed() -> None:
+        for _ in range(100):
+            metric.update(logits, labels, weights, segments={"country": ids})
+
+    threads = [threading.Thread(target=feed) for _ in range(3)]
+    for each in threads:
+        each.start()
+    for each in threads:
+        each.join()
+    found = {key: value.item() for key, value in metric.compute().items()}
+    cells = {"country=DE": [0], "country=US": [1], "country=other": [-1, 2]}
+    tolerance = 1e-6 if on_pairs else 1e-12  # float32 sums of one batch
+    for prefix, updates in (("", 300), ("window_", 4)):
+        for column, task in enumerate(["like", "reply"]):
+            for cell, members in cells.items():
+                of_cell = [w for w, i in zip(weights[:, column].tolist(), ids.tolist()) if i in members]
+                expected = updates * math.fsum(of_cell)
+                assert found[f"{prefix}weight/{task}/{cell}"] == pytest.approx(expected, rel=tolerance)
+            parts = [found[f"{prefix}weight/{task}/{cell}"] for cell in cells]
+            assert math.fsum(parts) == pytest.approx(found[f"{prefix}weight/{task}"], rel=tolerance)

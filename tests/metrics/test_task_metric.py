@@ -224,7 +224,7 @@ def test_a_rule_may_be_anything_that_json_has(value: Any) -> None:
     taken(*[fed(SquaredError(TASKS, rule={"limits": value}), [batch(0)]) for _ in range(2)])
 
 
-@pytest.mark.parametrize("name", ["class", "tasks", "window", "window_rows", "shape", "settings", "*"])
+@pytest.mark.parametrize("name", ["class", "tasks", "window", "window_rows", "segments", "shape", "settings", "*"])
 def test_a_rule_can_not_contradict_what_is_known_of_all_sums(name: str) -> None:
     with pytest.raises(ValueError, match=rf"^rule: got \['{re.escape(name)}'\], expected other names"):
         SquaredError(TASKS, rule={"limit": 3, name: None})
@@ -237,3 +237,130 @@ def test_without_its_methods_nothing_is_computed() -> None:
 
     with pytest.raises(NotImplementedError):
         Nothing(TASKS, 1).keys()
+
+
+# By segments.
+
+SEGMENTS: dict[str, Any] = {"country": ["DE", "US"], "surface": 2}
+CELLS = ["country=DE", "country=US", "country=other", "surface=0", "surface=1", "surface=other"]
+
+
+class ErrorBySegments(TaskMetric):
+    """The mean squared error, as ``SquaredError``, of whatever is told apart."""
+
+    def __init__(self, tasks: Sequence[str], **options: Any) -> None:
+        super().__init__(tasks, 2, **options)
+
+    def update(self, predictions: Tensor, targets: Tensor, *, segments: Any = None) -> None:
+        """Add a batch's rows."""
+        self._add(self._sum_batch(predictions, targets, segments=segments))
+
+    def _sum_batch(self, predictions: Tensor, targets: Tensor, *, segments: Any = None) -> Any:
+        errors = (predictions - targets).square()
+        return self._sum_rows([errors, torch.ones_like(errors)], segments)
+
+    def _keys(self) -> dict[str, bool | None]:
+        assert self.tasks is not None
+        return dict.fromkeys(self._columns([f"mse/{task}" for task in self.tasks]), False)
+
+    def _results(self, sums: Tensor) -> Sequence[Tensor]:
+        return (sums[0] / sums[1]).unbind()
+
+
+def ids(rows: int) -> dict[str, Tensor]:
+    """Each id, and some outside, one a row and one a row and task."""
+    return {"country": torch.arange(rows) % 4 - 1, "surface": torch.arange(2 * rows).view(rows, 2) % 5 - 1}
+
+
+def cells(row: int, task: int) -> list[str]:
+    country, surface = row % 4 - 1, (2 * row + task) % 5 - 1
+    named = {0: "DE", 1: "US"}.get(country, "other"), {0: "0", 1: "1"}.get(surface, "other")
+    return [f"country={named[0]}", f"surface={named[1]}"]
+
+
+def expected_by_cell(seeds: Sequence[int], rows: int) -> dict[str, float]:
+    errors: dict[str, list[float]] = {
+        f"mse/{task}{cell}": [] for cell in ("", *("/" + c for c in CELLS)) for task in TASKS
+    }
+    for seed in seeds:
+        for row, (predicted, target) in enumerate(zip(*(part.tolist() for part in batch(seed, rows)))):
+            for task, x, y in zip(TASKS, predicted, target):
+                for cell in ("", *("/" + c for c in cells(row, TASKS.index(task)))):
+                    errors[f"mse/{task}{cell}"].append((x - y) ** 2)
+    return {key: math.fsum(each) / len(each) for key, each in errors.items()}
+
+
+def test_segments_are_more_keys_of_a_metric_of_ones_own() -> None:
+    metric = ErrorBySegments(TASKS, segments=SEGMENTS)
+    for seed in range(3):
+        metric.update(*batch(seed, 9), segments=ids(9))
+    oracle = expected_by_cell(range(3), 9)
+    assert metric.keys() == [*oracle]
+    assert numbers(metric.compute()) == pytest.approx(oracle)
+    assert numbers(metric(*batch(7, 20), segments=ids(20))) == pytest.approx(expected_by_cell([7], 20))
+    view = metric.scalar("mse/stars/surface=1")
+    view.reset()
+    metric.update(*batch(8, 9), segments=ids(9))
+    assert view.compute().item() == pytest.approx(expected_by_cell([8], 9)["mse/stars/surface=1"])
+    assert view.higher_is_better is False
+    mapped = ErrorBySegments(TASKS, segments=SEGMENTS)
+    by_task = dict(zip(TASKS, ids(9)["surface"].unbind(1)))
+    mapped.update(*batch(0, 9), segments={**ids(9), "surface": by_task})
+    assert numbers(mapped.compute()) == pytest.approx(expected_by_cell([0], 9))
+
+
+def test_without_segments_sums_of_rows_are_those_of_tasks() -> None:
+    metric = ErrorBySegments(TASKS)
+    assert [each.shape for each in metric._sum_batch(*batch(0))] == [(2,), (2,)]
+    assert numbers(fed(metric, map(batch, range(3))).compute()) == pytest.approx(expected(range(3)))
+    with pytest.raises(ValueError, match=r"^segments: got ids, expected None, as this was made with segments=None$"):
+        metric.update(*batch(0), segments=ids(5))
+    assert metric.update_count == 3
+
+
+@pytest.mark.parametrize(
+    ("sums", "message"),
+    [
+        ([torch.ones(2), torch.ones(2)], r"got shape \(2,\), expected \(7, 2\), \(1 \+ cells, tasks\)"),
+        ([torch.ones(7, 2), torch.ones(7, 1)], r"got shape \(7, 1\), expected \(7, 2\)"),
+        ([torch.ones(7, 2), 3], r"got int, expected \(7, 2\)"),
+        ([3.0, torch.ones(7, 2)], r"got float, expected \(7, 2\)"),
+        ([torch.ones(7, 2)], "got 1 sums, expected 2"),
+    ],
+)
+def test_sums_that_do_not_fit_the_cells_are_one_clear_error(sums: Any, message: str) -> None:
+    class Unfit(ErrorBySegments):
+        def _sum_batch(self, *_: Any, **__: Any) -> Any:
+            return sums
+
+    metric = Unfit(TASKS, segments=SEGMENTS)
+    for call in (metric.update, metric):
+        with pytest.raises(ValueError, match=rf"^_sum_batch: {message}"):
+            call(*batch(0))
+    assert metric.update_count == 0
+
+
+@pytest.mark.parametrize(
+    ("sums", "message"),
+    [
+        ([torch.ones(1), 3], r"got shape \(1,\), expected \(2,\), \(tasks,\)"),
+        ([torch.ones(2), torch.ones(())], r"got shape \(\), expected \(2,\)"),
+        ([torch.ones(2, 2), 3], r"got shape \(2, 2\), expected \(2,\)"),
+        ([3.0, torch.ones(2)], r"got float, expected \(2,\)"),
+    ],
+)
+def test_sums_that_do_not_fit_the_tasks_are_one_clear_error(sums: Any, message: str) -> None:
+    class OtherError(SquaredError):
+        def _sum_batch(self, *_: Any) -> Any:
+            return sums
+
+    with pytest.raises(ValueError, match=rf"^_sum_batch: {message}"):
+        OtherError(TASKS).update(*batch(0))
+
+
+@pytest.mark.parametrize("segments", [None, SEGMENTS])
+@pytest.mark.parametrize("shape", [(), (5,), (5, 3), (5, 2, 1)])
+def test_rows_of_another_shape_are_one_clear_error(segments: Any, shape: tuple[int, ...]) -> None:
+    metric = ErrorBySegments(TASKS, segments=segments)
+    with pytest.raises(ValueError, match=r"^_sum_rows: got shape .*, expected \((5|rows), 2\), \(rows, tasks\)$"):
+        metric.update(torch.ones(shape), torch.zeros(shape), segments=segments and ids(5))

@@ -21,8 +21,9 @@ from torchmetrics.wrappers import (
 )
 
 from tests.support import reference
+from tests.support.quality_batches import random_rows
 from tests.support.results import IS_TORCHMETRICS_1_0, compute_each
-from twloss import GlobalLoss, MultiTaskLoss
+from twloss import GlobalLoss, MultiTaskLoss, RankingQuality
 
 TASKS = ["like", "reply"]
 # (loss sums, weights) of each batch.
@@ -326,3 +327,38 @@ def test_a_collection_can_hold_the_metric_that_a_loss_feeds() -> None:
     collection.reset()
     assert loss.train_metric.update_count == 0
     assert twin["of train"].update_count == 1
+
+
+# Segments, which come as a keyword.
+
+
+def test_a_collection_hands_the_ids_on_and_tells_other_segments_apart() -> None:
+    """Of those with equal segments one is updated for all."""
+    segments: list[Any] = [{"a": 2}, {"a": 2}, {"a": 3}, {"a": ["x", "y"]}, {"a": ["y", "x"]}]
+    collection = MetricCollection({str(n): RankingQuality(TASKS, segments=each) for n, each in enumerate(segments)})
+    alone = [RankingQuality(TASKS, segments=each) for each in segments]
+    for seed in range(3):
+        batch, ids = random_rows(7, seed, tasks=2)[:2], {"a": torch.arange(7) % 4 - 1}
+        for metric in alone:
+            metric.update(*batch, segments=ids)
+        (collection if seed == 2 else collection.update)(*batch, segments=ids)
+    found = numbers(compute_each(collection))
+    for name, metric in enumerate(alone):
+        own = {key: value for key, value in found.items() if key.startswith(f"{name}_")}
+        assert own == pytest.approx({f"{name}_{key}": x for key, x in numbers(metric.compute()).items()}, nan_ok=True)
+    assert sorted(map(len, collection.compute_groups.values())) == [1, 1, 1, 2]
+
+
+def test_trackers_views_and_wrappers_hand_the_ids_on() -> None:
+    ids, key = {"a": torch.arange(7) % 2}, "weight/like/a=other"
+    tracker = MetricTracker(RankingQuality(TASKS, segments={"a": 1}), maximize=False)
+    view = RankingQuality(TASKS, segments={"a": 1}).scalar(key)
+    running = Running(RankingQuality(TASKS, segments={"a": 1}), window=2)
+    for seed in range(3):
+        batch = random_rows(7, seed, tasks=2)[:2]
+        tracker.increment()
+        for each in (tracker, view, running):
+            each.update(*batch, segments=ids)
+    assert tracker.compute_all()[key].tolist() == [3.0] * 3
+    assert view.compute().item() == 9.0
+    assert running.compute()[key].item() == 6.0

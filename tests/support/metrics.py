@@ -6,6 +6,7 @@ A ``Kind`` is made of plain values, so that it travels to ranks; a batch is what
 from __future__ import annotations
 
 import copy
+import math
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -23,6 +24,42 @@ from twloss import GlobalLoss, RankingQuality, compute_all
 Batch = tuple[Tensor, ...]
 Summing = GlobalLoss | RankingQuality
 Ask = Callable[[Summing], dict[str, Tensor]]
+Dimensions = tuple[tuple[str, tuple[str, ...] | int], ...]
+"""The segments, in a form that can be hashed."""
+
+SEGMENTS: Dimensions = (("country", ("DE", "US")), ("surface", 3))
+
+
+class QualityBySegments(RankingQuality):
+    """With ids that are made of the logits, so that its batches are tuples of tensors, as those of the others.
+
+    A country is one of a row, and a surface one of a row and task.
+    """
+
+    def _sum_batch(self, logits: Any, labels: Any, weights: Any = None, *, segments: Any = None) -> Any:
+        ids = {}
+        for place, name in enumerate(self.segments or ()):
+            of_row = logits[:, 0] if place == 0 and self.tasks else logits
+            number = (of_row.detach() / 2 + place).floor().nan_to_num(-1.0)
+            ids[name] = number.clamp(-9, 9).long()
+        return super()._sum_batch(logits, labels, weights, segments=ids or segments)
+
+
+def cells_of(segments: Dimensions) -> list[str]:
+    """The names of the cells."""
+    named = {name: range(ids) if isinstance(ids, int) else ids for name, ids in segments}
+    return [f"{name}={each}" for name, ids in named.items() for each in (*ids, "other")]
+
+
+def cells_of_row(segments: Dimensions, logits: Sequence[float], task: int) -> list[str]:
+    """Those that a row of a task is in, by the rule of ``QualityBySegments``."""
+    found = []
+    for place, (name, ids) in enumerate(segments):
+        logit = logits[0 if place == 0 else task]
+        number = math.floor(logit / 2 + place) if math.isfinite(logit) else -1
+        names = [str(each) for each in range(ids)] if isinstance(ids, int) else ids
+        found.append(f"{name}={names[number] if 0 <= number < len(names) else 'other'}")
+    return found
 
 
 @dataclass(frozen=True)
@@ -33,11 +70,13 @@ class Kind:
     tasks: tuple[str, ...] | None = ("like", "reply", "share")
     window: int | None = None
     window_rows: int | None = None
+    segments: Dimensions | None = None
 
     def make(self, **options: Any) -> Summing:
         """A new metric, with further arguments."""
-        windows = {"window": self.window, "window_rows": self.window_rows}
-        return self.of(self.tasks, **{**{name: value for name, value in windows.items() if value}, **options})
+        segments = None if self.segments is None else dict(self.segments)
+        own = {"window": self.window, "window_rows": self.window_rows, "segments": segments}
+        return self.of(self.tasks, **{**{name: value for name, value in own.items() if value}, **options})
 
     def names(self) -> tuple[str, ...]:
         """The tasks' names in a warning."""
@@ -56,21 +95,25 @@ class Kind:
         return [self.batch(seed + step) for step in range(count)]
 
     def _sums(self, seed: int, rows: int) -> Batch:
+        """Those of all rows, and of cells each by itself: what is in no oracle need not add up."""
         generator = torch.Generator().manual_seed(seed)
-        loss_sum, weight = torch.rand(2, len(self.names()), dtype=torch.float64, generator=generator)
+        cells = len(cells_of(self.segments or ()))
+        shape = 2, 1 + cells, len(self.names())
+        loss_sum, weight = torch.rand(shape, dtype=torch.float64, generator=generator)
         weight = rows * (weight + 0.1)
         if self.tasks:
             # In three batches of five, one of the tasks has no data.
-            weight[(torch.arange(len(self.tasks)) + seed) % 5 == 0] = 0.0
+            weight[:, (torch.arange(len(self.tasks)) + seed) % 5 == 0] = 0.0
         loss_sum = weight * 4 * loss_sum
-        return (loss_sum, weight) if self.tasks else (loss_sum[0], weight[0])
+        own = (slice(None) if cells else 0, slice(None) if self.tasks else 0)
+        return loss_sum[own], weight[own]
 
     def changed(self, batch: Batch, part: int, value: float) -> Batch:
         """The batch with a value in one of update()'s arguments, in the first row of the last task; the row counts."""
         parts = [part.clone() for part in batch]
         parts[-1].view(-1, len(self.names()))[0, -1] = 1.0
         parts[part].view(-1, len(self.names()))[0, -1] = value
-        if part == 0 and self.of is RankingQuality:
+        if part == 0 and self.of is not GlobalLoss:
             # Against the other label: an infinite logit that is right has a log loss of 0.
             parts[1].view(-1, len(self.names()))[0, -1] = float(value < 0)
         return tuple(parts)
@@ -102,11 +145,40 @@ class Kind:
             rows += len(batch[0]) * ranks
         return found[::-1]
 
+    def without_windows(self) -> Kind:
+        """The same of all updates alone."""
+        return replace(self, window=None, window_rows=None)
+
     def _oracle(self, batches: Iterable[Batch]) -> dict[str, float]:
+        batches = list(batches)
         if self.of is GlobalLoss:
-            return self._losses(list(batches))
+            result = self._losses([tuple(self._row_of(part, 0) for part in batch) for batch in batches])
+            for row, cell in enumerate(cells_of(self.segments or ()), start=1):
+                of_cell = self._losses([tuple(self._row_of(part, row) for part in batch) for batch in batches])
+                result |= {f"{key}/{cell}": value for key, value in of_cell.items()}
+            return result
         rows = columns((Rows(*batch) for batch in batches), self.names())
-        return quality_reference.result(rows) if self.tasks else quality_reference.quality(rows["loss"])
+        rows |= self._rows_of_cells(batches)
+        if self.tasks:
+            return quality_reference.result(rows)
+        named = quality_reference.result({name.removeprefix("loss"): each for name, each in rows.items()})
+        return {key.replace("//", "/").removesuffix("/"): value for key, value in named.items()}
+
+    def _row_of(self, sums: Tensor, row: int) -> Tensor:
+        """All rows' sums of the tasks, or those of a cell."""
+        return sums[row] if self.segments else sums
+
+    def _rows_of_cells(self, batches: Iterable[Batch]) -> dict[str, list[quality_reference.Impression]]:
+        segments = self.segments or ()
+        found: dict[str, list[quality_reference.Impression]] = {
+            f"{name}/{cell}": [] for cell in cells_of(segments) for name in self.names()
+        }
+        for batch in batches:
+            for x, y, w in zip(*(part.detach().double().reshape(-1, len(self.names())).tolist() for part in batch)):
+                for task, name in enumerate(self.names()):
+                    for cell in cells_of_row(segments, x, task):
+                        found[f"{name}/{cell}"].append((x[task], y[task], w[task]))
+        return found
 
     def _losses(self, batches: list[Batch]) -> dict[str, float]:
         """Of given sums: a row of weight n and loss s/n has the sums s and n."""
@@ -128,6 +200,11 @@ class Kind:
             others["another window"] = replace(self, window=self.window + 1)
         if self.window_rows:
             others["another window"] = replace(self, window_rows=self.window_rows + 1)
+        if self.segments:
+            first, second = self.segments
+            others["other segments"] = replace(self, segments=(("country", ("DE", "FR")), second))
+            others["segments in another order"] = replace(self, segments=(second, first))
+            others["no segments"] = replace(self, segments=None)
         return others
 
 
@@ -138,6 +215,11 @@ KINDS = {
     "quality of one task": Kind(RankingQuality, None),
     "qualities with a window": Kind(RankingQuality, window=2),
     "qualities with a window of rows": Kind(RankingQuality, window_rows=40),
+    "losses by segments": Kind(GlobalLoss, segments=SEGMENTS),
+    "loss of one task by segments": Kind(GlobalLoss, None, segments=SEGMENTS),
+    "qualities by segments": Kind(QualityBySegments, segments=SEGMENTS),
+    "quality of one task by segments": Kind(QualityBySegments, None, segments=SEGMENTS),
+    "qualities by segments with a window": Kind(QualityBySegments, window=2, segments=SEGMENTS),
 }
 
 KEY = "sums._extra_state"

@@ -275,7 +275,7 @@ def own_quality(
     own = copy.deepcopy(quality)
     if own.segments is None and dimensions is not None:
         own._segment_by(dimensions)
-    elif own.segments != dimensions:
+    elif own.segments != dimensions or list(own.segments or ()) != list(dimensions or ()):
         raise ValueError(f"quality: got one with segments={own.segments}, expected {dimensions}, as the loss, or None")
     own.process_group = process_group
     own.reset()

@@ -158,13 +158,13 @@ class TaskMetric(KeptMetric):
         names = self._segments.columns(self.tasks or ("loss",))
         windows = self.window, self.window_rows
         layout = SumsFormat(self._format.sums, len(names), *windows, counts_faults=self.validate_args)
-        self._lay_out(names, layout, {**self._description, "segments": self._segments.dimensions})
+        self._lay_out(names, layout, {**self._description, **self._segments.describe()})
         self.__dict__.pop("_all_keys", None)  # that of a copy
 
     @property
     def segments(self) -> dict[str, tuple[str, ...] | int] | None:
         """The names of each dimension's ids, or their number; None: no segments."""
-        return None if self._segments is None else self._segments.dimensions
+        return None if self._segments is None else dict(self._segments.dimensions)
 
     def _pair_with(self, name: str, mode: str, other_name: str, other: TaskMetric) -> None:
         """Know a loss's metric of the other mode, so that a compute() without data can name it; copies forget it."""
@@ -237,21 +237,27 @@ class TaskMetric(KeptMetric):
     def _pack(self, sums: Sequence[Tensor | float]) -> Tensor:
         """A batch's sums ``(tasks,)`` with their counters, ``(rows, tasks)``, where the running sums are."""
         refuse_trace(self)
-        like, *_ = sums
-        assert isinstance(like, Tensor)
-        if self._segments is not None:
-            self._check_cells(sums)
-        self._prepare_for(like)
+        self._prepare_for(self._check_shapes(sums))
         return self._format.pack(sums, drops_non_finite=self._drops_non_finite)
 
-    def _check_cells(self, sums: Sequence[Tensor | float]) -> None:
-        """Raise unless each of a batch's sums has those of the cells below it."""
-        assert self._segments is not None
-        expected = (1 + self._segments.cells, len(self.tasks or ("loss",)))
-        for each, _ in zip(sums, range(self._format.sums)):
-            found = each.shape if isinstance(each, Tensor) else type(each).__name__
-            if found != expected:
-                raise ValueError(f"_sum_batch: got {found}, expected {expected}, (1 + cells, tasks), as of _sum_rows()")
+    def _check_shapes(self, sums: Sequence[Tensor | float]) -> Tensor:
+        """The first of a batch's sums; raise unless each has one number a task, or with segments one a cell and task.
+
+        After the first one, without segments, also a number that all tasks share.
+        """
+        columns, segments = len(self.tasks or ("loss",)), self._segments
+        expected = (columns,) if segments is None else (1 + segments.cells, columns)
+        first, *others = sums[: self._format.sums]
+        for each in (first, *others):
+            if isinstance(each, Tensor):
+                found = None if each.shape == expected else f"shape {tuple(each.shape)}"
+            else:
+                found = type(each).__name__ if each is first or segments is not None else None
+            if found is not None:
+                meaning = "(tasks,)" if segments is None else "(1 + cells, tasks), as of _sum_rows()"
+                raise ValueError(f"_sum_batch: got {found}, expected {expected}, {meaning}")
+        assert isinstance(first, Tensor)
+        return first
 
     @property
     def nan_strategy(self) -> NanStrategy:
@@ -377,8 +383,9 @@ class TaskMetric(KeptMetric):
     # The result's keys, and single ones.
 
     @cached_property
-    def _all_keys(self) -> tuple[str, ...]:
-        return tuple(horizon + key for horizon in self._horizons for key in self._keys())
+    def _all_keys(self) -> dict[str, bool | None]:
+        keys = self._keys()
+        return {horizon + key: better for horizon in self._horizons for key, better in keys.items()}
 
     def keys(self) -> list[str]:
         """The keys of the result, in its order."""
@@ -396,8 +403,8 @@ class TaskMetric(KeptMetric):
         Raises:
             ValueError: for an unknown key.
         """
-        check_choice("key", key, self.keys())
-        return ScalarView(self, key, self._keys()[key.removeprefix("window_")])
+        check_choice("key", key, self._all_keys)
+        return ScalarView(self, key, self._all_keys[key])
 
     def plot(self, val: Any = None, ax: Any = None, *, key: str | None = None) -> Any:
         """Plot a result as a point for each key, or several as a line for each; the global loss black and bold.
@@ -423,10 +430,11 @@ class TaskMetric(KeptMetric):
     def _keys_to_plot(self, key: str | None) -> list[str]:
         """A key and those of its cells; None: all but those of cells."""
         if key is not None:
-            check_choice("key", key, self.keys())
+            check_choice("key", key, self._all_keys)
             return [each for each in self._columns([key]) if each in self._all_keys]
         of_cells: set[str] = set()
         for name in self._all_keys:
-            _, *cells = self._columns([name])
-            of_cells.update(cells)
+            if name not in of_cells:  # a total comes before its cells
+                _, *cells = self._columns([name])
+                of_cells.update(cells)
         return [each for each in self._all_keys if each not in of_cells]

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from twloss._precision import SUM_DTYPES
 from twloss._rows.compiled import run_compiled
-from twloss._torch import define_operator
+from twloss._torch import define_operator, is_transformed
 
 _ROWS_A_PLACE = 16  # from so many on, a table of all pairs of cells costs less than it saves
 _CHUNK = 8192
@@ -50,7 +50,8 @@ def append_cells(
         if each is not None and not any(each is other for other in distinct):
             distinct.append(each)
     add = _SUM_CELLS if torch.compiler.is_compiling() else sum_cells
-    by_cell = add(distinct, first.numel(), ids, sizes, any(each is None for each in rows), fused).unbind(0)
+    detached, counts = [each.detach() for each in distinct], any(each is None for each in rows)
+    by_cell = add(detached, first.numel(), ids, sizes, counts, fused).unbind(0)
     found: list[Tensor | float] = []
     for total, each in zip(totals, rows):
         place = -1 if each is None else next(i for i, other in enumerate(distinct) if other is each)
@@ -79,6 +80,8 @@ def sum_cells(  # noqa: PLR0917 (an operator)
     if fused and ids.is_cpu and ids.shape[2] == 1:
         made: Tensor = run_compiled(_sum_cells_in_one_loop, (tasks, tuple(sizes), counts), ids, *rows, threads=1)
         return made
+    if is_transformed(ids, *rows):  # which takes nothing in place of tensors from outside
+        return _sum_cells_in_one_loop(tasks, tuple(sizes), counts, ids, *rows)
     # Dimensions are told apart together, in a table of all pairs of cells, where this has fewer places than a pass.
     rows = _see_rows(rows, tasks, ids)
     groups: list[list[int]] = []
@@ -136,15 +139,17 @@ def _see_rows(rows: Sequence[Tensor], tasks: int, ids: Tensor) -> list[Tensor]:
 
 
 def _sum_cells_in_one_loop(tasks: int, sizes: tuple[int, ...], counts: bool, ids: Tensor, *rows: Tensor) -> Tensor:
-    """``sum_cells`` of ids that all tasks share, for the compiler: fast on one thread, where no addition is atomic."""
+    """``sum_cells`` for the compiler, which is fast on one thread, where no addition is atomic, and for transforms."""
     rows, dtype, found = tuple(_see_rows(rows, tasks, ids)), SUM_DTYPES.get(ids.device.type, torch.float64), []
+    is_shared = ids.shape[2] == 1
     for each, size in zip(ids.unbind(0), sizes):
-        place = (each.where((each >= 0) & (each < size), size).squeeze(1),)
-        sums = [ids.new_zeros(size + 1, tasks, dtype=dtype) for _ in rows]
-        sums = [sum_.index_put_(place, values.to(dtype), accumulate=True) for sum_, values in zip(sums, rows)]
+        place = each.where((each >= 0) & (each < size), size)
+        at = (place.squeeze(1),) if is_shared else (place, torch.arange(tasks, device=ids.device))
+        zeros = ids.new_zeros(size + 1, tasks, dtype=dtype)
+        sums = [zeros.index_put(at, values.to(dtype), accumulate=True) for values in rows]
         if counts:
-            counted = ids.new_zeros(size + 1, 1, dtype=dtype)
-            sums.append(counted.index_put_(place, ids.new_ones((), dtype=dtype), accumulate=True).expand(-1, tasks))
+            counted = zeros[:, :1] if is_shared else zeros
+            sums.append(counted.index_put(at, zeros.new_ones(()), accumulate=True).expand(-1, tasks))
         found.append(torch.stack(sums))
     return torch.cat(found, 1)
 

@@ -76,6 +76,10 @@ class Segments:
         named = {name: range(ids) if isinstance(ids, int) else ids for name, ids in self.dimensions.items()}
         return tuple(f"{name}={each}" for name, ids in named.items() for each in (*ids, _OTHER))
 
+    def describe(self) -> dict[str, Any]:
+        """The dimensions, in their order, and what each has, in JSON's types."""
+        return {"segments": list(self.dimensions), **{_argument(name): ids for name, ids in self.dimensions.items()}}
+
     def columns(self, names: tuple[str, ...]) -> tuple[str, ...]:
         """Names of totals ``(tasks,)`` as those of ``(1 + cells, tasks)``: the totals, and then cell by cell."""
         return (*names, *(f"{name}/{cell}" for cell in self.names for name in names))
@@ -151,7 +155,16 @@ class Segments:
 def sum_by_cell(
     rows: Sequence[Tensor], segments: Segments | None, ids: SegmentIds | None, tasks: tuple[str, ...] | None
 ) -> Sequence[Tensor | float]:
-    """The sums over rows ``(rows, tasks)``, each ``(tasks,)``, or with segments ``(1 + cells, tasks)``."""
+    """The sums over rows ``(rows, tasks)``, each ``(tasks,)``, or with segments ``(1 + cells, tasks)``.
+
+    Raises:
+        ValueError: for rows of another shape, or ids that do not fit them.
+    """
+    shape = len(rows[0]) if rows[0].ndim else "rows", len(tasks or ("loss",))
+    for each in rows:
+        if each.shape != shape:
+            expected = f"({shape[0]}, {shape[1]})"
+            raise ValueError(f"_sum_rows: got shape {tuple(each.shape)}, expected {expected}, (rows, tasks)")
     totals = [each.detach().sum(0, dtype=SUM_DTYPES.get(each.device.type, torch.float64)) for each in rows]
     if segments is None:
         refuse_ids(ids)
@@ -159,7 +172,7 @@ def sum_by_cell(
     first = rows[0]
     _, _, _, _, aligned = segments.add_to(Batch(first, first, None, None), ids, first, tasks or ("loss",))
     assert aligned is not None
-    return append_cells(totals, [each.detach() for each in rows], aligned, segments.sizes)
+    return append_cells(totals, rows, aligned, segments.sizes)
 
 
 def refuse_ids(ids: object) -> None:

@@ -112,9 +112,10 @@ def sum_given(
 
 
 def count_negative(loss_sum: Tensor, weight: Tensor | float) -> Tensor:
-    """Faults ``(2, tasks)`` of sums: of their labels nothing is known, and a negative weight is one."""
+    """Faults ``(2, tasks)`` of sums: of their labels nothing is known, and a negative weight, of a cell too, is one."""
     none = torch.zeros_like(loss_sum, dtype=sum_dtype(loss_sum.device))
-    return torch.stack((none, none + (weight < 0)))
+    negative = none + (weight < 0)
+    return torch.stack((none, negative) if none.ndim == 1 else (none[0], negative.amax(0)))
 
 
 def _pair(task: str, value: object) -> tuple[object, object]:

@@ -144,6 +144,24 @@ def tasks_of_different_kinds() -> None:
     RankingQuality(TASKS, ignore_index={"like": -1})
 
 
+def segments() -> None:
+    """Rows told apart, by ids of a row, or of a row and task."""
+    names = ["DE", "US"]
+    loss = MultiTaskLoss("bce_with_logits", TASKS, segments={"country": names, "surface": 3}, quality=True)
+    logits, labels, ids = torch.zeros(4, 2), torch.ones(4, 2), torch.zeros(4, dtype=torch.int64)
+    by_task = dict.fromkeys(TASKS, ids)
+    assert_type(loss(logits, labels, segments={"country": ids, "surface": by_task}), dict[str, Tensor])
+    assert_type(loss.segments, dict[str, tuple[str, ...] | int] | None)
+    one = Loss("bce_with_logits", segments={"day": 7})
+    assert_type(one(logits[:, 0], labels[:, 0], segments={"day": ids}), Tensor)
+    metric = GlobalLoss(TASKS, segments={"day": 7})
+    assert_type(metric(torch.zeros(9, 2), torch.ones(9, 2)), dict[str, Tensor])
+    quality = RankingQuality(TASKS, segments={"country": ("DE",)}, window=2)
+    quality.update(logits, labels, segments={"country": ids})
+    assert_type(quality(logits, labels, segments={"country": by_task}), dict[str, Tensor])
+    assert_type(quality.segments, dict[str, tuple[str, ...] | int] | None)
+
+
 def first(losses: Tensor) -> Tensor:
     """A reduction over tasks that is a function."""
     return losses[0]
@@ -230,6 +248,7 @@ PARTS = [
     one_task_losses,
     callables,
     tasks_of_different_kinds,
+    segments,
     builders,
     over_a_mesh,
     metrics,

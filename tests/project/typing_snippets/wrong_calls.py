@@ -104,6 +104,8 @@ def metrics(loss_sum: Tensor) -> None:
     GlobalLoss()  # E: call-arg
     GlobalLoss(2)  # E: arg-type
     GlobalLoss(TASKS, nan_strategy=None)  # E: arg-type
+    GlobalLoss(TASKS, segments=["country"])  # E: arg-type
+    GlobalLoss(TASKS, segments={"country": 2.0})  # E: dict-item
     metric = GlobalLoss(TASKS)
     metric.update(loss_sum)  # E: call-arg
     metric.update(loss_sum, weights=loss_sum)  # E: call-arg
@@ -118,6 +120,8 @@ def metrics(loss_sum: Tensor) -> None:
     RankingQuality(TASKS, -1)  # E: call-arg
     RankingQuality(TASKS, window="10")  # E: arg-type
     RankingQuality(TASKS).update(loss_sum)  # E: call-arg
+    RankingQuality(TASKS, segments={"day": 7}).update(loss_sum, loss_sum, segments=loss_sum)  # E: arg-type
+    RankingQuality(TASKS, segments={"day": 7}).update(loss_sum, loss_sum, None, {"day": loss_sum})  # E: call-arg
     RankingQuality(TASKS)(loss_sum, loss_sum, "1")  # E: arg-type
 
 
