@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import math
 import pickle
+import re
 import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import replace
@@ -182,27 +183,31 @@ def test_sums_of_another_rule_are_neither_loaded_nor_merged(
     assert torch.equal(metric.totals, before)
 
 
-SEGMENTS: dict[str, tuple[Any, str]] = {
-    "another name": ({"country": ["DE", "FR"]}, r"segments=\{'country': \['DE', 'FR'\]\}"),
-    "another order": ({"country": ["US", "DE"]}, r"segments=\{'country': \['US', 'DE'\]\}"),
-    "one more": ({"country": ["DE", "US", "FR"]}, r"segments=\{'country': \['DE', 'US', 'FR'\]\}"),
-    "a number": ({"country": 2}, r"segments=\{'country': 2\}"),
-    "another dimension": ({"land": ["DE", "US"]}, r"segments=\{'land': \['DE', 'US'\]\}"),
-    "none": (None, "no segments"),
+SEGMENTS: dict[str, tuple[Any, str, str]] = {
+    "another name": ({"country": ["DE", "FR"]}, "segments['country']=['DE', 'FR']", "segments['country']=['DE', 'US']"),
+    "another order": (
+        {"country": ["US", "DE"]},
+        "segments['country']=['US', 'DE']",
+        "segments['country']=['DE', 'US']",
+    ),
+    "one more": ({"country": ["DE", "US", "FR"]}, "['DE', 'US', 'FR']", "segments['country']=['DE', 'US']"),
+    "a number": ({"country": 2}, "segments['country']=2", "segments['country']=['DE', 'US']"),
+    "another dimension": ({"land": ["DE", "US"]}, "segments=['land']", "segments=['country']"),
+    "none": (None, "no segments", "segments=['country']"),
 }
 
 
 @both_ways
 @pytest.mark.parametrize("make", [many, one])
-@pytest.mark.parametrize(("segments", "shown"), SEGMENTS.values(), ids=SEGMENTS)
+@pytest.mark.parametrize(("segments", "shown", "usual"), SEGMENTS.values(), ids=SEGMENTS)
 def test_sums_of_other_segments_are_refused_by_name_whatever_their_shape(
-    make: Callable[..., Any], segments: Any, shown: str, swap: bool
+    make: Callable[..., Any], segments: Any, shown: str, usual: str, swap: bool
 ) -> None:
-    names = [r"segments=\{'country': \['DE', 'US'\]\}", shown]
+    names = [usual, shown]
     saved, loaded = (persistent(make(segments=each)) for each in ({"country": ["DE", "US"]}, segments))
     if swap:
         saved, loaded, names = loaded, saved, names[::-1]
-    expected = "got sums of {}, expected {}".format(*names)
+    expected = "got sums of .*{}, expected .*{}".format(*map(re.escape, names))
     with pytest.raises(RuntimeError, match=expected):
         loaded.load_state_dict(saved.state_dict())
     with pytest.raises(ValueError, match=expected):

@@ -72,8 +72,7 @@ class KeptMetric(Metric):
         """Make the states, of no update."""
         self._names = ColumnNames(names)
         self._format = layout
-        known = {name: value for name, value in description.items() if name != "shape"}
-        self._description = {**known, "shape": list(layout.saved_shape)}  # last: what it follows from tells more
+        self._description = {**description, "shape": list(layout.saved_shape)}
         self._describe_state()  # the first state, the only one that torchmetrics 1.0.3 compares
         with plain_tensors():
             super().add_state("totals", layout.zeros(self.device), dist_reduce_fx="sum")
