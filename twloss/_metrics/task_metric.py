@@ -162,7 +162,7 @@ class TaskMetric(KeptMetric):
     @property
     def segments(self) -> dict[str, tuple[str, ...] | int] | None:
         """The names of each dimension's ids, or their number; None: no segments."""
-        return None if self._segments is None else self._segments.dimensions
+        return None if self._segments is None else dict(self._segments.dimensions)
 
     def _pair_with(self, name: str, mode: str, other_name: str, other: TaskMetric) -> None:
         """Know a loss's metric of the other mode, so that a compute() without data can name it; copies forget it."""

@@ -176,6 +176,7 @@ def cells_of(sizes: Sequence[int]) -> int:
     return sum(sizes) + len(sizes)
 
 
+@torch.no_grad()
 def append_cells(
     totals: Sequence[Tensor | float], rows: Sequence[Tensor | None], ids: Tensor, sizes: tuple[int, ...]
 ) -> list[Tensor | float]:
@@ -184,7 +185,7 @@ def append_cells(
     Args:
         totals: ``(tasks,)`` each, after the first one also numbers that all tasks share.
         rows: what each is the sum of, ``(rows, tasks)``; several rows may be seen as one, and the last be filled up.
-            None: 1 of each row.
+            None: 1 of each row. Neither has to be detached.
         ids: as for ``sum_cells``, and so the next.
         sizes: see there.
     """
