@@ -264,8 +264,8 @@ SEGMENTS: tuple[reference.Segments | None, ...] = (
 
 @st.composite
 def settings_of_all_kinds(draw: st.DrawFn, forms: Sequence[str] = ("rows",)) -> Settings:
-    """Every option at random."""
-    tasks, form = draw(st.integers(1, 5)), draw(st.sampled_from(forms))
+    """Every option at random, but for segments."""
+    tasks = draw(st.integers(1, 5))
     return Settings(
         tasks,
         draw(st.sampled_from(("mean", "sum"))),
@@ -274,9 +274,7 @@ def settings_of_all_kinds(draw: st.DrawFn, forms: Sequence[str] = ("rows",)) -> 
         draw(numbers(tasks)),
         draw(st.sampled_from(("rows", "weights"))),
         draw(st.sampled_from((None, -1.0, math.nan))),
-        # Sums are of no cell.
-        segments=draw(st.sampled_from(SEGMENTS)) if form == "rows" else None,
-        form=form,
+        form=draw(st.sampled_from(forms)),
     )
 
 
@@ -284,6 +282,8 @@ def settings_of_all_kinds(draw: st.DrawFn, forms: Sequence[str] = ("rows",)) -> 
 def cases(draw: st.DrawFn, world_size: int) -> tuple[Settings, Rows, list[list[int]]]:
     """Settings, all rows, and the sizes of the parts: by step, by rank."""
     settings = draw(settings_of_all_kinds(FORMS))
+    if settings.form == "rows":  # sums are of no cell
+        settings = replace(settings, segments=draw(st.sampled_from(SEGMENTS)))
     steps = draw(st.integers(1, 4))
     sizes = [[draw(st.integers(0, 7)) for _ in range(world_size)] for _ in range(steps)]
     rows = random_rows(settings, sum(map(sum, sizes)), draw(st.integers(0, 2**31)), weighted=draw(st.booleans()))
