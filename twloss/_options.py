@@ -92,7 +92,8 @@ class LossOptions:
         self._set("ignore_index", check_ignore_index(self.ignore_index, self.tasks))
         segments = Segments.of(self.segments, self.tasks, _NUMBERS)
         if segments is not None and all(row_loss.is_given for _, row_loss in self._row_losses()):
-            raise ValueError(f"segments: got {list_some(segments.dimensions)} with GIVEN alone, which has no rows")
+            found = list_some(segments.dimensions)
+            raise ValueError(f"segments: got {found} with GIVEN alone, which has no rows, expected None")
         self._set("segments", None if segments is None else segments.dimensions)
         for setting in ("fused", "quality"):
             if getattr(self, setting) and not self._binary_tasks():

@@ -170,6 +170,44 @@ def test_the_metric_of_a_loss_raises_too(ranks: RankPool) -> None:
         expect_named(answers, names)
 
 
+# Segments.
+
+# What the first rank tells rows apart by, and what the last one does, in as many cells.
+OTHER_SEGMENTS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
+    "other names": ({"a": ["x", "y"]}, {"a": ["x", "z"]}),
+    "another order of names": ({"a": ["x", "y"]}, {"a": ["y", "x"]}),
+    "another dimension": ({"a": 2}, {"b": 2}),
+    "another order of dimensions": ({"a": 2, "b": 1}, {"b": 1, "a": 2}),
+    "names in place of a number": ({"a": 2}, {"a": ["x", "y"]}),
+    "other cuts": ({"a": 1, "b": 2}, {"a": 2, "b": 1}),
+}
+
+
+def losses_of_other_segments(rank: int, both: tuple[dict[str, Any], dict[str, Any]]) -> list[tuple[str, bool]]:
+    """What each call for all ranks says, and whether the sums are then what they were; forward has no cells."""
+    segments = both[rank == torch.distributed.get_world_size() - 1]
+    loss = MultiTaskLoss("bce_with_logits", ["like"], segments=segments, quality=True, global_batch=True)
+    logits, labels = batch_of(rank, 1)
+    loss(logits, labels, segments={name: torch.arange(len(labels)) for name in segments})
+    found = []
+    for call in (loss.train_metric.compute, loss.train_quality.compute, loss.compute, lambda: compute_all(loss)):
+        before = [metric.totals.clone() for metric in (loss.train_metric, loss.train_quality)]
+        text = error_of(call)
+        after = [metric.totals for metric in (loss.train_metric, loss.train_quality)]
+        found.append((text, all(map(torch.equal, before, after))))
+    return found
+
+
+@pytest.mark.parametrize("both", OTHER_SEGMENTS.values(), ids=OTHER_SEGMENTS)
+def test_other_segments_raise_on_every_rank(ranks: RankPool, both: tuple[dict[str, Any], dict[str, Any]]) -> None:
+    answers = ranks.run(losses_of_other_segments, both)
+    for rank, answer in enumerate(answers):
+        own = reference.cells_of(both[rank == len(answers) - 1])
+        for text, kept in answer:
+            assert kept
+            assert all(cell in text for cell in own), text
+
+
 # Names that agree.
 
 AGREEING: dict[str, Names] = {

@@ -40,6 +40,28 @@ def test_the_number_of_kernels_does_not_depend_on_the_number_of_tasks(
     assert sum("log1p" in name or "softplus." in name for name in counts[100]) == 1
 
 
+def kernels_with_cells(tasks: int, ids: int, *, quality: bool) -> list[str]:
+    """Those of one step, with two dimensions of so many ids."""
+    segments = {"a": ids, "b": ids}
+    names = [f"task{t}" for t in range(tasks)]
+    loss = MultiTaskLoss("bce_with_logits", names, segments=segments, quality=quality)
+    logits, labels = torch.randn(64, tasks, requires_grad=True), torch.ones(64, tasks)
+    count = KernelLog()
+    with count:
+        loss(logits, labels, segments={name: torch.zeros(64, dtype=torch.int64) for name in segments})[
+            "loss"
+        ].backward()
+    return count.names
+
+
+@pytest.mark.parametrize("quality", [False, True])
+def test_the_number_of_kernels_does_not_depend_on_the_number_of_cells(quality: bool) -> None:
+    counts = {(tasks, ids): kernels_with_cells(tasks, ids, quality=quality) for tasks in (10, 100) for ids in (10, 100)}
+    first = counts[10, 10]
+    assert all(names == first for names in counts.values())
+    assert not {"aten._local_scalar_dense.default", "aten.nonzero.default"} & set(first)
+
+
 def test_at_most_42_kernels_with_weights_and_pos_weights() -> None:
     assert len(kernels(10, weighted=True)) <= 42
 

@@ -303,6 +303,7 @@ SHARED: dict[str, Any] = {
     "gradient_reduction": "sum",
     "process_group": None,
     "quality": False,
+    "segments": {"x": 1},
 }
 OPTIONS: list[tuple[Callable[[], Any], str, Any]] = [
     *((make, name, value) for make in (many, one) for name, value in SHARED.items()),

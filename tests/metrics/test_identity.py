@@ -184,7 +184,7 @@ def test_sums_of_another_rule_are_neither_loaded_nor_merged(
 
 
 SEGMENTS: dict[str, tuple[Any, str, str]] = {
-    "another name": ({"country": ["DE", "FR"]}, "segments['country']=['DE', 'FR']", "segments['country']=['DE', 'US']"),
+    "another name": ({"country": ["DE", "FR"]}, "['DE', 'FR']", "segments['country']=['DE', 'US']"),
     "another order": (
         {"country": ["US", "DE"]},
         "segments['country']=['US', 'DE']",

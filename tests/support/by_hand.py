@@ -104,8 +104,9 @@ def columns_of(
     tasks: Sequence[str],
     missing: float | None,
     pos_weights: Sequence[float],
+    cells: Sequence[Sequence[Sequence[str]]] | None = None,
 ) -> Columns:
-    """Each task's rows, from logits and labels by row."""
+    """Each task's rows, from logits and labels by row, and from cells by row and task."""
     result: Columns = {}
     for t, (task, positive) in enumerate(zip(tasks, pos_weights)):
         result[task] = []
@@ -113,7 +114,8 @@ def columns_of(
             valid = not reference.is_missing(y[t], missing)
             loss = reference.bce_with_logits(x[t], y[t], positive) if valid else math.nan
             slope = reference.bce_slope(x[t], y[t], positive) if valid else math.nan
-            result[task].append(reference.Row(loss, slope, 1.0 if weights is None else weights[n][t], valid))
+            weight, own = 1.0 if weights is None else weights[n][t], () if cells is None else cells[n][t]
+            result[task].append(reference.Row(loss, slope, weight, valid, own))
     return result
 
 

@@ -30,6 +30,7 @@ class Arguments:
     """What the settings of losses share, whatever their tasks are."""
 
     fused = False
+    segments: Any = None
 
     loss_type: Any
     task_loss_reduction: Any
@@ -56,12 +57,15 @@ class Arguments:
                 task_weights=self.task_weights,
                 mean_over=self.mean_over,
                 ignore_index=self.ignore_index,
-                **{"fused": self.fused, **kwargs},
+                **{"fused": self.fused, "segments": self.segments, **kwargs},
             )
 
     def rule(self) -> reference.Rule:
         """The oracle's settings."""
-        return reference.Rule(self.task_loss_reduction, self.global_reduction, self.mean_over, self.task_weights)
+        cells = reference.cells_of(self.segments)
+        return reference.Rule(
+            self.task_loss_reduction, self.global_reduction, self.mean_over, self.task_weights, cells=cells
+        )
 
 
 @dataclass(frozen=True)
@@ -76,6 +80,7 @@ class Settings(Arguments):
     mean_over: Any = "rows"
     ignore_index: float | None = None
     fused: bool = False
+    segments: reference.Segments | None = None
     form: str = "rows"
     """What a ``Ranker`` hands to its loss: "rows"; "sums", for GIVEN tasks; or "mappings" of these, for others."""
 
@@ -100,20 +105,25 @@ class Rows:
     features: Tensor
     labels: Tensor
     weights: Tensor | None
+    ids: dict[str, Tensor] | None = None
+    """Of each dimension of segments, ``(rows,)`` or ``(rows, tasks)``."""
 
     def cut(self, sizes: Sequence[int]) -> list[Rows]:
         """Consecutive parts of these sizes."""
         weights = [None] * len(sizes) if self.weights is None else list(self.weights.split(list(sizes)))
+        ids: list[dict[str, Tensor]] = [{} for _ in sizes]
+        for name, of_all in (self.ids or {}).items():
+            for part, own in zip(ids, of_all.split(list(sizes))):
+                part[name] = own.clone()
         return [
-            Rows(f.clone(), y.clone(), w if w is None else w.clone())
-            for f, y, w in zip(self.features.split(list(sizes)), self.labels.split(list(sizes)), weights)
+            Rows(f.clone(), y.clone(), w if w is None else w.clone(), own or None)
+            for f, y, w, own in zip(self.features.split(list(sizes)), self.labels.split(list(sizes)), weights, ids)
         ]
 
     def to(self, dtype: torch.dtype) -> Rows:
         """The rows in another floating dtype."""
-        return Rows(
-            self.features.to(dtype), self.labels.to(dtype), None if self.weights is None else self.weights.to(dtype)
-        )
+        weights = None if self.weights is None else self.weights.to(dtype)
+        return Rows(self.features.to(dtype), self.labels.to(dtype), weights, self.ids)
 
 
 def split(rows: Rows, sizes: Sequence[Sequence[int]]) -> list[list[Rows]]:
@@ -129,6 +139,7 @@ def joined(parts: Sequence[Rows]) -> Rows:
         torch.cat([part.features for part in parts]),
         torch.cat([part.labels for part in parts]),
         torch.cat(weights) if weights else None,
+        {name: torch.cat([part.ids[name] for part in parts if part.ids]) for name in parts[0].ids or {}} or None,
     )
 
 
@@ -155,7 +166,7 @@ class Ranker(nn.Module):
                 sums = dict(zip(self.case.names(), sums[0])), dict(zip(reversed(self.case.names()), sums[1].flip(0)))
             return self.loss.from_sums(*sums, normalizer=normalizer)
         losses: dict[str, Tensor] = self.loss(
-            self.heads(rows.features), rows.labels, rows.weights, normalizer=normalizer
+            self.heads(rows.features), rows.labels, rows.weights, normalizer=normalizer, segments=rows.ids
         )
         return losses
 
@@ -181,7 +192,21 @@ def columns(settings: Settings, rows: Rows) -> dict[str, list[reference.Row]]:
     logits = [[math.fsum([b, *(a * f for a, f in zip(line, x))]) for line, b in zip(matrix, bias)] for x in features]
     weights = None if rows.weights is None else rows.weights.tolist()
     positive = settings.pos_weights or [1.0] * settings.tasks
-    return columns_of(logits, rows.labels.tolist(), weights, settings.names(), settings.ignore_index, positive)
+    cells = cells_of_rows(settings, rows.ids, len(logits))
+    return columns_of(logits, rows.labels.tolist(), weights, settings.names(), settings.ignore_index, positive, cells)
+
+
+def cells_of_rows(settings: Settings, ids: dict[str, Tensor] | None, rows: int) -> list[list[list[str]]]:
+    """The cells of each row and task, by ids ``(rows,)``, ``(rows, 1)`` or ``(rows, tasks)``."""
+    cells: list[list[list[str]]] = [[[] for _ in range(settings.tasks)] for _ in range(rows)]
+    for name, own in (ids or {}).items():
+        assert settings.segments is not None
+        for of_row, values in zip(
+            cells, (own.unsqueeze(1) if own.ndim == 1 else own).expand(rows, settings.tasks).tolist()
+        ):
+            for of_task, value in zip(of_row, values):
+                of_task.append(reference.cell_of(name, settings.segments[name], value))
+    return cells
 
 
 def parameter_gradients(
@@ -209,7 +234,18 @@ def random_rows(settings: Settings, rows: int, seed: int, *, weighted: bool) -> 
         missing = (rand(rows, settings.tasks) < 0.3) | (rand(1, settings.tasks) < 0.2)
         labels[missing] = settings.ignore_index
     weights = rand(rows, settings.tasks) * (rand(rows, settings.tasks) < 0.8) if weighted else None
-    return Rows(features, labels, weights)
+    return Rows(features, labels, weights, random_ids(settings, rows, seed))
+
+
+def random_ids(settings: Settings, rows: int, seed: int) -> dict[str, Tensor] | None:
+    """Ids of each dimension, some of which are out of it; by row and task in every other one."""
+    generator = torch.Generator().manual_seed(seed)
+    ids = {}
+    for place, (name, names) in enumerate((settings.segments or {}).items()):
+        size = names if isinstance(names, int) else len(names)
+        shape = (rows, settings.tasks) if place % 2 else (rows,)
+        ids[name] = torch.randint(-1, size + 2, shape, generator=generator)
+    return ids or None
 
 
 def numbers(tasks: int) -> st.SearchStrategy[list[float] | None]:
@@ -218,11 +254,17 @@ def numbers(tasks: int) -> st.SearchStrategy[list[float] | None]:
 
 
 FORMS = ("rows", "sums", "mappings")
+SEGMENTS: tuple[reference.Segments | None, ...] = (
+    None,
+    {"country": ("DE", "US")},
+    {"surface": 1, "country": ("DE", "US", "FR")},
+    {"task0": 2, "b": ("x",), "loss": 3},
+)
 
 
 @st.composite
 def settings_of_all_kinds(draw: st.DrawFn, forms: Sequence[str] = ("rows",)) -> Settings:
-    """Every option at random."""
+    """Every option at random, but for segments."""
     tasks = draw(st.integers(1, 5))
     return Settings(
         tasks,
@@ -240,6 +282,8 @@ def settings_of_all_kinds(draw: st.DrawFn, forms: Sequence[str] = ("rows",)) -> 
 def cases(draw: st.DrawFn, world_size: int) -> tuple[Settings, Rows, list[list[int]]]:
     """Settings, all rows, and the sizes of the parts: by step, by rank."""
     settings = draw(settings_of_all_kinds(FORMS))
+    if settings.form == "rows":  # sums are of no cell
+        settings = replace(settings, segments=draw(st.sampled_from(SEGMENTS)))
     steps = draw(st.integers(1, 4))
     sizes = [[draw(st.integers(0, 7)) for _ in range(world_size)] for _ in range(steps)]
     rows = random_rows(settings, sum(map(sum, sizes)), draw(st.integers(0, 2**31)), weighted=draw(st.booleans()))

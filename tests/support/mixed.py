@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from tests.support import reference
-from tests.support.cases import FEATURES, REDUCTIONS, Arguments, numbers
+from tests.support.cases import FEATURES, REDUCTIONS, SEGMENTS, Arguments, numbers
 
 CLASSES = {"binary": 1, "squared": 1, "three classes": 3, "five classes": 5, "given": 1}
 
@@ -57,6 +57,7 @@ class Mixed(Arguments):
     mean_over: Any = "rows"
     ignore_index: dict[str, float] | None = None
     weighted: bool = False
+    segments: reference.Segments | None = None
 
     def names(self) -> list[str]:
         """The tasks' names, which no attribute could have."""
@@ -75,6 +76,8 @@ class Part:
     features: Tensor
     labels: Tensor
     weights: Tensor | None
+    ids: dict[str, Tensor] | None = None
+    """Of each dimension of segments."""
 
 
 Batch = dict[str, Part]
@@ -103,7 +106,12 @@ class Ranker(nn.Module):
         labels = {task: batch[task].labels for task in reversed(self.names) if task in logits}
         weights = {task: batch[task].weights for task in labels if batch[task].weights is not None}
         inputs: Any = (logits, labels, weights or None)
-        losses: dict[str, Tensor] = self.loss(*inputs, normalizer=normalizer, given=given or None)
+        segments: Any = {
+            name: {task: ids[name] for task in labels if (ids := batch[task].ids)} for name in self.loss.segments or {}
+        }
+        losses: dict[str, Tensor] = self.loss(
+            *inputs, normalizer=normalizer, given=given or None, segments=segments or None
+        )
         return losses
 
     def sums_of(self, logits: Tensor, part: Part) -> tuple[Tensor, Tensor | int]:
@@ -127,7 +135,11 @@ def random_batch(case: Mixed, sizes: Sequence[int], seed: int) -> Batch:
         if missing is not None:
             labels = labels.masked_fill(rand(rows) < 0.4, missing)
         weights = rand(rows) * (rand(rows) < 0.8) if case.weighted else None
-        batch[task] = Part(2 * rand(rows, FEATURES) - 1, labels, weights)
+        features, ids = 2 * rand(rows, FEATURES) - 1, {}
+        for name, names in (case.segments or {}).items() if kind != "given" else ():
+            size = names if isinstance(names, int) else len(names)
+            ids[name] = torch.randint(-1, size + 2, (rows,), generator=generator)
+        batch[task] = Part(features, labels, weights, ids or None)
     return batch
 
 
@@ -138,6 +150,7 @@ def joined(batches: Sequence[Batch]) -> Batch:
             torch.cat([batch[task].features for batch in batches]),
             torch.cat([batch[task].labels for batch in batches]),
             None if first.weights is None else torch.cat([w for b in batches if (w := b[task].weights) is not None]),
+            {name: torch.cat([ids[name] for b in batches if (ids := b[task].ids)]) for name in first.ids or {}} or None,
         )
         for task, first in batches[0].items()
     }
@@ -168,6 +181,7 @@ def _rows(case: Mixed, batch: Batch) -> dict[str, list[tuple[reference.Row, list
     """Each row, and the derivative of its loss by each output of the head."""
     result: dict[str, list[tuple[reference.Row, list[float]]]] = {}
     heads: list[Any] = list(Ranker(case).heads)
+    segments = list((case.segments or {}).items())
     for head, task, kind in zip(heads, case.names(), case.kinds):
         part = batch[task]
         matrix, bias = head.weight.tolist(), head.bias.tolist()
@@ -177,11 +191,16 @@ def _rows(case: Mixed, batch: Batch) -> dict[str, list[tuple[reference.Row, list
             label = part.labels[n].item()
             weight = 1.0 if part.weights is None else part.weights[n].item()
             missing = (case.ignore_index or {}).get(task)
+            # A GIVEN task is in no cell.
+            cells = (
+                [reference.cell_of(name, names, int(part.ids[name][n])) for name, names in segments] if part.ids else []
+            )
             if reference.is_missing(label, missing):
-                result[task].append((reference.Row(math.nan, 1.0, weight, valid=False), [0.0] * len(outputs)))
+                row = reference.Row(math.nan, 1.0, weight, valid=False, cells=cells)
+                result[task].append((row, [0.0] * len(outputs)))
                 continue
             loss, slopes = _row_loss(kind, outputs, label, (case.pos_weights or {}).get(task, 1.0))
-            result[task].append((reference.Row(loss, 1.0, weight), slopes))
+            result[task].append((reference.Row(loss, 1.0, weight, cells=cells), slopes))
     return result
 
 
@@ -222,6 +241,8 @@ def mixed_cases(
         draw(st.sampled_from(("rows", "weights"))),
         draw(st.just({task: label for task, label in labels.items() if label is not None}) | st.none()),
         draw(st.booleans()),
+        # Where all are GIVEN, sums are of no cell.
+        draw(st.sampled_from(SEGMENTS)) if set(kinds) != {"given"} else None,
     )
     sizes = st.just([0] * len(kinds)) | st.lists(st.integers(0, 4), min_size=len(kinds), max_size=len(kinds))
     steps = draw(st.integers(1, 3))

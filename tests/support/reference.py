@@ -7,8 +7,11 @@ task and row; sums are ``math.fsum``, which rounds once.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+
+Segments = Mapping[str, Sequence[str] | int]
+"""Of each dimension the names of its ids, or their number."""
 
 
 def softplus(z: float) -> float:
@@ -55,6 +58,8 @@ class Row:
     """The derivative of ``loss`` by the logit."""
     weight: float = 1.0
     valid: bool = True
+    cells: Sequence[str] = ()
+    """Those that it is in, one a dimension."""
 
 
 @dataclass(frozen=True)
@@ -67,6 +72,8 @@ class Rule:
     mean_over: str = "rows"
     task_weights: Sequence[float] | None = None
     normalizer: float | None = None
+    cells: Sequence[str] = ()
+    """Those that have results of their own, of the rows that are in them."""
 
 
 def losses(columns: dict[str, list[Row]], rule: Rule) -> dict[str, float]:
@@ -74,7 +81,26 @@ def losses(columns: dict[str, list[Row]], rule: Rule) -> dict[str, float]:
     values = [_task_loss(rows, rule) for rows in columns.values()]
     result = {f"loss/{task}": value for task, value in zip(columns, values)}
     result["loss"] = _global_loss([f * v for f, v in zip(_factors(rule, len(values)), values)], rule.global_reduction)
+    for cell in rule.cells:
+        own = {task: [row for row in rows if cell in row.cells] for task, rows in columns.items()}
+        result |= {f"{key}/{cell}": value for key, value in losses(own, replace(rule, cells=())).items()}
     return result
+
+
+def cells_of(segments: Segments | None) -> list[str]:
+    """The names of all cells, in order."""
+    return [cell_of(name, ids, id_) for name, ids in (segments or {}).items() for id_ in range(_count(ids) + 1)]
+
+
+def cell_of(name: str, ids: Sequence[str] | int, id_: int) -> str:
+    """The cell of a dimension that a row with this id is in."""
+    if not 0 <= id_ < _count(ids):
+        return f"{name}=other"
+    return f"{name}={id_ if isinstance(ids, int) else ids[id_]}"
+
+
+def _count(ids: Sequence[str] | int) -> int:
+    return ids if isinstance(ids, int) else len(ids)
 
 
 def gradients(columns: dict[str, list[Row]], rule: Rule) -> dict[str, list[float]]:

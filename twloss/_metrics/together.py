@@ -154,8 +154,8 @@ class _Share:
             world_size(metric.process_group)  # a rank outside of it is refused before any collective
         name, *_ = metric._counterpart or (type(metric).__name__,)  # in a loss it tells the mode
         self.name = prefix + name
-        by = f" by segments={metric.segments}" if metric.segments else ""
-        self.shown = f"{self.name} of {list_some(metric.tasks or ('loss',))}{by}"
+        cells = "" if metric._segments is None else f" by {list_some(metric._segments.names)}"
+        self.shown = f"{self.name} of {list_some(metric.tasks or ('loss',))}{cells}"
         self.identity = self.name, type(metric).__qualname__, metric._names.hashes.numbers, metric._format.shape
 
     def receive(self, total: Tensor) -> list[_Check]:

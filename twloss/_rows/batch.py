@@ -192,8 +192,11 @@ def align_weights(
 
 def flatten_ids(segments: Tensor, shape: torch.Size) -> Tensor:
     """The ids of one task's rows ``(dimensions, rows, 1)``, of some that broadcast to the rows' shape."""
+    # The rows' own dimensions fit from the last one on, and before them is that of the segments.
+    missing = (1,) * (len(shape) + 1 - segments.ndim)
     try:
-        return segments.expand(len(segments), *shape).reshape(len(segments), -1, 1)
+        aligned = segments.view(len(segments), *missing, *segments.shape[1:])
+        return aligned.expand(len(segments), *shape).reshape(len(segments), -1, 1)
     except RuntimeError:
         raise ValueError(
             f"segments: got ids of shape {tuple(segments.shape[1:])}, expected one that broadcasts to {tuple(shape)}"

@@ -419,7 +419,8 @@ def _gradient(ctx: Any, grad_losses: Tensor | None, grad_loss: Tensor | None) ->
     inputs: Inputs = (logits, labels, weights, valid, None, pos_weight, shift, task_weights)
     seen = inputs if slopes is not None or abreast == 1 else _see(inputs, tasks, abreast)
     if ctx.makes_slopes and slopes is None:
-        slopes = run(plan, row_loss, True, logits.shape[0], tasks, *seen)[1]
+        # Without ids: cells have no slopes.
+        slopes = run(plan._replace(segments=()), row_loss, True, logits.shape[0], tasks, *seen)[1]
     # With no second reference to it, the gradient of a leaf is this tensor and no copy.
     ctx.slopes = None
     if ctx.makes_slopes and torch.compiler.is_compiling():
