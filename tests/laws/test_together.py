@@ -346,12 +346,12 @@ DIFFERENT: dict[str, tuple[Callable[[], Any], Callable[[], Any], str]] = {
     "names of segments": (
         lambda: quality_of("a", segments={"country": ["DE", "US"]}),
         lambda: quality_of("a", segments={"country": ["US", "DE"]}),
-        "RankingQuality of ('a',) by segments={'country': ('DE', 'US')}",
+        "RankingQuality of ('a',) by ('country=DE', 'country=US', 'country=other')",
     ),
     "number of segments": (
         lambda: quality_of("a", segments={"country": 2}),
         lambda: quality_of("a", segments={"country": 3}),
-        "RankingQuality of ('a',) by segments={'country': 2}",
+        "RankingQuality of ('a',) by ('country=0', 'country=1', 'country=other')",
     ),
     "counted faults": (lambda: metric_of("a"), lambda: metric_of("a", validate_args=True), "GlobalLoss of"),
     "mode": (lambda: loss_in(True), lambda: loss_in(False), "train_metric of ('a', 'b')"),
