@@ -9,7 +9,7 @@ from __future__ import annotations
 import weakref
 from collections.abc import Callable, Mapping, Sequence
 from functools import cached_property, partial
-from itertools import chain
+from itertools import chain, islice
 from typing import Any, get_args
 
 import torch
@@ -247,7 +247,7 @@ class TaskMetric(KeptMetric):
         """
         columns, segments = len(self.tasks or ("loss",)), self._segments
         expected = (columns,) if segments is None else (1 + segments.cells, columns)
-        first, *others = sums[: self._format.sums]
+        first, *others = islice(sums, self._format.sums)
         for each in (first, *others):
             if isinstance(each, Tensor):
                 found = None if each.shape == expected else f"shape {tuple(each.shape)}"
