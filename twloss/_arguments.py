@@ -12,7 +12,7 @@ import warnings
 from collections import Counter
 from collections.abc import Collection, Mapping, Sequence
 from itertools import islice
-from numbers import Real
+from numbers import Integral, Real
 from typing import TYPE_CHECKING, Any, Literal, get_args
 
 import torch
@@ -127,7 +127,7 @@ def check_window(window: object, window_rows: object) -> None:
 
 
 def check_segments(segments: object) -> dict[str, tuple[str, ...] | int] | None:
-    """The names of each dimension's ids, or their number; None: no segments."""
+    """The names of each dimension's ids, or their number, after checks; None: no segments."""
     if segments is None:
         return None
     if not isinstance(segments, Mapping):
@@ -147,7 +147,7 @@ def _check_dimension(name: object) -> str:
 
 
 def _check_segment_names(argument: str, names: object) -> tuple[str, ...] | int:
-    if isinstance(names, int) and not isinstance(names, bool):
+    if isinstance(names, Integral) and not isinstance(names, bool):
         if names < 1:
             raise ValueError(f"{argument}: got {names}, expected at least one id")
         return int(names)

@@ -9,6 +9,7 @@ import warnings
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given
@@ -24,7 +25,7 @@ from tests.support.pairwise import pairwise
 from tests.support.refusals import snapshot
 from tests.support.results import assert_close, numbers
 from tests.support.tiers import dozens
-from twloss import Loss, MultiTaskLoss, RankingQuality
+from twloss import Loss, MultiTaskLoss, RankingQuality, _precision
 from twloss._rows import cell_sums
 
 TASKS = ["like", "reply"]
@@ -366,6 +367,22 @@ def test_more_rows_than_are_taken_at_once(rows: int, weighted: bool) -> None:
     loss(logits, labels, weights, segments=ids)
     exact = by_oracle(segments, logits, labels, ids, weights=weights)
     assert computed(loss) == approx(exact)
+
+
+def test_a_number_of_ids_may_be_one_of_numpys() -> None:
+    assert Loss("bce_with_logits", segments={"x": np.int64(2)}).segments == {"x": 2}  # type: ignore[dict-item]
+
+
+def test_many_rows_of_a_cell_keep_their_digits_without_float64(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(_precision.SUM_DTYPES, "cpu", torch.float32)
+    weights = rand(300_000, 2).float()
+    loss = MultiTaskLoss("bce_with_logits", TASKS, mean_over="weights", segments={"x": 1})
+    logits, labels = torch.zeros(300_000, 2), torch.ones(300_000, 2)
+    for ids in (torch.zeros(300_000, dtype=torch.int64), torch.zeros(300_000, 2, dtype=torch.int64)):
+        loss.reset()
+        loss(logits, labels, weights, segments={"x": ids})
+        _, of_weight, *_ = loss.train_metric._read().of_rank(0)[0]
+        assert of_weight.tolist()[2:4] == pytest.approx(weights.double().sum(0).tolist(), rel=1e-6)
 
 
 @pytest.mark.parametrize("rows_a_place", [1, 16, 10**9], ids=["joined", "as it is", "apart"])

@@ -135,13 +135,13 @@ def check_same(found: dict[str, Any], expected: dict[str, Any]) -> None:
     """Raise a ValueError that names the first difference between two descriptions, names that one lacks included."""
     expected = json.loads(json.dumps(expected))  # with lists for tuples, as in what was found
     # The shape last: it follows from the tasks, windows and segments, which say more.
-    for name in sorted({**expected, **found}, key="shape".__eq__):
+    for name in sorted({**expected, **found}, key=lambda name: name == "shape"):
         if name == ANY or any(ANY in each and name not in each for each in (found, expected)):
             continue
         pair = [{name: each[name]} if name in each else {} for each in (found, expected)]
         if pair[0] != pair[1] and json.dumps(pair[0]) != json.dumps(pair[1]):  # two NaNs differ, and their texts do not
             shown = [_show(name, each) for each in pair]
-            # Where nobody knows more of one of the two, this is all that tells segments from none.
+            # A GlobalLoss without a rule may lack the entry "segments"; then only the shapes differ.
             reason = ", as with as many sums and the same segments" if name == "shape" else ""
             raise ValueError(f"got sums of {shown[0]}, expected {shown[1]}{reason}")
 

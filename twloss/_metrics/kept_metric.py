@@ -69,7 +69,7 @@ class KeptMetric(Metric):
         self._lay_out(names, layout, description)
 
     def _lay_out(self, names: Sequence[str], layout: SumsFormat, description: Mapping[str, Any]) -> None:
-        """Make the states, of no update."""
+        """Create the states, all 0."""
         self._names = ColumnNames(names)
         self._format = layout
         self._description = {**description, "shape": list(layout.saved_shape)}

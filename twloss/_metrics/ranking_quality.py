@@ -174,7 +174,7 @@ class RankingQuality(TaskMetric):
             val: this and the next as for ``GlobalLoss.plot``, and so what is returned and raised.
             ax: see there.
             quantity: the part of the keys before the task, such as "ne", "calibration" or "window_ne".
-            key: a key in place of the quantity, to be drawn with a line for each of its cells, such as "ne/like".
+            key: a key, such as "ne/like", to be drawn with a line for each of its cells, in place of a quantity.
 
         Returns:
             The figure and the axes.
@@ -276,7 +276,8 @@ def own_quality(
     if own.segments is None and dimensions is not None:
         own._segment_by(dimensions)
     elif own.segments != dimensions or list(own.segments or ()) != list(dimensions or ()):
-        raise ValueError(f"quality: got one with segments={own.segments}, expected {dimensions}, as the loss, or None")
+        expected = f"None or {dimensions}, as the loss has"
+        raise ValueError(f"quality: got one with segments={own.segments}, expected {expected}")
     own.process_group = process_group
     own.reset()
     return own

@@ -151,7 +151,7 @@ class TaskMetric(KeptMetric):
         self._segment_by(segments)
 
     def _segment_by(self, segments: SegmentNames | None) -> None:
-        """Tell rows apart by segments, where no update was yet: each cell has columns of its own."""
+        """Add columns for the cells of segments, and start anew."""
         self._segments = Segments.of(segments, self.tasks, self._format.numbers_of_column)
         if self._segments is None:
             return
@@ -159,7 +159,7 @@ class TaskMetric(KeptMetric):
         windows = self.window, self.window_rows
         layout = SumsFormat(self._format.sums, len(names), *windows, counts_faults=self.validate_args)
         self._lay_out(names, layout, {**self._description, **self._segments.describe()})
-        self.__dict__.pop("_all_keys", None)  # that of a copy
+        self.__dict__.pop("_all_keys", None)  # of a copy, whose keys were those without cells
 
     @property
     def segments(self) -> dict[str, tuple[str, ...] | int] | None:

@@ -191,7 +191,7 @@ def align_weights(
 
 
 def flatten_ids(segments: Tensor, shape: torch.Size) -> Tensor:
-    """The ids of one task's rows ``(dimensions, rows, 1)``, of some that broadcast to the rows' shape."""
+    """The ids of one task's rows ``(dimensions, rows, 1)``, from ids that broadcast to the rows' shape."""
     # The rows' own dimensions fit from the last one on, and before them is that of the segments.
     missing = (1,) * (len(shape) + 1 - segments.ndim)
     try:

@@ -16,8 +16,9 @@ from twloss._precision import SUM_DTYPES
 from twloss._rows.compiled import run_compiled
 from twloss._torch import define_operator, is_transformed
 
-_ROWS_A_PLACE = 16  # from so many on, a table of all pairs of cells costs less than it saves
-_CHUNK = 8192
+_ROWS_A_PLACE = 16  # from so many on, a table of all combinations of ids costs less than it saves
+_CHUNK = 8192  # rows whose places and values stay in a cache
+_BLOCK = 1024  # rows that are added one after another in float32, where there is no float64
 
 
 def cells_of(sizes: Sequence[int]) -> int:
@@ -69,8 +70,8 @@ def sum_cells(  # noqa: PLR0917 (an operator)
     It is an operator too, which compiled code calls: what the compiler makes of it takes several times as long.
 
     Args:
-        rows: the values, ``(rows, tasks)`` each; several rows may be seen as one, and the last be filled up. Here they
-            are seen as they are, as the compiler would compute them once more in another shape.
+        rows: the values, ``(rows, tasks)`` each, or several rows side by side, the last ones padded. They are reshaped
+            here: where the caller does it, the compiler computes them twice.
         tasks: the number of tasks.
         ids: ``(dimensions, rows, 1 or tasks)`` int64; those outside of 0…size-1 are of the cell "other".
         sizes: the number of ids of each dimension.
@@ -80,9 +81,9 @@ def sum_cells(  # noqa: PLR0917 (an operator)
     if fused and ids.is_cpu and ids.shape[2] == 1:
         made: Tensor = run_compiled(_sum_cells_in_one_loop, (tasks, tuple(sizes), counts), ids, *rows, threads=1)
         return made
-    if is_transformed(ids, *rows):  # which takes nothing in place of tensors from outside
+    if is_transformed(ids, *rows):  # a transform forbids writing its tensors into ours in place
         return _sum_cells_in_one_loop(tasks, tuple(sizes), counts, ids, *rows)
-    # Dimensions are told apart together, in a table of all pairs of cells, where this has fewer places than a pass.
+    # Dimensions share one pass, by a table of all combinations of their ids, if that is small beside the rows.
     rows = _see_rows(rows, tasks, ids)
     groups: list[list[int]] = []
     places = 0
@@ -110,8 +111,9 @@ def _sum_places(rows: Sequence[Tensor], tasks: int, ids: Tensor, sizes: Sequence
     _, count, columns = ids.shape
     dtype = SUM_DTYPES.get(ids.device.type, torch.float64)
     shape = [size + 2 for size in sizes]
-    sums = ids.new_zeros(len(rows), math.prod(shape) * tasks, dtype=dtype)
-    counted, one = ids.new_zeros(math.prod(shape) * columns, dtype=dtype), ids.new_ones((), dtype=dtype)
+    places, blocks = math.prod(shape), 1 if dtype == torch.float64 else -(-count // _BLOCK)
+    sums = ids.new_zeros(len(rows), blocks * places * tasks, dtype=dtype)
+    counted, one = ids.new_zeros(blocks * places * columns, dtype=dtype), ids.new_ones((), dtype=dtype)
     # So many rows as a cache holds; to an accelerator each call is dear.
     most = min(count, _CHUNK) if ids.is_cpu else count
     columns_of_task = torch.arange(tasks, device=ids.device)
@@ -121,6 +123,9 @@ def _sum_places(rows: Sequence[Tensor], tasks: int, ids: Tensor, sizes: Sequence
         place = torch.zeros_like(part[0])
         for each, size in zip(part.unbind(0), sizes):
             place.mul_(size + 2).add_(each.clamp(-1, size)).add_(1)
+        if blocks > 1:
+            block = torch.arange(start, start + len(place), device=ids.device) // _BLOCK
+            place.add_(block.unsqueeze(1), alpha=places)
         index, wide = index[: len(place)], wide[: len(place)]
         torch.add(columns_of_task, place, alpha=tasks, out=index)
         for sum_, values in zip(sums.unbind(0), rows):
@@ -131,7 +136,7 @@ def _sum_places(rows: Sequence[Tensor], tasks: int, ids: Tensor, sizes: Sequence
             counted.scatter_add_(0, at, one.expand(at.shape))
     if counts:
         sums = torch.cat((sums, counted.view(1, -1, columns).expand(1, -1, tasks).reshape(1, -1)))
-    return sums.view(-1, *shape, tasks)
+    return sums.view(-1, blocks, *shape, tasks).sum(1)
 
 
 def _see_rows(rows: Sequence[Tensor], tasks: int, ids: Tensor) -> list[Tensor]:

@@ -13,11 +13,11 @@ import torch
 def run_compiled(
     function: Callable[..., Any], constants: tuple[Any, ...], *inputs: Any, threads: int | None = None
 ) -> Any:
-    """What ``function(*constants, *inputs)`` returns, by compiled code.
+    """Call ``function(*constants, *inputs)`` compiled.
 
     Args:
         function: of tensors.
-        constants: hashable; each distinct ones are compiled by themselves.
+        constants: hashable; each distinct tuple is compiled separately.
         inputs: tensors, None and numbers that may change.
         threads: of compiled code on a CPU; None: those of torch.
 

@@ -65,7 +65,7 @@ class Plan(NamedTuple):
     fused: bool = False
     """Whether the pass is compiled, where its gradient is in closed form."""
     segments: tuple[int, ...] = ()
-    """The number of ids of each dimension by which the running sums are told apart too."""
+    """The number of ids of each dimension of segments; (): none."""
 
 
 def sum_batch(  # noqa: PLR0917 (a plan, a batch, and its tasks)

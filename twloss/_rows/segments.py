@@ -89,7 +89,7 @@ class Segments:
         self._check_dimensions(ids)
         return {
             name: each
-            if isinstance(each, Tensor) and (each.ndim == 1 or each.shape[1:] == (1,))
+            if isinstance(each, Tensor) and (each.ndim != 2 or each.shape[1] == 1)
             else by_task(_argument(name), each, tasks)
             for name, each in ids.items()
         }

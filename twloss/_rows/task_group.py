@@ -38,7 +38,7 @@ class TaskGroup:
         pos_weights: the factors of their positive terms; None: 1.
         ignore_index: of these tasks, or of more.
         places: the places of these tasks among those of the loss; None: the loss has no others.
-        segments: by which the running sums are told apart too.
+        segments: of the loss.
         has_other_tasks: whether inputs may have the rows of other tasks as well.
     """
 

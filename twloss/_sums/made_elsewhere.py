@@ -112,7 +112,7 @@ def sum_given(
 
 
 def count_negative(loss_sum: Tensor, weight: Tensor | float) -> Tensor:
-    """Faults ``(2, tasks)`` of sums: of their labels nothing is known, and a negative weight, of a cell too, is one."""
+    """Faults ``(2, tasks)`` of sums: no invalid labels, and 1 where a weight, of the total or a cell, is negative."""
     none = torch.zeros_like(loss_sum, dtype=sum_dtype(loss_sum.device))
     negative = none + (weight < 0)
     return torch.stack((none, negative) if none.ndim == 1 else (none[0], negative.amax(0)))

@@ -185,7 +185,7 @@ class Reduction:
             losses = weigh(losses, task_weights)
         if callable(self.over_tasks):
             if losses.ndim > 1:
-                assert present is not None  # as the sums of compute() are
+                assert present is not None  # compute() has a tensor of weights
                 return torch.stack([self._call(self.over_tasks, *each) for each in zip(losses, present)])
             return self._call(self.over_tasks, losses, present)
         if self.over_tasks == "sum":
@@ -195,7 +195,7 @@ class Reduction:
         if present is not None:
             losses = _with_neutral_absents(losses, present, self.over_tasks)
         if self.over_tasks == "median":
-            # Of one dimension that which shares the gradient between equal ones.
+            # median() shares the gradient between ties; median(-1) does not.
             loss = losses.median() if losses.ndim == 1 else losses.median(-1).values
         else:
             loss = losses.amin(-1) if self.over_tasks == "min" else losses.amax(-1)

@@ -313,7 +313,7 @@ def pack_update(
         for given, each in zip(sums, wide):
             if isinstance(given, int):  # a number of rows is finite
                 continue
-            # Of cells 0 too: their sum may be infinite where they are not.
+            # Multiplied first: the sum of finite cells may overflow.
             each = each if each.ndim == 1 else (each * 0.0).sum(0)  # noqa: PLW2901
             # NaN where it is not finite. torch's MPS backend takes an alpha of 0 for nothing to add.
             if each.is_mps:
