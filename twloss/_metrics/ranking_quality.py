@@ -276,8 +276,8 @@ def own_quality(
     if own.segments is None and dimensions is not None:
         own._segment_by(dimensions)
     elif own.segments != dimensions or list(own.segments or ()) != list(dimensions or ()):
-        expected = f"None or {dimensions}, as the loss has"
-        raise ValueError(f"quality: got one with segments={own.segments}, expected {expected}")
+        expected = "None" if dimensions is None else f"None or {dimensions}"
+        raise ValueError(f"quality: got one with segments={own.segments}, expected {expected}, as the loss has")
     own.process_group = process_group
     own.reset()
     return own
