@@ -44,8 +44,8 @@ Each file imports only what stands above it::
     _rows/differentiable.py
     _rows/compiled.py              a function of tensors, compiled
     _rows/cell_sums.py             the sums of the rows of each cell of segments
-    _rows/segments.py              Segments: its dimensions and cells; the ids of a batch's rows, aligned
     _rows/row_pass.py
+    _rows/segments.py              Segments: its dimensions and cells; the ids of a batch's rows, aligned
     _rows/task_group.py
     _metrics/checkpoint.py         the format of running sums in a state_dict: bytes of one rank or of all
     _metrics/kept_metric.py        KeptMetric: a metric's state in a model's life: casts, copies, threads, merges

@@ -73,7 +73,7 @@ class _TaskLosses(TracksSums):
         else:
             if len(groups) > 1:
                 inputs = inputs_by_task(self._tasks_with_rows, inputs)
-                if segments is not None and self._segments is not None:
+                if self._segments is not None:
                     segments = self._segments.by_task(segments, self._tasks_with_rows)
             parts = [group.sums(inputs, plan, self._task_weights, segments) for group in groups]
             if self._given or given is not None:

@@ -24,6 +24,7 @@ from twloss._arguments import (
     check_ignore_index,
     check_names,
     check_process_group,
+    check_segments,
     check_some_of,
     check_tasks,
     label_name,
@@ -39,8 +40,6 @@ from twloss._sums.reduction import GlobalReduction, Reduction
 # The enum last: jsonargparse would have it write a function into a configuration, which it can't.
 TaskLossType = LossName | LossFunction | LossType
 
-# Of a loss's metric, for each task and cell: two sums and two counters, own and carried.
-_NUMBERS = 8
 _NAMES_OF_ONE = {"task_loss_reduction": "reduction", "pos_weights": "pos_weight"}
 
 
@@ -90,11 +89,10 @@ class LossOptions:
             with_labels = [task for task in self.columns if task not in self.given_tasks]
             check_some_of("ignore_index", self.ignore_index, with_labels, "tasks that have labels")
         self._set("ignore_index", check_ignore_index(self.ignore_index, self.tasks))
-        segments = Segments.of(self.segments, self.tasks, _NUMBERS)
-        if segments is not None and all(row_loss.is_given for _, row_loss in self._row_losses()):
-            found = list_some(segments.dimensions)
+        self._set("segments", check_segments(self.segments))
+        if self.segments is not None and all(row_loss.is_given for _, row_loss in self._row_losses()):
+            found = list_some(self.segments)
             raise ValueError(f"segments: got {found} with GIVEN alone, which has no rows, expected None")
-        self._set("segments", None if segments is None else segments.dimensions)
         for setting in ("fused", "quality"):
             if getattr(self, setting) and not self._binary_tasks():
                 raise self._not_binary(setting, True)

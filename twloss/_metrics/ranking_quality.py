@@ -212,10 +212,11 @@ class RankingQuality(TaskMetric):
         logits, labels, weights, _, ids = batch
         rows, tasks = logits.shape
         sums, summed = sum_quality(logits, labels, weights, rows, tasks, self._shift.like(logits))
-        log_loss, *_ = sums
-        assert isinstance(log_loss, Tensor)
-        invalid = row_loss.invalid_labels(logits, labels) if self.validate_args else None
-        faults = (count_faults(invalid, weights, log_loss),) if self.validate_args else ()
+        faults: tuple[Tensor, ...] = ()
+        if self.validate_args:
+            log_loss, *_ = sums
+            assert isinstance(log_loss, Tensor)
+            faults = (count_faults(row_loss.invalid_labels(logits, labels), weights, log_loss),)
         if self._segments is not None and ids is not None:
             sums = append_cells(sums, summed, ids, self._segments.sizes)
         return *sums, rows, *faults

@@ -47,15 +47,17 @@ def append_cells(
     first = totals[0]
     assert isinstance(first, Tensor)
     distinct: list[Tensor] = []
+    places = []
     for each in rows:
-        if each is not None and not any(each is other for other in distinct):
+        place = -1 if each is None else next((i for i, other in enumerate(distinct) if other is each), len(distinct))
+        if each is not None and place == len(distinct):
             distinct.append(each)
+        places.append(place)
     add = _SUM_CELLS if torch.compiler.is_compiling() else sum_cells
     detached, counts = [each.detach() for each in distinct], any(each is None for each in rows)
     by_cell = add(detached, first.numel(), ids, sizes, counts, fused).unbind(0)
     found: list[Tensor | float] = []
-    for total, each in zip(totals, rows):
-        place = -1 if each is None else next(i for i, other in enumerate(distinct) if other is each)
+    for total, place in zip(totals, places):
         # Not full(): the compiler would make a constant of a number.
         total = total if isinstance(total, Tensor) else torch.ones_like(first) * total  # noqa: PLW2901
         found.append(torch.cat((total.to(first).unsqueeze(0), by_cell[place])))

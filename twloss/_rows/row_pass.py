@@ -176,7 +176,8 @@ def _run(  # noqa: PLR0917 (the compiled one takes no keywords)
     ``rows`` is their number without what fills up the last ones.
     The compiled pass also returns the weighted slopes, its only output of the batch's size.
     """
-    weight = sum_weights(plan, weights, valid, rows, tasks)
+    divisors = divisors_of(plan, weights, valid)
+    weight = rows if divisors is None else sum_rows(divisors, tasks)
     plain = slopes = sigmoid = None
     if torch.compiler.is_compiling():
         losses, plain, slopes, sigmoid = row_loss.fused(logits, labels, pos_weight)
@@ -193,8 +194,7 @@ def _run(  # noqa: PLR0917 (the compiled one takes no keywords)
         quality, summed = sum_quality(logits, labels, weights, rows, tasks, shift, log_loss, plain, sigmoid)
         sums += quality
     if segments is not None:
-        summed = [losses, _divisors(plan, weights, valid), *summed]
-        sums = append_cells(sums, summed, segments, plan.segments, fused=plan.fused)
+        sums = append_cells(sums, [losses, divisors, *summed], segments, plan.segments, fused=plan.fused)
     faults = None
     if plan.validates:
         faults = count_faults(row_loss.invalid_labels(logits, labels), weights, loss_sum)
@@ -216,11 +216,12 @@ def _sum_differentiable(
     """
     shift, task_weights = constants
     count, tasks = rows.shape
-    weight = sum_weights(plan, batch.weights, batch.valid, count, tasks)
+    divisors = divisors_of(plan, batch.weights, batch.valid)
+    weight: Tensor | float = count if divisors is None else sum_rows(divisors, tasks)
     if is_traced and not isinstance(weight, Tensor):
         # A program of torch.export would take for granted that there are rows.
         weight = torch.full((tasks,), weight, dtype=sum_dtype(rows.device), device=rows.device)
-    logits, labels, weights, valid, segments = batch
+    logits, labels, weights, _, segments = batch
     tracked: Sums = []
     faults = None
     if not is_traced:
@@ -232,7 +233,7 @@ def _sum_differentiable(
             quality, summed = sum_quality(logits, labels, weights, count, tasks, shift)
             tracked += quality
         if segments is not None:
-            summed = [losses, _divisors(plan, weights, valid), *summed]
+            summed = [losses, divisors, *summed]
             tracked = append_cells(tracked, summed, segments, plan.segments, fused=plan.fused)
         faults = count_faults(invalid, weights, loss_sum) if plan.validates else None
     return _reduce(plan, TaskSums(rows.sum(0), weight), tracked, count, faults, task_weights, rows.dtype)
@@ -284,18 +285,11 @@ def sum_rows(values: Tensor, tasks: int) -> Tensor:
     return total if total.numel() == tasks else total.view(-1, tasks).sum(0)
 
 
-def sum_weights(plan: Plan, weights: Tensor | None, valid: Tensor | None, rows: int, tasks: int) -> Tensor | float:
-    """The divisor of a mean, ``(tasks,)``: the number of valid rows ("rows"), or Σ of their weights ("weights").
+def divisors_of(plan: Plan, weights: Tensor | None, valid: Tensor | None) -> Tensor | None:
+    """What each row adds to the divisor of a mean, ``(rows, tasks)``: 1 if it is valid, or its weight; None: 1 of each.
 
-    For a sum it only tells whether there is data, hence Σ|w|: weights that cancel are data.
+    For a sum it only tells whether there is data, hence |w|: weights that cancel are data.
     """
-    if weights is not None and plan.mean_over == "weights":
-        return sum_rows(weights if plan.over_rows == "mean" else weights.abs(), tasks)
-    return rows if valid is None else sum_rows(valid, tasks)
-
-
-def _divisors(plan: Plan, weights: Tensor | None, valid: Tensor | None) -> Tensor | None:
-    """What ``sum_weights`` sums, ``(rows, tasks)``; None: 1 of each row."""
     if weights is not None and plan.mean_over == "weights":
         return weights if plan.over_rows == "mean" else weights.abs()
     return valid

@@ -15,10 +15,10 @@ import torch
 from torch import Tensor
 
 from twloss._arguments import check_dense, check_segments, list_some
-from twloss._precision import SUM_DTYPES
 from twloss._rows.batch import Batch, flatten_ids
 from twloss._rows.cell_sums import append_cells, cells_of
 from twloss._rows.mappings import TENSOR_OR_MAPPING, TaskTensors, by_task, check_task_names, columns_of, stack_columns
+from twloss._rows.row_pass import sum_rows
 
 SegmentIds = Mapping[str, TaskTensors]
 """The ids of each dimension: ``(rows,)``, ``(rows, 1)``, ``(rows, tasks)``, or task -> ``(rows,)``."""
@@ -84,9 +84,9 @@ class Segments:
         """Names of totals ``(tasks,)`` as those of ``(1 + cells, tasks)``: the totals, and then cell by cell."""
         return (*names, *(f"{name}/{cell}" for cell in self.names for name in names))
 
-    def by_task(self, ids: SegmentIds, tasks: tuple[str, ...]) -> SegmentIds:
+    def by_task(self, ids: SegmentIds | None, tasks: tuple[str, ...]) -> SegmentIds:
         """The ids of tasks that are computed apart: each dimension's as a mapping, or one tensor for all of them."""
-        self._check_dimensions(ids)
+        ids = self._check_dimensions(ids)
         return {
             name: each
             if isinstance(each, Tensor) and (each.ndim != 2 or each.shape[1] == 1)
@@ -114,8 +114,7 @@ class Segments:
             has_rows: False where the batch is as it came, for a callable of one task; its ids are then, too.
             has_other_tasks: whether mappings may have other tasks as well.
         """
-        self._check_dimensions(ids)
-        assert ids is not None
+        ids = self._check_dimensions(ids)
         rows = {task: len(labels[task]) for task in tasks or ()} if isinstance(labels, Mapping) else None
         columns = []
         for name in self.dimensions:
@@ -144,12 +143,13 @@ class Segments:
                 raise ValueError(f"segments: got shapes {shapes}, expected those of the same rows") from None
         return torch.stack(list(columns)) if len(columns) > 1 else columns[0].unsqueeze(0)
 
-    def _check_dimensions(self, ids: Any) -> None:
+    def _check_dimensions(self, ids: Any) -> SegmentIds:
+        if isinstance(ids, Mapping) and ids.keys() == self.dimensions.keys():
+            return ids
         expected = list_some(list(self.dimensions))
         if not isinstance(ids, Mapping):
             raise TypeError(f"segments: got {type(ids).__name__}, expected a mapping of {expected} to ids")
-        if ids.keys() != self.dimensions.keys():
-            raise ValueError(f"segments: got {list_some(list(ids))}, expected ids of {expected}")
+        raise ValueError(f"segments: got {list_some(list(ids))}, expected ids of {expected}")
 
 
 def sum_by_cell(
@@ -165,7 +165,7 @@ def sum_by_cell(
         if each.shape != shape:
             expected = f"({shape[0]}, {shape[1]})"
             raise ValueError(f"_sum_rows: got shape {tuple(each.shape)}, expected {expected}, (rows, tasks)")
-    totals = [each.detach().sum(0, dtype=SUM_DTYPES.get(each.device.type, torch.float64)) for each in rows]
+    totals = [sum_rows(each.detach(), len(tasks or ("loss",))) for each in rows]
     if segments is None:
         refuse_ids(ids)
         return totals

@@ -20,7 +20,7 @@ from twloss._rows.batch import align, align_labels
 from twloss._rows.cell_sums import cells_of
 from twloss._rows.mappings import TaskTensors, by_task
 from twloss._rows.row_loss import LossFunction, LossType, identity_of, row_loss_of
-from twloss._rows.row_pass import Plan, sum_batch, sum_weights
+from twloss._rows.row_pass import Plan, divisors_of, sum_batch, sum_rows
 from twloss._rows.segments import SegmentIds, Segments, refuse_ids
 from twloss._sums.running_sums import pack_update
 from twloss._sums.sums import BatchSums
@@ -101,10 +101,10 @@ class TaskGroup:
             labels, weights, self.tasks, self.row_loss, self.ignore_index, has_other_tasks=self.has_other_tasks
         )
         plan = Plan(None, mean_over, "mean", tracks=False)
-        weight = sum_weights(plan, weights, valid, labels.shape[0], self.columns)
-        if isinstance(weight, Tensor):
-            return weight
-        return torch.full((self.columns,), weight, dtype=sum_dtype(labels.device), device=labels.device)
+        divisors = divisors_of(plan, weights, valid)
+        if divisors is not None:
+            return sum_rows(divisors, self.columns)
+        return torch.full((self.columns,), labels.shape[0], dtype=sum_dtype(labels.device), device=labels.device)
 
 
 def group_tasks(
